@@ -1,0 +1,95 @@
+"""`QuantConfig`: the one description of a quantisation that training and compiling share."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fairy_compile.errors import FairyError, nearest
+
+Granularity = Literal["tensor", "row", "tile64"]
+ActContract = Literal["int8", "int16", "float"]
+Term = Literal["U", "W"]
+
+QUANTS = {"w1": 1, "w2": 2, "w3": 3, "w4": 4}
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "tile64")
+ACT_CONTRACTS: tuple[ActContract, ...] = ("int8", "float")
+METHODS = ("auto", "phase")
+MAX_STAGES = 4
+
+
+def check_choice(what: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
+    """Raise `FairyError` naming the allowed values unless ``value`` is one of them."""
+    if value not in allowed:
+        raise FairyError(
+            f"unknown {what} {value!r}; allowed: {', '.join(allowed)}."
+            f"{nearest(str(value), list(allowed))}"
+        )
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How linear layers become phase codes.
+
+    Attributes:
+        quant: ``"w1"`` .. ``"w4"``: T = 1 .. 4 residual stages, i.e. T bits per real weight
+            (Fairy2i, section on recursive residual quantisation).
+        scale: granularity of the scales: one pair per ``tensor``, per complex ``row``, or per
+            64x64 complex ``tile64``.
+        terms: ``("U", "W")`` for widely-linear layers (Fairy2i), ``("W",)`` for iFairy.
+        act: activation contract of the compiled kernels: ``int8`` (groups of 128) or ``float``.
+        method: ``"phase"`` is the papers' rule; ``"auto"`` picks the best training-free method
+            this version has, which is ``"phase"``.
+        exempt: glob patterns of layer names that stay dense, e.g. ``("lm_head",)``.
+        stages_for: glob pattern -> T, overriding ``quant`` for single layers; first match wins.
+
+    Raises:
+        FairyError: a value is outside what is allowed above.
+    """
+
+    quant: str = "w2"
+    scale: Granularity = "tensor"
+    terms: tuple[Term, ...] = ("U", "W")
+    act: ActContract = "int8"
+    method: str = "auto"
+    exempt: tuple[str, ...] = ()
+    stages_for: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("--quant", self.quant, list(QUANTS))
+        check_choice("--scale", self.scale, GRANULARITIES)
+        check_choice("--act", self.act, ACT_CONTRACTS)
+        check_choice("--method", self.method, METHODS)
+        if tuple(self.terms) not in (("U", "W"), ("W",)):
+            raise FairyError(f"unknown terms {self.terms!r}; allowed: ('U', 'W') or ('W',)")
+        for pattern, stages in self.stages_for.items():
+            if not (isinstance(stages, int) and 1 <= stages <= MAX_STAGES):
+                raise FairyError(
+                    f"stages_for[{pattern!r}] is {stages!r}; allowed: an integer from 1 to "
+                    f"{MAX_STAGES}"
+                )
+
+    def stages(self, layer: str = "") -> int:
+        """Return T, the number of residual stages, of the layer named ``layer``."""
+        for pattern, stages in self.stages_for.items():
+            if fnmatch.fnmatchcase(layer, pattern):
+                return stages
+        return QUANTS[self.quant]
+
+    def is_exempt(self, layer: str) -> bool:
+        """Tell whether the layer named ``layer`` was asked to stay dense."""
+        return any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.exempt)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain dictionary that checkpoints and artifacts store."""
+        return {
+            "quant": self.quant,
+            "scale": self.scale,
+            "terms": list(self.terms),
+            "act": self.act,
+            "method": self.method,
+            "exempt": list(self.exempt),
+            "stages_for": dict(self.stages_for),
+        }

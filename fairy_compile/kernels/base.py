@@ -1,0 +1,92 @@
+"""What every kernel family provides, whatever the backend.
+
+A kernel family is a `Layout` (how the packed weight of one call lies in memory) plus a `PhaseKernel`
+(a generator of scheduled functions over it). Compiler, tuner, report and tests know only these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from fairy_compile.op.spec import PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+    from fairy_compile.targets import Target
+
+Batch = Literal["single", "many"]
+"""Batch class of a function: exactly one row, or a symbolic number of rows."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of one packed array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+class Layout(Protocol):
+    """How the weight of one phase GEMM lies in memory; documented by an index formula."""
+
+    name: str
+
+    def arrays(self, spec: PhaseSpec) -> Mapping[str, ArraySpec]:
+        """Return name -> shape and dtype of the packed arrays, in kernel argument order."""
+
+    def pack(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> dict[str, np.ndarray]:
+        """Pack the parts of one call; the arrays match `arrays(spec)`."""
+
+    def unpack(self, arrays: Mapping[str, np.ndarray], spec: PhaseSpec) -> list[PhaseTensor]:
+        """Undo `pack`. Codes come back exactly, scales to the precision the layout keeps."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Least work of one call: what a perfect kernel would read and compute."""
+
+    weight_bytes: int
+    operations: int
+
+
+class PhaseKernel(Protocol):
+    """A generator of phase GEMM functions over one layout.
+
+    Attributes:
+        name: ``backend.kernel``, e.g. ``x86.codebook``; shown in reports.
+        layout: the packed form it reads.
+        knobs: named choices for the tuner; the first of each is the default.
+    """
+
+    name: str
+    layout: Layout
+    knobs: Mapping[str, Sequence[Any]]
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
+
+    def build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Return a scheduled function (x, *arrays in `layout.arrays` order, y).
+
+        x is float32 (b, 2m) and y float32 (b, 2n); b is 1 for batch ``single`` and symbolic for
+        ``many``.
+        """
+
+
+def cost(kernel: PhaseKernel, spec: PhaseSpec, batch: int) -> Cost:
+    """Return the least bytes of weights and multiply-adds of one call with ``batch`` rows."""
+    weight_bytes = sum(a.nbytes for a in kernel.layout.arrays(spec).values())
+    return Cost(weight_bytes, 2 * batch * spec.in_features * spec.out_features)

@@ -1,0 +1,155 @@
+"""Targets: one TOML file each in ``targets/``, read into `Target`.
+
+A target file says what the machine is (TVM target, host), what it can do (features, limits), how
+libraries are written for it, and which kernel families to try, best first.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fairy_compile.errors import FairyError, nearest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compilation target.
+
+    Attributes:
+        name: file stem, what ``--target`` takes.
+        description: one line for ``fairy_compile targets``.
+        tvm: keys of the TVM target, e.g. ``{"kind": "llvm", "mcpu": "haswell"}``.
+        features: instruction-set features kernels may ask for, in LLVM's names
+            (``avx2``, ``avx512vnni``, ``dotprod``).
+        kernels: kernel family names in order of preference.
+        library: ``so``, ``dylib``, ``dll`` or ``tar`` (objects to link elsewhere).
+        device: TVM device name the artifact runs on, ``cpu``.
+        linker: command that links ``so`` libraries for a foreign machine; empty for this one.
+        detected: True where features were read from this machine.
+    """
+
+    name: str
+    description: str
+    tvm: dict[str, Any]
+    features: frozenset[str]
+    kernels: tuple[str, ...]
+    library: str = "so"
+    device: str = "cpu"
+    linker: tuple[str, ...] = ()
+    detected: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def has(self, *features: str) -> bool:
+        """Tell whether the target has all the named features."""
+        return all(f in self.features for f in features)
+
+    def to_tvm(self) -> Any:
+        """Return the `tvm.target.Target`, with a CPU host for device targets."""
+        import tvm
+
+        return tvm.target.Target(dict(self.tvm))
+
+    def runs_here(self) -> bool:
+        """Tell whether a library for this target can be executed by this process."""
+        triple = str(self.tvm.get("mtriple", ""))
+        if not triple:
+            return True
+        machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
+        system = {"Linux": "linux", "Darwin": "apple", "Windows": "windows"}[platform.system()]
+        return (
+            triple.split("-")[0].replace("arm64", "aarch64") == machine
+            and system in triple
+            and "android" not in triple
+            and self.features <= host_features()
+        )
+
+
+def targets_directory() -> Path:
+    """Return the folder of target files: beside the package in a clone, inside it in a wheel."""
+    return _data_directory("targets")
+
+
+def schedules_directory() -> Path:
+    """Return the folder of tuned knobs."""
+    return _data_directory("schedules")
+
+
+def _data_directory(name: str) -> Path:
+    inside = Path(__file__).parent / "_data" / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+
+
+def target_names() -> list[str]:
+    """Return the names `load_target` takes, sorted."""
+    return sorted(p.stem for p in targets_directory().glob("*.toml"))
+
+
+def load_target(name: str) -> Target:
+    """Return the target called ``name``; ``cpu`` is this machine's CPU, features detected.
+
+    Raises:
+        FairyError: no such target (naming the nearest), or its file is malformed.
+    """
+    known = target_names()
+    if name not in known:
+        raise FairyError(
+            f"unknown target {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}"
+        )
+    path = targets_directory() / f"{name}.toml"
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+        features = frozenset(data.pop("features", []))
+        kernels = tuple(data.pop("kernels"))
+        target = Target(
+            name=name,
+            description=data.pop("description"),
+            tvm=data.pop("tvm"),
+            features=features,
+            kernels=kernels,
+            library=data.pop("library", "so"),
+            device=data.pop("device", "cpu"),
+            linker=tuple(data.pop("linker", [])),
+            extra=data,
+        )
+    except (KeyError, tomllib.TOMLDecodeError) as error:
+        raise FairyError(f"target file {path} is malformed: {error}") from error
+    return _detect_host(target) if target.tvm.get("mcpu") == "native" else target
+
+
+def _detect_host(target: Target) -> Target:
+    """Fill in this machine's CPU name and features."""
+    tvm_target = dict(target.tvm) | {
+        "mcpu": host_cpu(),
+        "mattr": sorted(f"+{name}" for name in host_features()),
+    }
+    return replace(target, tvm=tvm_target, features=host_features(), detected=True)
+
+
+@cache
+def host_cpu() -> str:
+    """Return LLVM's name of this machine's CPU."""
+    import tvm
+
+    return str(tvm.get_global_func("target.llvm_get_system_cpu")())
+
+
+@cache
+def host_features() -> frozenset[str]:
+    """Return the features this machine's CPU reports, in LLVM's names.
+
+    Read from the processor, not derived from the CPU's name: virtual machines often present a
+    name that is older or newer than what they let through.
+    """
+    import tvm
+
+    found = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
+    return frozenset(str(name) for name, present in found.items() if bool(present))
