@@ -1,0 +1,102 @@
+"""The compilation pipeline: one list of named phases from a Relax module to a library.
+
+Read top to bottom, this is everything that happens to a model's IR. `--debug-dump DIR` writes the
+module after each phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from fairy_compile.compiler.passes import ParallelizeElementwise, keep_only
+from fairy_compile.targets import Target
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named group of passes."""
+
+    name: str
+    passes: tuple[Any, ...]
+
+
+def phases(entry_points: list[str]) -> list[Phase]:
+    """Return the phases in order; ``entry_points`` are the functions an engine may call."""
+    t = relax.transform
+    return [
+        Phase("legalise operators", (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())),
+        Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),
+        Phase("schedule element-wise", (ParallelizeElementwise(),)),
+        Phase(
+            "plan memory",
+            (
+                t.RewriteDataflowReshape(),
+                t.ToNonDataflow(),
+                t.RemovePurityChecking(),
+                t.CallTIRRewrite(),
+                t.StaticPlanBlockMemory(),
+            ),
+        ),
+        Phase(
+            "lower to the VM",
+            (
+                t.LowerAllocTensor(),
+                t.KillAfterLastUse(),
+                t.LowerRuntimeBuiltin(),
+                t.VMShapeLower(),
+                t.AttachGlobalSymbol(),
+            ),
+        ),
+    ]
+
+
+def compile_module(
+    module: tvm.IRModule,
+    target: Target,
+    entry_points: list[str],
+    *,
+    debug_dump: Path | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Run all phases and generate code.
+
+    Args:
+        module: Relax module with kernels as PrimFuncs.
+        target: what to compile for.
+        entry_points: names an engine calls; everything they do not reach is dropped.
+        debug_dump: directory for one ``NN-phase.py`` per phase, or None.
+        progress: called before each phase.
+
+    Returns:
+        The Relax VM executable.
+    """
+    steps = phases(entry_points)
+    tvm_target = target.to_tvm()
+    with tvm_target, tvm.transform.PassContext(opt_level=3):
+        _dump(debug_dump, 0, "input", module)
+        for i, phase in enumerate(steps):
+            if progress:
+                progress(phase.name, i, len(steps) + 1)
+            module = tvm.transform.Sequential(list(phase.passes))(module)
+            _dump(debug_dump, i + 1, phase.name, module)
+        if progress:
+            progress("generate code", len(steps), len(steps) + 1)
+        nothing_left = tvm.transform.Sequential([])
+        return relax.build(module, target=tvm_target, relax_pipeline=nothing_left)
+
+
+def _dump(directory: Path | None, index: int, name: str, module: tvm.IRModule) -> None:
+    if directory is None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{index:02d}-{name.replace(' ', '-')}.py"
+    file.write_text(module.script(), "utf-8")

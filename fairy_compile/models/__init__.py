@@ -1,0 +1,36 @@
+"""Model families, one file each, found by config.json's ``model_type``.
+
+A family file has ``MODEL_TYPE`` and ``parse(config) -> DecoderConfig``; its network is
+`decoder.CausalLM` unless it brings its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fairy_compile.errors import UnsupportedError, nearest
+from fairy_compile.models import llama, mistral, qwen2, qwen3
+from fairy_compile.models.config import DecoderConfig
+
+FAMILIES = {family.MODEL_TYPE: family for family in (llama, mistral, qwen2, qwen3)}
+
+
+def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Return the sizes of the model a config.json describes.
+
+    Raises:
+        UnsupportedError: unknown ``model_type``; the message lists the known ones.
+        ModelFileError: a value is missing or out of range.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        known = sorted(FAMILIES)
+        raise UnsupportedError(
+            f"unknown architecture {kind!r} in config.json; known: {', '.join(known)}."
+            f"{nearest(str(kind), known)}"
+        )
+    return FAMILIES[kind].parse(config)
+
+
+__all__ = ["FAMILIES", "DecoderConfig", "parse_config"]

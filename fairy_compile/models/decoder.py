@@ -1,0 +1,231 @@
+"""The Llama-style decoder all dense families share, as Relax modules.
+
+Linear layers come from a planner, so that this file says what a model computes and nothing about
+how weights are stored. Activations are float32 on CPU targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from fairy_compile.models.config import DecoderConfig
+from fairy_compile.models.engine_functions import softmax_with_temperature
+from fairy_compile.models.linear import LinearPlanner, make_linear
+
+
+def gather_rows(table: Tensor, rows: Tensor, name: str) -> Tensor:
+    """Return table[rows] as float32: (v, h) and int32 (n,) -> (n, h).
+
+    Indices are clamped into the table, so that a wrong one can never read outside it.
+    """
+
+    def define(values: te.Tensor, index: te.Tensor) -> te.Tensor:
+        last = tirx.Cast("int32", values.shape[0]) - 1
+        return te.compute(
+            (index.shape[0], values.shape[1]),
+            lambda i, j: tirx.Cast("float32", values[te.max(te.min(index[i], last), 0), j]),
+            name=name,
+        )
+
+    return op.tensor_expr_op(define, name, [table, rows])
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight float32 (size,)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        self.weight = nn.Parameter((size,), "float32")
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return op.rms_norm(x, self.weight, axes=[-1], epsilon=self.eps)
+
+
+class Embedding(nn.Module):
+    """Token embedding (vocab, hidden) in its storage dtype; rows come out as float32."""
+
+    def __init__(self, vocab: int, hidden: int, dtype: str) -> None:
+        self.weight = nn.Parameter((vocab, hidden), dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up ids int32 (n,) -> float32 (n, hidden)."""
+        return gather_rows(self.weight, ids, "embed_tokens")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged KV cache, with one fused QKV call."""
+
+    def __init__(
+        self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
+    ) -> None:
+        self.config = config
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        q_size = self.heads * config.head_dim
+        kv_size = self.kv_heads * config.head_dim
+        self.qkv_proj = make_linear(
+            planner.linear(
+                f"{prefix}.qkv_proj",
+                [f"{prefix}.{part}_proj" for part in "qkv"],
+                config.hidden_size,
+                [q_size, kv_size, kv_size],
+                config.qkv_bias,
+            ),
+            target,
+        )
+        self.o_proj = make_linear(
+            planner.linear(
+                f"{prefix}.o_proj",
+                [f"{prefix}.o_proj"],
+                q_size,
+                [config.hidden_size],
+                config.o_bias,
+            ),
+            target,
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        """Attend from x (batch, tokens, hidden); rotary embedding happens in the cache."""
+        batch, tokens, _ = x.shape
+        heads, kv_heads, head_dim = self.heads, self.kv_heads, self.config.head_dim
+        qkv = op.reshape(self.qkv_proj(x), (batch, tokens, heads + 2 * kv_heads, head_dim))
+        if self.config.qk_norm:
+            q, k, v = op.split(qkv, [heads, heads + kv_heads], axis=2)
+            qkv = op.concat([self.q_norm(q), self.k_norm(k), v], dim=2)
+        y = cache.attention_with_fused_qkv(layer, qkv, heads, sm_scale=head_dim**-0.5)
+        return self.o_proj(op.reshape(y, (batch, tokens, heads * head_dim)))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with one fused gate/up call."""
+
+    def __init__(
+        self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
+    ) -> None:
+        inner, hidden = config.intermediate_size, config.hidden_size
+        self.gate_up_proj = make_linear(
+            planner.linear(
+                f"{prefix}.gate_up_proj",
+                [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
+                hidden,
+                [inner, inner],
+                config.mlp_bias,
+            ),
+            target,
+        )
+        self.down_proj = make_linear(
+            planner.linear(
+                f"{prefix}.down_proj", [f"{prefix}.down_proj"], inner, [hidden], config.mlp_bias
+            ),
+            target,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the gated feed-forward layer."""
+        gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(op.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward with residual connections."""
+
+    def __init__(
+        self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
+    ) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(f"{prefix}.self_attn", config, planner, target)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(f"{prefix}.mlp", config, planner, target)
+
+    def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        """Run one layer over x (batch, tokens, hidden)."""
+        x = x + self.self_attn(self.input_layernorm(x), cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; parameter names follow the Hugging Face checkpoint."""
+
+    def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, planner.dtype("model.embed_tokens.weight")
+        )
+        self.layers = nn.ModuleList(
+            [
+                DecoderLayer(f"model.layers.{i}", config, planner, target)
+                for i in range(config.num_layers)
+            ]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cache: PagedKVCache) -> Tensor:
+        """Run all layers over embedded tokens x (batch, tokens, hidden)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cache, i)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its output head, and the entry points an engine calls."""
+
+    def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
+        self.config = config
+        self.model = Decoder(config, planner, target)
+        self.lm_head = make_linear(
+            planner.head(
+                "lm_head",
+                "model.embed_tokens",
+                config.hidden_size,
+                config.vocab_size,
+                config.tie_word_embeddings,
+            ),
+            target,
+            shared=self.model.embed_tokens.weight,
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed ids int32 (n,) -> float32 (n, hidden)."""
+        return self.model.embed_tokens(ids)
+
+    def prefill(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Prefill one sequence x (1, n, hidden) -> logits (1, 1, vocab) of its last token."""
+
+        def last(a: te.Tensor) -> te.Tensor:
+            return te.compute(
+                (1, 1, a.shape[2]), lambda i, _, k: a[i, a.shape[1] - 1, k], name="last_token"
+            )
+
+        hidden = self.model(x, cache)
+        return self.lm_head(op.tensor_expr_op(last, "last_token", [hidden])), cache
+
+    def batch_prefill(
+        self, x: Tensor, logit_positions: Tensor, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
+        """Prefill concatenated sequences x (1, n, hidden) -> logits (1, b, vocab).
+
+        logit_positions int32 (b,) says which rows of x get logits.
+        """
+        hidden = self.model(x, cache)
+        rows = op.reshape(hidden, (hidden.shape[1], self.config.hidden_size))
+        picked = gather_rows(rows, logit_positions, "pick_logit_rows")
+        return self.lm_head(op.reshape(picked, (1, picked.shape[0], picked.shape[1]))), cache
+
+    def decode(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Decode one token of one sequence, x (1, 1, hidden) -> logits (1, 1, vocab)."""
+        return self.lm_head(self.model(x, cache)), cache
+
+    def batch_decode(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Decode one token of each sequence, x (b, 1, hidden) -> logits (b, 1, vocab)."""
+        return self.lm_head(self.model(x, cache)), cache
+
+    def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """See `engine_functions.softmax_with_temperature`."""
+        return softmax_with_temperature(logits, temperature)

@@ -1,0 +1,194 @@
+"""Functions an engine calls besides the network: sampling helpers, KV cache, workspace, metadata.
+
+Names, argument order and meaning follow the contract of the MLC engine (see
+`artifact.contract`, which checks what is built here).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tvm
+from tvm import relax, te, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import RopeMode, TIRPagedKVCache
+from tvm.script import tirx as T
+
+from fairy_compile.models.config import DecoderConfig
+
+# Below this temperature an engine expects the arg-max distribution.
+GREEDY_TEMPERATURE = 1e-5
+
+# Entries of the KV cache's size list that all TVM runtimes since 0.26 take: sequences, tokens,
+# prefill chunk, page size, sliding window. 0.27 builds a sixth, which older runtimes refuse and
+# newer ones default.
+_CACHE_SIZE_ENTRIES = 5
+
+
+def softmax_with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Softmax of logits (b, 1, v) at temperature (b,), both float32 -> (b, 1, v).
+
+    At temperatures up to `GREEDY_TEMPERATURE` the maxima share probability 1 evenly.
+    """
+
+    def define(x: te.Tensor, t: te.Tensor) -> te.Tensor:
+        batch, vocab = x.shape[0], x.shape[2]
+        threshold = tirx.const(GREEDY_TEMPERATURE, "float32")
+        k = te.reduce_axis((0, vocab), "k")
+        peak = te.compute((batch,), lambda i: te.max(x[i, 0, k], axis=k), name="peak")
+
+        def weight(i: Any, j: Any) -> Any:
+            safe = tirx.Select(t[i] > threshold, t[i], tirx.const(1, "float32"))
+            soft = te.exp((x[i, 0, j] - peak[i]) / safe)
+            hard = tirx.Cast("float32", x[i, 0, j] == peak[i])
+            return tirx.Select(t[i] > threshold, soft, hard)
+
+        weights = te.compute((batch, vocab), weight, name="weights")
+        k2 = te.reduce_axis((0, vocab), "k2")
+        total = te.compute((batch,), lambda i: te.sum(weights[i, k2], axis=k2), name="total")
+        return te.compute((batch, 1, vocab), lambda i, _, j: weights[i, j] / total[i], name="prob")
+
+    return op.tensor_expr_op(define, "softmax_with_temperature", [logits, temperature])
+
+
+def _scheduled(name: str) -> dict[str, Any]:
+    return {"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True}
+
+
+def inplace_functions() -> dict[str, tirx.PrimFunc]:
+    """Return the three functions that edit logits (b, v) float32 in place."""
+
+    @T.prim_func(s_tir=True)
+    def apply_logit_bias(
+        var_logits: T.handle, var_row: T.handle, var_token: T.handle, var_bias: T.handle
+    ):
+        rows, vocab, count = T.int32(), T.int32(), T.int32()
+        logits = T.match_buffer(var_logits, (rows, vocab), "float32")
+        row = T.match_buffer(var_row, (count,), "int32")
+        token = T.match_buffer(var_token, (count,), "int32")
+        bias = T.match_buffer(var_bias, (count,), "float32")
+        for i in range(count):
+            logits[row[i], token[i]] = logits[row[i], token[i]] + bias[i]
+
+    @T.prim_func(s_tir=True)
+    def apply_penalty(
+        var_logits: T.handle,
+        var_sequence: T.handle,
+        var_position: T.handle,
+        var_token: T.handle,
+        var_times: T.handle,
+        var_penalty: T.handle,
+    ):
+        rows, vocab, sequences, count = T.int32(), T.int32(), T.int32(), T.int32()
+        logits = T.match_buffer(var_logits, (rows, vocab), "float32")
+        sequence = T.match_buffer(var_sequence, (sequences,), "int32")
+        position = T.match_buffer(var_position, (count,), "int32")
+        token = T.match_buffer(var_token, (count,), "int32")
+        times = T.match_buffer(var_times, (count,), "int32")
+        # Columns: presence, frequency, repetition.
+        penalty = T.match_buffer(var_penalty, (sequences, 3), "float32")
+        for i in range(count):
+            logits[sequence[position[i]], token[i]] = logits[sequence[position[i]], token[i]] - (
+                penalty[position[i], 0] + T.cast(times[i], "float32") * penalty[position[i], 1]
+            )
+            logits[sequence[position[i]], token[i]] = T.if_then_else(
+                logits[sequence[position[i]], token[i]] < T.float32(0),
+                logits[sequence[position[i]], token[i]] * penalty[position[i], 2],
+                logits[sequence[position[i]], token[i]] / penalty[position[i], 2],
+            )
+
+    @T.prim_func(s_tir=True)
+    def apply_bitmask(var_logits: T.handle, var_sequence: T.handle, var_mask: T.handle):
+        rows, vocab, sequences = T.int32(), T.int32(), T.int32()
+        logits = T.match_buffer(var_logits, (rows, vocab), "float32")
+        sequence = T.match_buffer(var_sequence, (sequences,), "int32")
+        mask = T.match_buffer(var_mask, (rows, (vocab + 31) // 32), "int32")
+        for i, j in T.grid(sequences, vocab):
+            logits[sequence[i], j] = T.if_then_else(
+                (mask[sequence[i], j // 32] >> (j % 32)) & 1 == 1,
+                logits[sequence[i], j],
+                T.min_value("float32"),
+            )
+
+    functions = {
+        "apply_logit_bias_inplace": apply_logit_bias,
+        "apply_penalty_inplace": apply_penalty,
+        "apply_bitmask_inplace": apply_bitmask,
+    }
+    return {name: func.with_attr(_scheduled(name)) for name, func in functions.items()}
+
+
+def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, dtype: str, target: Any) -> None:
+    """Add ``create_tir_paged_kv_cache`` to the module under construction.
+
+    It takes five shapes of one element: sequences, total tokens, prefill chunk, page size, and
+    whether sliding windows are used.
+    """
+    names = ("max_sequences", "max_total_tokens", "prefill_chunk", "page_size", "sliding_window")
+    sizes = [tirx.Var(name, "int64") for name in names]
+    params = [relax.Var(f"{v.name}_", relax.ShapeType([v])) for v in sizes]
+    rope = config.rope
+    with bb.function("create_tir_paged_kv_cache", params=params):
+        cache = TIRPagedKVCache(
+            attn_kind="mha",
+            max_batch_size=sizes[0],
+            max_total_seq_len=sizes[1],
+            prefill_chunk_size=sizes[2],
+            page_size=sizes[3],
+            support_sliding_window=sizes[4],
+            layer_partition=relax.ShapeExpr([0, config.num_layers]),
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            qk_head_dim=config.head_dim,
+            v_head_dim=config.head_dim,
+            mla_original_qk_head_dim=0,
+            mla_original_v_head_dim=0,
+            rope_mode=RopeMode.NORMAL,
+            rope_scale=rope.scale,
+            rope_theta=rope.theta,
+            rope_scaling=dict(rope.scaling),
+            rope_ext_factors=relax.prim_value(0),
+            rotary_dim=config.head_dim,
+            enable_disaggregation=False,
+            dtype=dtype,
+            target=target,
+        )
+        bb.emit_func_output(cache._expr)
+
+
+@mutator
+class _CutCacheSizes(PyExprMutator):
+    """Shortens the size list of the call that creates the KV cache."""
+
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        args = list(call.args)
+        creates = args and isinstance(args[0], relax.ExternFunc)
+        if not creates or args[0].global_symbol != "vm.builtin.paged_attention_kv_cache_create":
+            return call
+        args[1] = relax.ShapeExpr(list(args[1].values)[:_CACHE_SIZE_ENTRIES])
+        return relax.Call(call.op, args, call.attrs, call.ty_args, call.span)
+
+
+def widen_runtime_support(module: tvm.IRModule) -> tvm.IRModule:
+    """Return the module with its KV cache creation reduced to what every runtime takes."""
+    name = module.get_global_var("create_tir_paged_kv_cache")
+    module[name] = _CutCacheSizes(module).visit_expr(module[name])
+    return module
+
+
+def add_embedding_buffer(bb: relax.BlockBuilder, rows: int, hidden: int, dtype: str) -> None:
+    """Add ``alloc_embedding_tensor() -> (rows, hidden)``, the engine's prefill workspace."""
+    with bb.function("alloc_embedding_tensor", []):
+        buffer = relax.op.builtin.alloc_tensor(relax.ShapeExpr([rows, hidden]), dtype, 0)
+        bb.emit_func_output(bb.emit(buffer))
+
+
+def add_metadata(bb: relax.BlockBuilder, metadata: Mapping[str, Any]) -> None:
+    """Add ``_metadata() -> str``, the JSON an engine reads before anything else."""
+    with bb.function("_metadata", []):
+        bb.emit_func_output(tvm.ir.StringImm(json.dumps(metadata)))

@@ -1,0 +1,176 @@
+"""Linear layers of a Relax model: phase-coded, dense, or a row of both, as planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tvm import tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from fairy_compile.kernels import dense
+from fairy_compile.kernels.base import ArraySpec, PhaseKernel
+from fairy_compile.op.spec import PhaseSpec
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One kernel call: which layers it computes, and how.
+
+    Attributes:
+        name: name of the (possibly fused) layer; parameter names start with it.
+        sources: names of the layers it computes, in output order.
+        in_features: real input features.
+        out_features: real output features of each source.
+        bias: whether the sources have biases.
+        reason: why this kernel was chosen, for the report.
+        spec, kernel, knobs: of a phase call; None and {} for a dense one.
+        dtype: storage dtype of a dense weight.
+        shared: parameter that already holds the dense weight (tied embeddings), or None.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    bias: bool
+    reason: str
+    spec: PhaseSpec | None = None
+    kernel: PhaseKernel | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    shared: str | None = None
+
+    @property
+    def kernel_name(self) -> str:
+        """Name of the kernel for reports."""
+        return self.kernel.name if self.kernel else dense.NAME
+
+    @property
+    def layout_name(self) -> str:
+        """Name of the weight layout for reports."""
+        return self.kernel.layout.name if self.kernel else dense.LAYOUT
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Return the packed weight arrays, without biases: suffix -> shape and dtype."""
+        if self.kernel and self.spec:
+            return dict(self.kernel.layout.arrays(self.spec))
+        if self.shared:
+            return {}
+        return {"weight": ArraySpec((sum(self.out_features), self.in_features), self.dtype)}
+
+
+class LinearPlanner(Protocol):
+    """What a model asks for its linear layers; the compiler answers."""
+
+    def linear(
+        self,
+        name: str,
+        sources: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        bias: bool = False,
+    ) -> list[LinearCall]:
+        """Plan the layers ``sources`` over one input: one fused call, or several in order."""
+
+    def head(
+        self, name: str, embedding: str, in_features: int, vocab: int, tied: bool
+    ) -> list[LinearCall]:
+        """Plan the output head, which may share the embedding's weight."""
+
+    def dtype(self, name: str) -> str:
+        """Return the storage dtype of the tensor ``name``."""
+
+
+def kernel_symbol(call: LinearCall, batch: str) -> str:
+    """Return the name of a call's function in the library, e.g. ``x86_codebook_single_8192x4096``.
+
+    Calls of equal shape and contract share one function.
+    """
+    shape = f"{sum(call.out_features)}x{call.in_features}"
+    if call.spec is None:
+        return f"dense_{call.dtype}_{batch}_{shape}"
+    spec = call.spec
+    return (
+        f"{call.kernel_name.replace('.', '_')}_{batch}_{shape}_t{spec.stages}"
+        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}"
+    )
+
+
+class PlannedLinear(nn.Module):
+    """y = x A^T + bias for one `LinearCall`, x (..., in) float32 -> (..., out) float32."""
+
+    def __init__(self, call: LinearCall, target: Any, shared: nn.Parameter | None = None) -> None:
+        self.call = call
+        self.target = target
+        self.array_names = list(call.arrays())
+        for suffix, array in call.arrays().items():
+            setattr(self, suffix, nn.Parameter(array.shape, array.dtype))
+        self.bias = nn.Parameter((sum(call.out_features),), "float32") if call.bias else None
+        self._shared = [shared] if call.shared else []  # a list hides it from parameter discovery
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the kernel over all leading dimensions at once."""
+        *lead, in_features = x.shape
+        rows = _product(lead)
+        batch = "single" if isinstance(rows, int) and rows == 1 else "many"
+        flat = op.reshape(x, (rows, in_features))
+        out = sum(self.call.out_features)
+        weights = [getattr(self, name) for name in self.array_names] or self._shared
+        y = op.tensor_ir_op(
+            self._function(batch),
+            kernel_symbol(self.call, batch),
+            [flat, *weights],
+            Tensor.placeholder((rows, out), "float32"),
+        )
+        y = op.reshape(y, (*lead, out))
+        return y + self.bias if self.bias is not None else y
+
+    def _function(self, batch: str) -> tirx.PrimFunc:
+        call = self.call
+        if call.kernel and call.spec:
+            func = call.kernel.build(call.spec, self.target, batch, call.knobs)
+        else:
+            func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
+        # Opaque to operator fusion: the function is already scheduled.
+        return func.with_attr("op_pattern", 8)
+
+
+class LinearRow(nn.Module):
+    """Several calls over one input, their outputs concatenated.
+
+    Layers that cannot share a call (different stages, or one of them dense) run one after the
+    other; the model around them never notices.
+    """
+
+    def __init__(self, calls: Sequence[LinearCall], target: Any) -> None:
+        self.calls = nn.ModuleList([PlannedLinear(c, target) for c in calls])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of all calls, concatenated along the last dimension."""
+        return op.concat([call(x) for call in self.calls], dim=-1)
+
+
+def make_linear(
+    calls: Sequence[LinearCall], target: Any, shared: nn.Parameter | None = None
+) -> nn.Module:
+    """Return the module for a plan: one `PlannedLinear`, or a `LinearRow` of several."""
+    if len(calls) == 1:
+        return PlannedLinear(calls[0], target, shared)
+    return LinearRow(calls, target)
+
+
+def _product(dims: Sequence[Any]) -> Any:
+    """Multiply static and symbolic dimensions, dropping static ones."""
+    static, symbolic = 1, []
+    for dim in dims:
+        if isinstance(dim, (int, tirx.IntImm)):
+            static *= int(dim)
+        else:
+            symbolic.append(dim)
+    product: Any = static
+    for dim in symbolic:
+        product = dim if isinstance(product, int) and product == 1 else product * dim
+    return product
