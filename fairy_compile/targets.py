@@ -33,7 +33,8 @@ class Target:
         kernels: kernel family names in order of preference.
         library: ``so``, ``dylib``, ``dll`` or ``tar`` (objects to link elsewhere).
         device: TVM device name the artifact runs on, ``cpu``.
-        linker: command that links ``so`` libraries for a foreign machine; empty for this one.
+        linkers: commands that link a library for a foreign machine, tried in order; empty where
+            the host's own compiler does it.
         detected: True where features were read from this machine.
     """
 
@@ -44,7 +45,7 @@ class Target:
     kernels: tuple[str, ...]
     library: str = "so"
     device: str = "cpu"
-    linker: tuple[str, ...] = ()
+    linkers: tuple[str, ...] = ()
     detected: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -117,7 +118,7 @@ def load_target(name: str) -> Target:
             kernels=kernels,
             library=data.pop("library", "so"),
             device=data.pop("device", "cpu"),
-            linker=tuple(data.pop("linker", [])),
+            linkers=tuple(data.pop("linkers", [])),
             extra=data,
         )
     except (KeyError, tomllib.TOMLDecodeError) as error:

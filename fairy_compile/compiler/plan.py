@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fairy_compile.config import QuantConfig
+from fairy_compile.config import QuantConfig, check_choice
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.source import LayerPlan, ModelSource
-from fairy_compile.kernels import KERNELS
+from fairy_compile.kernels import FAMILIES
 from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op.spec import PhaseSpec
@@ -25,19 +25,24 @@ def pick_kernel(spec: PhaseSpec, target: Target) -> tuple[PhaseKernel, PhaseSpec
     Raises:
         UnsupportedError: no kernel of the target can serve the call.
     """
-    refusals = []
+    refusals: list[str] = []
     for contract in dict.fromkeys((spec.act, "float")):
-        for name in target.kernels:
-            wanted = replace(spec, act=contract)
-            refusal = KERNELS[name].unsupported(wanted, target)
+        wanted = replace(spec, act=contract)
+        for kernel in _kernels_of(target):
+            refusal = kernel.unsupported(wanted, target)
             if refusal is None:
-                why = "; ".join(refusals) or "first choice of the target"
-                return KERNELS[name], wanted, why
-            refusals.append(f"not {name}: {refusal}")
+                return kernel, wanted, "; ".join(refusals) or "first choice of the target"
+            refusals.append(f"not {kernel.name}: {refusal}")
     raise UnsupportedError(
         f"target {target.name} has no kernel for {spec.describe()}: {'; '.join(refusals)}; "
         "try --act float or another --target"
     )
+
+
+def _kernels_of(target: Target) -> list[PhaseKernel]:
+    for family in target.kernels:
+        check_choice(f"kernel family of target {target.name}", family, list(FAMILIES))
+    return [kernel for family in target.kernels for kernel in FAMILIES[family]]
 
 
 class Planner:

@@ -61,6 +61,7 @@ def phase_gemm(
     """
     batch, m = x.shape[0], spec.m
     quarter = int(codes.shape[3])
+    last_tile = int(scales.shape[4]) - 1
     one = tirx.const(1, "float32")
 
     def padded(b: Any, half: Any, q: Any, j: Any) -> Any:
@@ -73,6 +74,8 @@ def phase_gemm(
     def entry(j: Any, half_in: Any, q: Any, byte: Any) -> Any:
         row, half_out = _row_of(j, spec)
         column = q * quarter + byte
+        # Padding columns read the last tile's scale; their x is 0, but 0 * garbage may be NaN.
+        column_tile = te.min(column // scale_tile[1], last_tile) if last_tile else 0
         axis = tirx.bitwise_xor(half_out, half_in)
         total = tirx.const(0, "float32")
         for t in range(spec.stages):
@@ -81,7 +84,7 @@ def phase_gemm(
                 code = tirx.bitwise_and(tirx.shift_right(packed, 2 * q), 3)
                 hit = tirx.Cast("int32", tirx.bitwise_and(code, 1) == axis)
                 value = hit * (1 - tirx.bitwise_and(code, 2))
-                scale = scales[t, k, axis, row // scale_tile[0], column // scale_tile[1]]
+                scale = scales[t, k, axis, row // scale_tile[0], column_tile]
                 flipped = (1 - half_out) * half_in if term == "U" else half_out * half_in
                 sign = one - tirx.Cast("float32", 2 * flipped)
                 total = total + tirx.Cast("float32", value) * (scale * sign)

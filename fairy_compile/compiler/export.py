@@ -1,0 +1,86 @@
+"""Writing a compiled executable as a model library for its target."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from fairy_compile.errors import FairyError
+from fairy_compile.targets import Target
+
+STEM = "model"
+
+
+def library_name(target: Target) -> str:
+    """Return the file name of the library, e.g. ``model.so``."""
+    return f"{STEM}.{target.library}"
+
+
+def export_library(executable: Any, target: Target, directory: Path) -> Path:
+    """Write the model library of ``executable`` into ``directory``.
+
+    ``so`` and ``dylib`` libraries for a foreign machine are linked by the first of the target's
+    linkers that is installed; ``tar`` holds the objects for somebody else's linker.
+
+    Raises:
+        FairyError: no linker for the target is installed, or linking failed.
+    """
+    path = directory / library_name(target)
+    if target.library == "tar":
+        from tvm.support import tar
+
+        executable.export_library(str(path), fcompile=tar.tar)
+    elif not target.linkers:
+        executable.export_library(str(path))
+    else:
+        command = find_linker(target)
+        executable.export_library(str(path), fcompile=_link_with(command))
+    return path
+
+
+def find_linker(target: Target) -> list[str]:
+    """Return the first of the target's link commands whose program is installed.
+
+    Raises:
+        FairyError: none is; the message names what to install.
+    """
+    for command in target.linkers:
+        program, *rest = command.split()
+        if program == "zig":
+            zig = _zig()
+            if zig:
+                return [*zig, *rest]
+        elif shutil.which(program):
+            return [program, *rest]
+    programs = ", ".join(command.split()[0] for command in target.linkers)
+    raise FairyError(
+        f"target {target.name} needs a linker for its machine, and none of these is installed: "
+        f'{programs}; the quickest is: pip install "fairy-compile[cross]"'
+    )
+
+
+def _zig() -> list[str] | None:
+    import importlib.util
+    import sys
+
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang"]
+    found = shutil.which("zig")
+    return [found] if found else None
+
+
+def _link_with(command: list[str]) -> Any:
+    """Return an export callback that links objects with ``command``."""
+
+    def link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+        done = subprocess.run(
+            [*command, "-o", output, *objects], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise FairyError(f"linking the model library failed: {command[0]}: {lines[-1]}")
+
+    link.output_format = "so"
+    return link

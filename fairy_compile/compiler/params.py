@@ -1,0 +1,73 @@
+"""Parameters of a library from the tensors of a source: read, quantise, pack, one call at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fairy_compile.compiler.library import Param
+from fairy_compile.compiler.plan import Planner
+from fairy_compile.errors import FairyError
+from fairy_compile.frontends.source import ModelSource
+from fairy_compile.models.linear import LinearCall
+
+
+def call_arrays(call: LinearCall, planner: Planner) -> dict[str, np.ndarray]:
+    """Return all arrays of one linear call, biases included, in the call's layout."""
+    source = planner.source
+    if call.kernel and call.spec:
+        parts = [source.phase(layer, planner.layer_quants[layer]) for layer in call.sources]
+        arrays = call.kernel.layout.pack(parts, call.spec)
+    elif call.shared:
+        arrays = {}
+    else:
+        weights = [source.dense(f"{layer}.weight") for layer in call.sources]
+        arrays = {"weight": weights[0] if len(weights) == 1 else np.concatenate(weights)}
+    if call.bias:
+        biases = [source.dense(f"{layer}.bias") for layer in call.sources]
+        arrays["bias"] = np.concatenate([b.astype(np.float32) for b in biases])
+    return arrays
+
+
+def plain_array(param: Param, source: ModelSource) -> np.ndarray:
+    """Return a parameter outside linear calls (embedding, norm), widened where asked."""
+    array = source.dense(param.name)
+    if array.shape != param.shape:
+        raise FairyError(
+            f"tensor {param.name} has shape {array.shape}; config.json implies {param.shape}"
+        )
+    return array.astype(np.float32) if param.dtype == "float32" else array
+
+
+def iterate(
+    params: list[Param], planner: Planner, done: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, array) for every parameter not in ``done``, in library order.
+
+    Only one call's arrays are in memory at a time.
+
+    Raises:
+        FairyError: a tensor is missing, damaged, non-finite or of another shape.
+    """
+    current: LinearCall | None = None
+    arrays: dict[str, np.ndarray] = {}
+    for param in params:
+        if param.name in done:
+            continue
+        if param.call is None:
+            yield param.name, plain_array(param, planner.source)
+            continue
+        if param.call is not current:
+            arrays = {}  # let go of the last call before loading the next
+            arrays = call_arrays(param.call, planner)
+            current = param.call
+        yield param.name, arrays.pop(param.array)
+
+
+def role(param: Param) -> str:
+    """Return what an artifact's manifest calls the parameter: codes, scales, weight, ..."""
+    if param.call is not None:
+        known = ("codes", "scales", "tables", "bias")
+        return next((name for name in known if param.array.startswith(name)), "weight")
+    return "embedding" if param.name.endswith("embed_tokens.weight") else "norm"
