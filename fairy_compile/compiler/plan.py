@@ -25,24 +25,25 @@ def pick_kernel(spec: PhaseSpec, target: Target) -> tuple[PhaseKernel, PhaseSpec
     Raises:
         UnsupportedError: no kernel of the target can serve the call.
     """
-    refusals: list[str] = []
+    refusals: dict[str, str] = {}
     for contract in dict.fromkeys((spec.act, "float")):
         wanted = replace(spec, act=contract)
-        for kernel in _kernels_of(target):
-            refusal = kernel.unsupported(wanted, target)
-            if refusal is None:
-                return kernel, wanted, "; ".join(refusals) or "first choice of the target"
-            refusals.append(f"not {kernel.name}: {refusal}")
+        for family in target.kernels:
+            check_choice(f"kernel family of target {target.name}", family, list(FAMILIES))
+            for kernel in FAMILIES[family]:
+                refusal = kernel.unsupported(wanted, target)
+                if refusal is None:
+                    return kernel, wanted, _in_words(refusals) or "first choice of the target"
+                # Members of a family that refuse for one reason are named by the family.
+                refusals[refusal] = family if refusal in refusals else kernel.name
     raise UnsupportedError(
-        f"target {target.name} has no kernel for {spec.describe()}: {'; '.join(refusals)}; "
+        f"target {target.name} has no kernel for {spec.describe()}: {_in_words(refusals)}; "
         "try --act float or another --target"
     )
 
 
-def _kernels_of(target: Target) -> list[PhaseKernel]:
-    for family in target.kernels:
-        check_choice(f"kernel family of target {target.name}", family, list(FAMILIES))
-    return [kernel for family in target.kernels for kernel in FAMILIES[family]]
+def _in_words(refusals: dict[str, str]) -> str:
+    return "; ".join(f"not {name}: {reason}" for reason, name in refusals.items())
 
 
 class Planner:

@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up their own environment in .venv; nothing else is needed than
+# Python 3.10 or later. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := dist/demo
+
+.PHONY: help demo test test-all lint train-demo clean
+
+help:
+	@echo "make demo       build the bundled model for this machine and chat with it"
+	@echo "make test       run the tests"
+	@echo "make test-all   run all tests, the slow ones too"
+	@echo "make lint       check style"
+	@echo "make train-demo train the bundled model again (about 45 minutes on 2 cores)"
+
+# The core alone: no torch, about 150 MB.
+$(VENV)/.core: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+# Tests compare with PyTorch. A build for CPUs is enough and much smaller where one is offered.
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints-test.txt
+	@touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/fairy_compile build examples/bundled/model --target cpu -o $(DEMO) --force
+	$(BIN)/fairy_compile chat $(DEMO)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2 -m 'slow or not slow'
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+train-demo: $(VENV)/.test
+	$(BIN)/python examples/bundled/train.py -o dist/bundled
+
+clean:
+	rm -rf dist build *.egg-info

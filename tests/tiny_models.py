@@ -1,0 +1,130 @@
+"""Tiny random models in the Hugging Face layout, and PyTorch as the oracle of what they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from fairy_compile import QuantConfig
+from fairy_compile.op import dequantize_activations, quantize_activations
+from fairy_compile.phase import quantize
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    # Large enough that logits differ by much more than rounding.
+    "initializer_range": 0.12,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama_linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "llama_biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+}
+
+
+def save_model(directory: Path, family: str, dtype: str = "float32", **changes: Any) -> Path:
+    """Write a random model of one of `FAMILIES` and return its directory."""
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **extra, **changes})
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias") or "norm" in parameter_name:
+            nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write a byte-level BPE tokenizer that fits the vocabulary of `SIZES`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def function(argument):\n    return argument\n"] * 4, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose input goes through the int8 activation contract."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).numpy()
+        rounded = dequantize_activations(*quantize_activations(flat))
+        return self.linear(torch.from_numpy(rounded).reshape(x.shape))
+
+
+class Oracle:
+    """PyTorch running a model with its linear layers dequantised from phase codes."""
+
+    def __init__(self, directory: Path, quant: QuantConfig) -> None:
+        auto = transformers.AutoModelForCausalLM
+        self.model = auto.from_pretrained(directory, dtype=torch.float32).eval()
+        tied = bool(self.model.config.tie_word_embeddings)
+        for name, module in list(self.model.named_modules()):
+            if not isinstance(module, nn.Linear) or quant.is_exempt(name):
+                continue
+            weight = module.weight.detach().clone()
+            codes = quantize(weight, quant.stages(name), scale=quant.scale)
+            dequantized = nn.Parameter(torch.from_numpy(codes.dequantize()))
+            # Assigning a new parameter unties a head: the embedding itself stays as it is.
+            module.weight = dequantized
+            if quant.act == "int8":
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], Int8Linear(module))
+        assert not tied or self.model.lm_head is not None
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Return float32 logits [len, vocab]."""
+        return self.model(torch.tensor([tokens])).logits[0].numpy()
+
+    @torch.no_grad()
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """Return the ``count`` greedy tokens that follow ``prompt``."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(np.argmax(self.logits(tokens)[-1])))
+        return tokens[len(prompt) :]
+
+
+def relative_error(seen: np.ndarray, want: np.ndarray) -> float:
+    """Return ||seen - want|| / ||want||."""
+    return float(np.linalg.norm(seen - want) / np.linalg.norm(want))
