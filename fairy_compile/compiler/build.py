@@ -347,7 +347,7 @@ def _write_configs(
         ),
         params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
         library=library,
-        functions={name: str(signature) for name, signature in work.signatures.items()},
+        functions={name: str(work.signatures[name]) for name in ENTRY_POINTS},
         metadata=work.metadata,
     )
     manifest.write(directory)

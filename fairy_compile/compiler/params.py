@@ -1,4 +1,4 @@
-"""Parameters of a library from the tensors of a source: read, quantise, pack, one call at a time."""
+"""A library's parameters from a source's tensors: read, quantise, pack, one call at a time."""
 
 from __future__ import annotations
 
