@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fairy_compile.errors import FairyError, nearest
@@ -77,11 +77,6 @@ class QuantConfig:
             if fnmatch.fnmatchcase(layer, pattern):
                 return stages
         return QUANTS[self.quant]
-
-    def for_layer(self, layer: str) -> QuantConfig:
-        """Return a config that treats every layer as this one treats ``layer``."""
-        exempt = ("*",) if self.is_exempt(layer) else ()
-        return replace(self, quant=f"w{self.stages(layer)}", exempt=exempt, stages_for={})
 
     def is_exempt(self, layer: str) -> bool:
         """Tell whether the layer named ``layer`` was asked to stay dense."""

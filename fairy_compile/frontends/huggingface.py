@@ -1,0 +1,73 @@
+"""Hugging Face directories: config.json with dense safetensors or weights-only ``.bin`` files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fairy_compile.config import QuantConfig
+from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.frontends.files import ModelDirectory, tied_tensors
+from fairy_compile.frontends.plan import LayerPlan, plan_weight, quantize_layer
+from fairy_compile.frontends.store import TensorStore
+from fairy_compile.phase import PhaseTensor
+from fairy_compile.phase.quantize import check_finite
+
+
+class HuggingFaceSource(ModelDirectory):
+    """A `ModelSource` over dense weights; see `fairy_compile.frontends.source`.
+
+    Raises:
+        ModelFileError: weights are missing, incomplete or damaged.
+        UnsupportedError: a tensor is not float32, float16 or bfloat16, or the checkpoint is
+            quantised by another tool.
+    """
+
+    kind: Literal["huggingface"] = "huggingface"
+    quant: QuantConfig | None = None
+
+    def __init__(self, directory: Path, config: dict[str, Any]):
+        other = config.get("quantization_config")
+        if other:
+            method = other.get("quant_method") if isinstance(other, dict) else other
+            raise UnsupportedError(
+                f"{directory} is already quantised by {method!r}; allowed: an unquantised "
+                "checkpoint, or one that `fairy_compile convert` wrote"
+            )
+        self._store = TensorStore.open(directory)
+        super().__init__(directory, self._store.files)
+        self.config = config
+        self.tied = tied_tensors(config, self._store.infos)
+        for name in self._store.infos:
+            self._store.check_dtype(name)
+
+    def names(self) -> list[str]:
+        """Return all tensor names, those of tied weights last."""
+        return [*self._store.infos, *self.tied]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self._store.info(self.tied.get(name, name)).shape
+
+    def dtype(self, name: str) -> str:
+        """Return ``"float32"``, ``"float16"`` or ``"bfloat16"``."""
+        return self._store.info(self.tied.get(name, name)).dtype
+
+    def dense(self, name: str) -> np.ndarray:
+        """Return a tensor as stored, checked finite."""
+        array = self._store.read(self.tied.get(name, name))
+        check_finite(array, name)
+        return array
+
+    def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:
+        """Tell what `phase` would return, or why the layer stays dense."""
+        return plan_weight(layer, self.shape(f"{layer}.weight"), quant)
+
+    def phase(self, layer: str, quant: QuantConfig) -> PhaseTensor:
+        """Quantise ``<layer>.weight``."""
+        plan = self.plan(layer, quant)
+        if not plan.phase:
+            raise FairyError(f"{layer} stays dense: {plan.reason}; read it with dense()")
+        return quantize_layer(self.dense(f"{layer}.weight"), layer, quant)[0]
