@@ -17,7 +17,7 @@ def call_arrays(call: LinearCall, planner: Planner) -> dict[str, np.ndarray]:
     """Return all arrays of one linear call, biases included, in the call's layout."""
     source = planner.source
     if call.kernel and call.spec:
-        parts = [source.phase(layer, planner.layer_quants[layer]) for layer in call.sources]
+        parts = [source.phase(layer, planner.quant) for layer in call.sources]
         arrays = call.kernel.layout.pack(parts, call.spec)
     elif call.shared:
         arrays = {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
+from fairy_compile.compiler.schedules import knobs_for, load_knobs
 from fairy_compile.config import QuantConfig, check_choice
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.source import LayerPlan, ModelSource
 from fairy_compile.kernels import FAMILIES
-from fairy_compile.kernels.base import PhaseKernel
+from fairy_compile.kernels.base import Batch, PhaseKernel
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op.spec import PhaseSpec
 from fairy_compile.targets import Target
@@ -55,8 +56,8 @@ class Planner:
         self.target = target
         self.calls: list[LinearCall] = []
         self.layer_plans: dict[str, LayerPlan] = {}
-        self.layer_quants: dict[str, QuantConfig] = {}
         self._names = frozenset(source.names())
+        self._tuned = load_knobs(target)
 
     def dtype(self, name: str) -> str:
         """See `LinearPlanner.dtype`."""
@@ -75,7 +76,7 @@ class Planner:
             self._check_shape(f"{layer}.weight", (rows, in_features))
             if bias:
                 self._check_shape(f"{layer}.bias", (rows,))
-            self._plan_layer(layer, self.quant)
+            self.layer_plans[layer] = self.source.plan(layer, self.quant)
         groups: list[list[int]] = []
         for i, layer in enumerate(sources):
             if groups and self._fusable(sources[groups[-1][-1]], layer):
@@ -94,44 +95,34 @@ class Planner:
         self.calls.extend(calls)
         return calls
 
-    def head(
-        self, name: str, embedding: str, in_features: int, vocab: int, tied: bool
-    ) -> list[LinearCall]:
+    def head(self, name: str, in_features: int, vocab: int) -> list[LinearCall]:
         """See `LinearPlanner.head`.
 
-        A checkpoint with a weight of its own for the head is like any other layer. A tied head is
-        a linear layer over the embedding's weight, quantised as one unless it is exempt; then it
-        reads the embedding itself.
+        A head is quantised like any other layer, also one tied to the embedding, which then stays
+        as it is. A tied head that stays dense reads the embedding itself.
         """
-        if f"{name}.weight" in self._names:
-            return self.linear(name, [name], in_features, [vocab])
-        if not tied:
+        weight = f"{name}.weight"
+        if weight not in self._names:
             raise ModelFileError(
-                f"the checkpoint has no tensor {name}.weight and its config.json does not set "
+                f"the checkpoint has no tensor {weight} and its config.json does not set "
                 "tie_word_embeddings"
             )
-        self._check_shape(f"{embedding}.weight", (vocab, in_features))
-        plan = self._plan_layer(embedding, self.quant.for_layer(name))
-        if plan.phase:
-            call = self._call(name, (embedding,), in_features, (vocab,), bias=False)
-        else:
-            call = LinearCall(
-                name=name,
-                sources=(embedding,),
-                in_features=in_features,
-                out_features=(vocab,),
-                bias=False,
-                reason=f"{plan.reason}; reads the tied embedding",
-                dtype=self.source.dtype(f"{embedding}.weight"),
-                shared=f"{embedding}.weight",
-            )
+        plan = self.source.plan(name, self.quant)
+        if plan.phase or weight not in self.source.tied:
+            return self.linear(name, [name], in_features, [vocab])
+        self._check_shape(weight, (vocab, in_features))
+        call = LinearCall(
+            name=name,
+            sources=(name,),
+            in_features=in_features,
+            out_features=(vocab,),
+            bias=False,
+            reason=f"{plan.reason}; reads the tied embedding",
+            dtype=self.source.dtype(weight),
+            shared=self.source.tied[weight],
+        )
         self.calls.append(call)
         return [call]
-
-    def _plan_layer(self, layer: str, quant: QuantConfig) -> LayerPlan:
-        self.layer_quants[layer] = quant
-        self.layer_plans[layer] = self.source.plan(layer, quant)
-        return self.layer_plans[layer]
 
     def _fusable(self, first: str, second: str) -> bool:
         a, b = self.layer_plans[first], self.layer_plans[second]
@@ -168,7 +159,8 @@ class Planner:
             act=self.quant.act,
         )
         kernel, spec, reason = pick_kernel(spec, self.target)
-        return LinearCall(**common, reason=reason, spec=spec, kernel=kernel)
+        knobs = {batch: knobs_for(kernel, batch, self._tuned) for batch in get_args(Batch)}
+        return LinearCall(**common, reason=reason, spec=spec, kernel=kernel, knobs=knobs)
 
     def _check_shape(self, name: str, want: tuple[int, ...]) -> None:
         if name not in self._names:

@@ -1,10 +1,15 @@
-"""Kernel families by name; a target lists the names it prefers, best first."""
+"""Kernel families by name; a target lists the families it prefers, best first."""
 
 from __future__ import annotations
 
 from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.kernels.generic import GenericKernel
+from fairy_compile.kernels.x86 import CODEBOOK_KERNELS
 
-KERNELS: dict[str, PhaseKernel] = {kernel.name: kernel for kernel in (GenericKernel(),)}
+FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
+    "x86.codebook": CODEBOOK_KERNELS,
+    "generic": (GenericKernel(),),
+}
+"""Family name -> its kernels, best first."""
 
-__all__ = ["KERNELS", "PhaseKernel"]
+__all__ = ["FAMILIES", "PhaseKernel"]

@@ -1,7 +1,8 @@
 """What every kernel family provides, whatever the backend.
 
-A kernel family is a `Layout` (how the packed weight of one call lies in memory) plus a `PhaseKernel`
-(a generator of scheduled functions over it). Compiler, tuner, report and tests know only these.
+A kernel family is a `Layout` (how the packed weight of one call lies in memory) plus a
+`PhaseKernel` (a generator of scheduled functions over it). Compiler, tuner, report and tests know
+only these.
 """
 
 from __future__ import annotations

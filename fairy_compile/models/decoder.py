@@ -180,13 +180,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, planner, target)
         self.lm_head = make_linear(
-            planner.head(
-                "lm_head",
-                "model.embed_tokens",
-                config.hidden_size,
-                config.vocab_size,
-                config.tie_word_embeddings,
-            ),
+            planner.head("lm_head", config.hidden_size, config.vocab_size),
             target,
             shared=self.model.embed_tokens.weight,
         )

@@ -26,7 +26,8 @@ class LinearCall:
         out_features: real output features of each source.
         bias: whether the sources have biases.
         reason: why this kernel was chosen, for the report.
-        spec, kernel, knobs: of a phase call; None and {} for a dense one.
+        spec, kernel: of a phase call; None for a dense one.
+        knobs: batch class -> knobs that differ from the kernel's defaults.
         dtype: storage dtype of a dense weight.
         shared: parameter that already holds the dense weight (tied embeddings), or None.
     """
@@ -39,7 +40,7 @@ class LinearCall:
     reason: str
     spec: PhaseSpec | None = None
     kernel: PhaseKernel | None = None
-    knobs: Mapping[str, Any] = field(default_factory=dict)
+    knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
     shared: str | None = None
 
@@ -75,9 +76,7 @@ class LinearPlanner(Protocol):
     ) -> list[LinearCall]:
         """Plan the layers ``sources`` over one input: one fused call, or several in order."""
 
-    def head(
-        self, name: str, embedding: str, in_features: int, vocab: int, tied: bool
-    ) -> list[LinearCall]:
+    def head(self, name: str, in_features: int, vocab: int) -> list[LinearCall]:
         """Plan the output head, which may share the embedding's weight."""
 
     def dtype(self, name: str) -> str:
@@ -131,7 +130,7 @@ class PlannedLinear(nn.Module):
     def _function(self, batch: str) -> tirx.PrimFunc:
         call = self.call
         if call.kernel and call.spec:
-            func = call.kernel.build(call.spec, self.target, batch, call.knobs)
+            func = call.kernel.build(call.spec, self.target, batch, call.knobs.get(batch, {}))
         else:
             func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
         # Opaque to operator fusion: the function is already scheduled.

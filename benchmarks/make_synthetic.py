@@ -1,0 +1,136 @@
+"""Write a model directory with the shapes of a real model and random bfloat16 weights.
+
+    python benchmarks/make_synthetic.py llama2-7b -o /tmp/llama2-7b
+
+The result is an ordinary sharded Hugging Face checkpoint, made layer by layer, so that building,
+memory and speed can be measured without downloading anything. Its text means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SHAPES = {
+    "llama2-7b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "qwen2-0.5b": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def shards(config: dict) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield the tensors of one shard after the other: name -> shape."""
+    hidden, inner, vocab = (
+        config["hidden_size"], config["intermediate_size"], config["vocab_size"],
+    )  # fmt: skip
+    head_dim = hidden // config["num_attention_heads"]
+    kv = head_dim * config["num_key_value_heads"]
+    yield {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes = {
+            f"{layer}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{layer}.self_attn.k_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.v_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{layer}.mlp.gate_proj.weight": (inner, hidden),
+            f"{layer}.mlp.up_proj.weight": (inner, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, inner),
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+        }
+        if config["model_type"] == "qwen2":
+            rows = {"q": hidden, "k": kv, "v": kv}
+            shapes |= {f"{layer}.self_attn.{p}_proj.bias": (n,) for p, n in rows.items()}
+        yield shapes
+    last = {"model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        last["lm_head.weight"] = (vocab, hidden)
+    yield last
+
+
+def random_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return norms near 1 and everything else as a small Gaussian, bfloat16."""
+    values = rng.standard_normal(shape, np.float32)
+    values *= 0.02
+    if "norm" in name:
+        values += 1
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write a byte-level tokenizer whose other tokens are numbered placeholders."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet)}
+    vocab |= {f"<unused{i}>": i for i in range(len(vocab), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="fewer layers than the real model")
+    args = parser.parse_args()
+    if args.output.exists() and any(args.output.iterdir()):
+        sys.exit(f"error: {args.output} is not empty; choose another --output")
+    config = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    args.output.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    start, weight_map, total = time.perf_counter(), {}, 0
+    parts = list(shards(config))
+    for i, part in enumerate(parts):
+        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {name: random_tensor(rng, name, shape) for name, shape in part.items()}
+        save_file(tensors, str(args.output / file), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+        total += sum(t.nbytes for t in tensors.values())
+        print(f"\r{file}  {total / 1e9:.1f} GB", end="", flush=True)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (args.output / "model.safetensors.index.json").write_text(json.dumps(index))
+    (args.output / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    write_tokenizer(args.output, config["vocab_size"])
+    print(f"\nwrote {args.output} in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
