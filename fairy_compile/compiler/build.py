@@ -32,9 +32,10 @@ from fairy_compile.artifact import (
     staged_directory,
 )
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
+from fairy_compile.artifact.schema import dump_json, load_object
 from fairy_compile.artifact.tensor_cache import ITEMSIZE, TENSOR_CACHE
 from fairy_compile.compiler import params as parameters
-from fairy_compile.compiler.export import export_library, library_name
+from fairy_compile.compiler.export import check_linker, export_library, library_name
 from fairy_compile.compiler.library import ENTRY_POINTS, Param, Sizes, define
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.plan import Planner
@@ -109,6 +110,7 @@ def build(
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
+        check_linker(compile_for)
     work = _Work(source, config_quant, compile_for, decoder, sizes)
     with clock("define"):
         work.define()
@@ -121,6 +123,12 @@ def build(
         output, force=force, needed_bytes=needed, resume_key=work.resume_key()
     )
     with staged as directory:
+        with clock("weights"):
+            written, demands = _write_params(work, directory, progress)
+        if demands:
+            with clock("define again"):
+                work.define(demands)
+                report.layers = [describe_call(call) for call in work.planner.calls]
         with clock("compile"):
             executable = compile_module(
                 work.module,
@@ -130,8 +138,6 @@ def build(
                 progress=progress,
             )
             export_library(executable, compile_for, directory)
-        with clock("weights"):
-            written = _write_params(work, directory, progress)
         with clock("finish"):
             _write_configs(work, directory, written, report)
     report.output = str(output)
@@ -149,9 +155,9 @@ class _Work:
     decoder: DecoderConfig
     sizes: Sizes
 
-    def define(self) -> None:
+    def define(self, demands: parameters.Demands | None = None) -> None:
         """Plan kernels and build the Relax module."""
-        self.planner = Planner(self.source, self.quant, self.target)
+        self.planner = Planner(self.source, self.quant, self.target, demands)
         self.module, self.params, self.metadata = define(
             self.decoder, self.planner, self.target, self.sizes, f"fairy-{self.quant.quant}"
         )
@@ -276,20 +282,32 @@ def _source_name(source: ModelSource) -> str:
     return source.directory.resolve().name
 
 
-def _write_params(work: _Work, directory: Path, progress: Progress | None) -> WrittenParams:
+# Beside the shards of an unfinished build: what the weights written so far demand.
+_DEMANDS = "demands-progress.json"
+
+
+def _write_params(
+    work: _Work, directory: Path, progress: Progress | None
+) -> tuple[WrittenParams, parameters.Demands]:
     writer = ParamWriter.resume(directory)
     done = frozenset(p.name for p in work.params if writer.has(p.name))
-    count = len(done)
-    for name, array in parameters.iterate(work.params, work.planner, done):
+    notes = directory / _DEMANDS
+    demands: parameters.Demands = load_object(notes) if done and notes.is_file() else {}
+    noted = len(demands)
+    arrays = parameters.iterate(work.params, work.planner, demands, done)
+    for count, (name, array) in enumerate(arrays, len(done)):
         if progress:
             progress(f"weights: {name}", count, len(work.params))
+        if len(demands) > noted:  # before the shard, so that no closed shard goes without
+            noted = len(demands)
+            dump_json(notes, demands)
         writer.add(name, array)
-        count += 1
+    notes.unlink(missing_ok=True)
     weights = sum(
         row.shape[0] * row.shape[1] for row in (describe_call(c) for c in work.planner.calls)
     )
     bits = 8 * sum(_nbytes(p) for p in work.params if p.call) / max(1, weights)
-    return writer.finish({"BitsPerParam": round(bits, 3)})
+    return writer.finish({"BitsPerParam": round(bits, 3)}), demands
 
 
 def _write_configs(

@@ -40,6 +40,12 @@ def export_library(executable: Any, target: Target, directory: Path) -> Path:
     return path
 
 
+def check_linker(target: Target) -> None:
+    """Raise `FairyError` if a library for ``target`` could not be linked on this machine."""
+    if target.linkers and target.library != "tar":
+        find_linker(target)
+
+
 def find_linker(target: Target) -> list[str]:
     """Return the first of the target's link commands whose program is installed.
 

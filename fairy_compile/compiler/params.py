@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,20 @@ from fairy_compile.errors import FairyError
 from fairy_compile.frontends.source import ModelSource
 from fairy_compile.models.linear import LinearCall
 
+Demands = dict[str, dict[str, Any]]
+"""Call name -> knobs its weights need, see `PhaseKernel.demands`."""
 
-def call_arrays(call: LinearCall, planner: Planner) -> dict[str, np.ndarray]:
-    """Return all arrays of one linear call, biases included, in the call's layout."""
+
+def call_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[str, np.ndarray]:
+    """Return all arrays of one linear call, biases included, in the call's layout.
+
+    What the weights demand of their kernel is noted in ``demands``.
+    """
     source = planner.source
     if call.kernel and call.spec:
         parts = [source.phase(layer, planner.quant) for layer in call.sources]
+        if knobs := dict(call.kernel.demands(parts, call.spec)):
+            demands[call.name] = knobs
         arrays = call.kernel.layout.pack(parts, call.spec)
     elif call.shared:
         arrays = {}
@@ -41,7 +50,7 @@ def plain_array(param: Param, source: ModelSource) -> np.ndarray:
 
 
 def iterate(
-    params: list[Param], planner: Planner, done: frozenset[str] = frozenset()
+    params: list[Param], planner: Planner, demands: Demands, done: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, array) for every parameter not in ``done``, in library order.
 
@@ -60,7 +69,7 @@ def iterate(
             continue
         if param.call is not current:
             arrays = {}  # let go of the last call before loading the next
-            arrays = call_arrays(param.call, planner)
+            arrays = call_arrays(param.call, planner, demands)
             current = param.call
         yield param.name, arrays.pop(param.array)
 
@@ -69,5 +78,5 @@ def role(param: Param) -> str:
     """Return what an artifact's manifest calls the parameter: codes, scales, weight, ..."""
     if param.call is not None:
         known = ("codes", "scales", "tables", "bias")
-        return next((name for name in known if param.array.startswith(name)), "weight")
+        return next((name for name in known if param.array.endswith(name)), "weight")
     return "embedding" if param.name.endswith("embed_tokens.weight") else "norm"

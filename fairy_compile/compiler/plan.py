@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -48,12 +48,26 @@ def _in_words(refusals: dict[str, str]) -> str:
 
 
 class Planner:
-    """Answers a model's questions about its linear layers from a source's headers alone."""
+    """Answers a model's questions about its linear layers from a source's headers alone.
 
-    def __init__(self, source: ModelSource, quant: QuantConfig, target: Target) -> None:
+    Args:
+        source: the weights.
+        quant: how they become codes.
+        target: what is compiled for.
+        demands: call name -> knobs its weights turned out to need, see `PhaseKernel.demands`.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        quant: QuantConfig,
+        target: Target,
+        demands: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.source = source
         self.quant = quant
         self.target = target
+        self.demands = demands or {}
         self.calls: list[LinearCall] = []
         self.layer_plans: dict[str, LayerPlan] = {}
         self._names = frozenset(source.names())
@@ -159,7 +173,13 @@ class Planner:
             act=self.quant.act,
         )
         kernel, spec, reason = pick_kernel(spec, self.target)
-        knobs = {batch: knobs_for(kernel, batch, self._tuned) for batch in get_args(Batch)}
+        demanded = dict(self.demands.get(name, {}))
+        knobs = {
+            batch: knobs_for(kernel, batch, self._tuned) | demanded for batch in get_args(Batch)
+        }
+        if demanded:
+            settings = ", ".join(f"{knob}={value}" for knob, value in demanded.items())
+            reason += f"; its weights need {settings}"
         return LinearCall(**common, reason=reason, spec=spec, kernel=kernel, knobs=knobs)
 
     def _check_shape(self, name: str, want: tuple[int, ...]) -> None:

@@ -77,6 +77,12 @@ class PhaseKernel(Protocol):
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
         """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
 
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """Return the knob values that these very weights need to be computed accurately.
+
+        They override defaults and tuned values; most kernels demand nothing.
+        """
+
     def build(
         self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
     ) -> PrimFunc:

@@ -107,6 +107,10 @@ class GenericKernel:
             return f"it keeps activations in float; {spec.act} was asked for"
         return None
 
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """See `PhaseKernel.demands`: nothing, every knob computes the same."""
+        return {}
+
     def build(self, spec: PhaseSpec, target: Any, batch: Batch, knobs: Mapping[str, Any]) -> Any:
         """See `PhaseKernel.build`."""
         from tvm import te, tirx

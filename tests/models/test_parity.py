@@ -19,9 +19,12 @@ FLOAT_TOLERANCE = 1e-4
 # A token passes 4 calls a layer and the head; independent errors add in squares.
 CALLS = 4 * SIZES["num_hidden_layers"] + 1
 INT8_BOUND = math.sqrt(CALLS) * math.sqrt(128) / (127 * math.sqrt(12))
-# Against PyTorch with the same contract only two differences are left: the joint code tables
-# (1e-3 of a second stage) and activations that rounding moves across a tie, one step of 1/254.
-SAME_CONTRACT_TOLERANCE = INT8_BOUND / 10
+# Against PyTorch with the same contract, what is left is the float rounding of each side, which
+# moves single activations across a rounding tie (one step of 1/254 of the peak each). With T = 2
+# the joint code tables also put up to 3e-4 on a second stage: that moves 254 * 3e-4 * |x|/peak,
+# some 2 %, of all roundings by a whole step, whose variance is 12 times a rounding error's:
+# sqrt(12 * 0.02) = half of the contract's own noise.
+SAME_CONTRACT_TOLERANCE = {"w1": INT8_BOUND / 10, "w2": INT8_BOUND / 2}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_int8_logits_stay_within_the_contracts_bound(built, family: str, quant: 
     with fc.load(out) as model:
         logits = model.logits(TOKENS)
     assert relative_error(logits, exact) <= INT8_BOUND
-    assert relative_error(logits, same_contract) <= SAME_CONTRACT_TOLERANCE
+    assert relative_error(logits, same_contract) <= SAME_CONTRACT_TOLERANCE[quant]
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama", "qwen2"}))

@@ -1,0 +1,200 @@
+"""x86 phase GEMM: nibbles of codes look up int8 tables, which meet int8 activations.
+
+For every step of every row tile (see `x86_layout` for the bytes) and every look-up of it:
+
+    entries = shuffle(table, nibble)              one byte per (row, column of the block)
+    sum_a  += dot4(entries, q_re of the block)    one int32 per row
+    sum_b  += dot4(entries, q_im of the block)
+
+and, when the scale of weights or activations changes, sums are scaled into float32 outputs. With
+R, I a term's real and imaginary tables and a, b = Re x, Im x:
+
+    U x:       re += R.a - I.b,  im += R.b + I.a
+    W conj x:  re += R.a + I.b,  im += I.a - R.b
+
+Two table modes share the packed bytes. ``split`` has a table of -1, 0, 1 for each stage and is
+exact. ``joint`` (tensor scales) has one table for each pair of stages, holding p and q in the ratio
+of their scales: half the look-ups and dot products for a ratio error that `joint_ratio` bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fairy_compile.errors import FairyError
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.x86_layout import BLOCK, X86Layout, has_joint
+from fairy_compile.kernels.x86_tables import joint_ratio_error
+from fairy_compile.op import PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+    from fairy_compile.targets import Target
+
+_MAX_CODES = 2**31 - 1  # code offsets are int32
+
+
+@dataclass(frozen=True)
+class Isa:
+    """What an instruction set offers this kernel.
+
+    Attributes:
+        name: short name for reports.
+        features: LLVM feature names it needs.
+        rows: complex rows of a row tile: a vector holds 4 bytes of each.
+        shuffle: LLVM intrinsic (table, index) that looks bytes up in a table of 16.
+        masked_index: the shuffle gives 0 for indices above 127, so nibbles must be cut out.
+        dot: LLVM intrinsic (int32 sums, unsigned, signed) adding dot products of 4 bytes, or None
+            where AVX2's pmaddubsw and pmaddwd take its place.
+        joint_limit: largest p + q of a joint table. 127 is what a byte holds. pmaddubsw saturates
+            at int16: with entries up to 2 * 63 + 1, a pair is at most 2 * 127 * 127 = 32258.
+        sums: accumulators to keep in registers at a time.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    rows: int
+    shuffle: str
+    masked_index: bool
+    dot: str | None
+    joint_limit: int
+    sums: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of a vector."""
+        return BLOCK * self.rows
+
+
+AVX512_VBMI = Isa(
+    name="avx512vbmi",
+    features=("avx512bw", "avx512vnni", "avx512vbmi"),
+    rows=16,
+    shuffle="llvm.x86.avx512.permvar.qi.512",
+    masked_index=False,
+    dot="llvm.x86.avx512.vpdpbusd.512",
+    joint_limit=127,
+    sums=16,
+)
+AVX512_VNNI = Isa(
+    name="avx512vnni",
+    features=("avx512bw", "avx512vnni"),
+    rows=16,
+    shuffle="llvm.x86.avx512.pshuf.b.512",
+    masked_index=True,
+    dot="llvm.x86.avx512.vpdpbusd.512",
+    joint_limit=127,
+    sums=16,
+)
+AVX_VNNI = Isa(
+    name="avxvnni",
+    features=("avx2", "avxvnni"),
+    rows=8,
+    shuffle="llvm.x86.avx2.pshuf.b",
+    masked_index=True,
+    dot="llvm.x86.avx512.vpdpbusd.256",  # LLVM selects the VEX form where there is no AVX512
+    joint_limit=127,
+    sums=8,
+)
+AVX2 = Isa(
+    name="avx2",
+    features=("avx2",),
+    rows=8,
+    shuffle="llvm.x86.avx2.pshuf.b",
+    masked_index=True,
+    dot=None,
+    joint_limit=63,
+    sums=8,
+)
+
+
+# Relative error of a joint table entry that is accepted for its speed: well below the rounding of
+# int8 activations.
+MAX_JOINT_ERROR = 1e-3
+
+
+class X86Codebook:
+    """Codebook kernel for one instruction set; implements `PhaseKernel`.
+
+    Knobs:
+        tables: ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the same as
+            ``split``) or ``split``.
+        prefetch: bytes of codes to prefetch ahead; 0 for none.
+        tokens: rows of x that share a look-up in batch ``many``.
+    """
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+        self.name = f"x86.codebook.{isa.name}"
+        self.layout = X86Layout(isa.rows, isa.joint_limit)
+        self.knobs: Mapping[str, Sequence[Any]] = {
+            "tables": ("joint", "split"),
+            "prefetch": (4096, 8192, 2048, 0),
+            "tokens": (4, 2, 1),
+        }
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
+        if target.tvm.get("kind") != "llvm":
+            return f"it is for CPUs; target {target.name} is {target.tvm.get('kind')}"
+        missing = [f for f in self.isa.features if not target.has(f)]
+        if missing:
+            return f"target {target.name} lacks the CPU features {', '.join(missing)}"
+        if spec.act != "int8":
+            return f"it computes with int8 activations; this call asks for {spec.act}"
+        size = self.layout.arrays(spec)["codes"].nbytes
+        if size > _MAX_CODES:
+            return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
+        return None
+
+    def uses_joint(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> bool:
+        """Tell whether `build` with these knobs reads the joint tables."""
+        return self._choose(knobs)["tables"] == "joint" and has_joint(spec)
+
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """Return ``tables: split`` where joint tables would miss a ratio of scales by too much."""
+        if not has_joint(spec):
+            return {}
+        error = joint_ratio_error(parts, self.isa.joint_limit)
+        return {"tables": "split"} if error > MAX_JOINT_ERROR else {}
+
+    def build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Return a scheduled function (x, *arrays in `layout.arrays` order, y).
+
+        x is float32 (b, 2m) and y float32 (b, 2n); b is 1 for batch ``single`` and symbolic for
+        ``many``. Knobs left out take their defaults.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        from fairy_compile.kernels.x86_codegen import CodebookFunction
+
+        chosen = self._choose(knobs)
+        return CodebookFunction(
+            isa=self.isa,
+            layout=self.layout,
+            spec=spec,
+            batch=batch,
+            joint=self.uses_joint(spec, knobs),
+            tokens=chosen["tokens"] if batch == "many" else 1,
+            prefetch=chosen["prefetch"],
+        ).emit()
+
+    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        for knob, value in knobs.items():
+            if value not in self.knobs.get(knob, ()):
+                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
+                raise FairyError(
+                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
+                )
+        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
+
+
+CODEBOOK_KERNELS = tuple(X86Codebook(isa) for isa in (AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2))
+"""The family, best first: use the first whose `unsupported` is None."""

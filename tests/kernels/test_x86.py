@@ -1,0 +1,243 @@
+"""The x86 kernels against the NumPy reference, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import tvm
+
+from fairy_compile.errors import FairyError
+from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, CODEBOOK_KERNELS, X86Codebook
+from fairy_compile.kernels.x86_tables import joint_ratio_error
+from fairy_compile.op import (
+    PhaseSpec,
+    dequantize_activations,
+    phase_gemm_reference,
+    quantize_activations,
+)
+from fairy_compile.phase import PhaseTensor, tile_shape
+from fairy_compile.targets import Target, host_features
+
+CPUS = {
+    "avx512vbmi": "icelake-server",
+    "avx512vnni": "cascadelake",
+    "avxvnni": "alderlake",
+    "avx2": "haswell",
+}
+HERE = [k for k in CODEBOOK_KERNELS if host_features().issuperset(k.isa.features)]
+each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
+BOTH, ONLY_W = ("U", "W"), ("W",)
+
+
+def make_spec(parts=(70, 9), m=200, stages=2, terms=BOTH, scale="tensor", act="int8") -> PhaseSpec:
+    return PhaseSpec(parts, m, stages, terms, scale, act)
+
+
+def make_target(kernel: X86Codebook, features=None) -> Target:
+    features = frozenset(kernel.isa.features if features is None else features)
+    return Target("test", "", {"kind": "llvm", "mcpu": CPUS[kernel.isa.name]}, features, ())
+
+
+def make_parts(spec: PhaseSpec, seed=0, code=None) -> list[PhaseTensor]:
+    """Random layers, later stages smaller; ``code`` makes all codes that one."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for n in spec.parts:
+        codes = rng.integers(0, 4, (spec.stages, len(spec.terms), n, spec.m)).astype(np.uint8)
+        if code is not None:
+            codes[:] = code
+        rows, columns = tile_shape(spec.scale, n, spec.m)
+        shape = (spec.stages, len(spec.terms), 2, -(-n // rows), -(-spec.m // columns))
+        scales = rng.uniform(0.01, 0.03, shape) / 2.0 ** np.arange(spec.stages)[(..., *[None] * 4)]
+        parts.append(
+            PhaseTensor.from_codes(codes, scales.astype(np.float32), spec.terms, spec.scale)
+        )
+    return parts
+
+
+@cache
+def compiled(kernel: X86Codebook, spec: PhaseSpec, batch: str, knobs: tuple = ()):
+    target = make_target(kernel)
+    function = kernel.build(spec, target, batch, dict(knobs))
+    library = tvm.compile(function, target=target.to_tvm())
+    return library[function.attrs["global_symbol"]]
+
+
+def run(kernel, spec, parts, x, batch="many", **knobs) -> np.ndarray:
+    function = compiled(kernel, spec, batch, tuple(knobs.items()))
+    arrays = kernel.layout.pack(parts, spec)
+    y = tvm.runtime.tensor(np.full((len(x), spec.out_features), np.nan, np.float32))
+    function(tvm.runtime.tensor(x), *map(tvm.runtime.tensor, arrays.values()), y)
+    return y.numpy()
+
+
+def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
+    """Bound on |y - reference|, (b, 2n).
+
+    Let S be the sum of |x| times the scales that the codes select, which bounds every partial sum.
+    A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
+    are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
+    the joint units are rounded once more, and the reference's weights once a stage, so at most
+    8 eps S. A joint table moves the weights of a pair of stages by sqrt(2) error |(s1, s2)|.
+    """
+    a, b = np.split(np.abs(dequantize_activations(*quantize_activations(x))), 2, axis=1)
+    flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
+    products = flushes * len(spec.terms) * spec.stages * 2 * 2
+    bounds = []
+    for part in parts:
+        rows, columns = tile_shape(spec.scale, part.n, part.m)
+        largest = part.scales.max(axis=2).sum(axis=(0, 1))  # no axis of any code exceeds it
+        largest = np.kron(largest, np.ones((rows, columns)))[: part.n, : part.m]
+        bound = (products + 11) * 2.0**-24 * ((a + b) @ largest.T)
+        if joint:
+            error = np.sqrt(2) * joint_ratio_error([part], kernel.isa.joint_limit)
+            scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
+            pairs = np.hypot(scales[::2], scales[1::2])
+            bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
+        bounds += [bound, bound]
+    return np.concatenate(bounds, axis=1)
+
+
+def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
+    got = run(kernel, spec, parts, x, batch, **knobs)
+    want = phase_gemm_reference(x, parts, "int8")
+    allowed = tolerance(kernel, spec, parts, x, kernel.uses_joint(spec, knobs))
+    worst = np.max(np.abs(got - want) - allowed)
+    assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
+
+
+def make_x(spec, batch=1, seed=1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 2 * spec.m)).astype(np.float32)
+
+
+@each_isa
+@pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_single_matches_reference(kernel, stages, scale):
+    spec = make_spec(stages=stages, scale=scale)
+    check(kernel, spec, make_parts(spec), make_x(spec), "single", tables="split")
+
+
+@each_isa
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_joint_tables_stay_within_the_ratio_bound(kernel, stages):
+    spec = make_spec(stages=stages)
+    assert kernel.uses_joint(spec, {})
+    check(kernel, spec, make_parts(spec), make_x(spec), "single")
+
+
+@each_isa
+@pytest.mark.parametrize(
+    ("stages", "scale"), [(1, "tensor"), (2, "row"), (3, "tensor"), (4, "tile64")]
+)
+def test_w_only_is_w_times_conjugate_x(kernel, stages, scale):
+    spec = make_spec(stages=stages, scale=scale, terms=ONLY_W)
+    check(kernel, spec, make_parts(spec), make_x(spec), "single", tables="split")
+    if scale == "tensor" and stages > 1:
+        check(kernel, spec, make_parts(spec), make_x(spec), "single", tables="joint")
+
+
+@each_isa
+@pytest.mark.parametrize(("stages", "scale"), [(1, "tile64"), (2, "tensor"), (2, "row")])
+def test_batches(kernel, stages, scale):
+    spec = make_spec(stages=stages, scale=scale)
+    parts = make_parts(spec)
+    for batch in (1, 2, 17, 64):
+        check(kernel, spec, parts, make_x(spec, batch))
+
+
+@each_isa
+def test_batch_rows_equal_single_rows(kernel):
+    spec = make_spec()
+    parts, x = make_parts(spec), make_x(spec, 6)
+    together = run(kernel, spec, parts, x)
+    alone = [run(kernel, spec, parts, row[None], "single") for row in x]
+    # The same sums in the same order; only contraction to fused multiply-add may differ.
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", [AVX512_VBMI, AVX2], ids=lambda i: i.name)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 3), (17, 130), (100, 128)])
+def test_odd_sizes(isa, n, m):
+    kernel = next((k for k in HERE if k.isa is isa), None)
+    if kernel is None:
+        pytest.skip(f"this machine has no {isa.name}")
+    spec = make_spec(parts=(n,), m=m)
+    check(kernel, spec, make_parts(spec), make_x(spec), "single")
+
+
+@each_isa
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_equal_codes_and_equal_activations(kernel, code):
+    """Every product of a group has one sign and full size: what would overflow int16 sums."""
+    spec = make_spec()
+    parts = make_parts(spec, code=code)
+    for value in (1.0, -3.0):
+        x = np.full((1, 2 * spec.m), value, np.float32)
+        for tables in ("split", "joint"):
+            check(kernel, spec, parts, x, "single", tables=tables)
+
+
+@each_isa
+def test_zero_activations_give_zero(kernel):
+    spec = make_spec()
+    x = np.zeros((3, 2 * spec.m), np.float32)
+    assert np.array_equal(run(kernel, spec, make_parts(spec), x), np.zeros((3, spec.out_features)))
+
+
+@each_isa
+def test_outlier_and_zero_groups(kernel):
+    spec = make_spec()
+    x = make_x(spec, 2)
+    x[0, 7] = 1e4
+    x[1, :128] = 0
+    check(kernel, spec, make_parts(spec), x)
+
+
+@each_isa
+def test_ties_round_to_even(kernel):
+    """With a peak of 127 the scale is 1, so halves are ties; rounding them away shows in y."""
+    spec = make_spec()
+    half = np.arange(spec.m) % 127 + 0.5
+    half[::100] = 127
+    x = np.concatenate([half, -half])[None].astype(np.float32)
+    assert (quantize_activations(x)[0][0, 0, 1:4] == [2, 2, 4]).all()
+    check(kernel, spec, make_parts(spec, code=0), x, "single", tables="split")
+
+
+@pytest.mark.parametrize("knobs", [{"tokens": 1}, {"tokens": 2}, {"prefetch": 0}], ids=str)
+def test_knobs_do_not_change_results(knobs):
+    kernel = HERE[0]
+    spec = make_spec()
+    parts, x = make_parts(spec), make_x(spec, 7)
+    np.testing.assert_allclose(
+        run(kernel, spec, parts, x, **knobs), run(kernel, spec, parts, x), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_unknown_knob_is_refused():
+    spec = make_spec()
+    with pytest.raises(FairyError, match=r"no knob tokens with the value 3; allowed: .*4, 2, 1"):
+        HERE[0].build(spec, make_target(HERE[0]), "many", {"tokens": 3})
+
+
+def test_function_is_marked_as_scheduled():
+    function = HERE[0].build(make_spec(), make_target(HERE[0]), "single", {})
+    assert function.attrs["tirx.is_scheduled"]
+    assert function.attrs["tirx.noalias"]
+    name = f"phase_gemm_{HERE[0].isa.name}_n70_9_m200_t2_uw_tensor_joint_single"
+    assert function.attrs["global_symbol"] == name
+
+
+def test_unsupported_reasons():
+    kernel = CODEBOOK_KERNELS[0]
+    able = make_target(kernel)
+    assert kernel.unsupported(make_spec(), able) is None
+    old = make_target(kernel, {"avx2", "avx512bw"})
+    assert kernel.unsupported(make_spec(), old).endswith("avx512vnni, avx512vbmi")
+    assert "asks for float" in kernel.unsupported(make_spec(act="float"), able)
+    assert "offsets" in kernel.unsupported(make_spec(parts=(1 << 20,), m=4096), able)
+    gpu = Target("gpu", "", {"kind": "cuda"}, able.features, ())
+    assert "is for CPUs" in kernel.unsupported(make_spec(), gpu)
