@@ -10,6 +10,7 @@ from tvm import relax
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
+from fairy_compile.artifact.contract import REQUIRED_FUNCTIONS
 from fairy_compile.compiler.plan import Planner
 from fairy_compile.models import DecoderConfig
 from fairy_compile.models import engine_functions as engine
@@ -18,6 +19,9 @@ from fairy_compile.models.linear import LinearCall, PlannedLinear
 from fairy_compile.targets import Target
 
 ACT_DTYPE = "float32"
+
+ENTRY_POINTS = tuple(REQUIRED_FUNCTIONS["cpu"])
+"""What an engine calls in a library for CPUs; everything else is internal."""
 
 
 @dataclass(frozen=True)
@@ -170,19 +174,3 @@ def _metadata(
             for p in params
         ],
     }
-
-
-ENTRY_POINTS = (
-    "_metadata",
-    "embed",
-    "prefill",
-    "batch_prefill",
-    "decode",
-    "batch_decode",
-    "create_tir_paged_kv_cache",
-    "alloc_embedding_tensor",
-    "softmax_with_temperature",
-    "apply_logit_bias_inplace",
-    "apply_penalty_inplace",
-    "apply_bitmask_inplace",
-)

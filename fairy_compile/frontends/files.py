@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fairy_compile.artifact.files import hash_files
 from fairy_compile.errors import ModelFileError
 
 CONFIG_LIMIT = 1 << 20
@@ -125,15 +125,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits, reading it in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -169,5 +160,5 @@ class ModelDirectory:
         """Return file name -> SHA-256 (hex) of every file read; computed on the first call."""
         if self._sha256 is None:
             paths = [self.directory / "config.json", *self.weight_files, *self.tokenizer_files()]
-            self._sha256 = {path.name: sha256_file(path) for path in paths}
+            self._sha256 = hash_files({path.name: path for path in paths})
         return self._sha256

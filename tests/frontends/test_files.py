@@ -83,8 +83,3 @@ def test_config_over_the_limit(tmp_path):
     (tmp_path / "config.json").write_text('{"a": "' + "x" * files.CONFIG_LIMIT + '"}')
     with pytest.raises(ModelFileError, match=f"allowed: at most {files.CONFIG_LIMIT}"):
         files.read_config(tmp_path)
-
-
-def test_sha256_of_known_text(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert files.sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea")
