@@ -65,7 +65,7 @@ class QuantConfig:
         if tuple(self.terms) not in (("U", "W"), ("W",)):
             raise FairyError(f"unknown terms {self.terms!r}; allowed: ('U', 'W') or ('W',)")
         for pattern, stages in self.stages_for.items():
-            if not (isinstance(stages, int) and 1 <= stages <= MAX_STAGES):
+            if type(stages) is not int or not 1 <= stages <= MAX_STAGES:
                 raise FairyError(
                     f"stages_for[{pattern!r}] is {stages!r}; allowed: an integer from 1 to "
                     f"{MAX_STAGES}"

@@ -1,0 +1,5 @@
+"""``python -m fairy_compile.cli``."""
+
+from fairy_compile.cli import main
+
+main()

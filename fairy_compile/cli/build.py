@@ -1,0 +1,102 @@
+"""``fairy_compile build``: a model becomes an artifact for a target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from fairy_compile.cli import options
+from fairy_compile.cli.output import print_json, print_layers, progress_bar
+
+if TYPE_CHECKING:
+    from fairy_compile.compiler import BuildReport
+
+
+def build(
+    model: options.Model,
+    target: options.Target = "cpu",
+    quant: options.Quant = "w2",
+    method: options.Method = "auto",
+    scale: options.Scale = None,
+    act: options.Act = "int8",
+    output: options.Output = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    context: options.Context = None,
+    prefill_chunk: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--prefill-chunk", help="Most prompt tokens of one call  [default: 256]"),
+    ] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Most sequences at a time.")] = 4,
+    exempt: options.Exempt = None,
+    debug_dump: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--debug-dump", metavar="DIR", help="Write the IR after every phase here."),
+    ] = None,
+) -> None:
+    """Compile a model for a target."""
+    from fairy_compile.tvm_pair import check_tvm_pair
+
+    check_tvm_pair()
+    from fairy_compile.compiler import build as build_artifact
+
+    with progress_bar() as progress:
+        report = build_artifact(
+            model,
+            target=target,
+            quant=quant,
+            method=method,
+            scale=scale,
+            act=act,
+            output=output,
+            force=force,
+            dry_run=dry_run,
+            context=context,
+            prefill_chunk=prefill_chunk,
+            max_batch=max_batch,
+            exempt=tuple(exempt or ()),
+            debug_dump=debug_dump,
+            progress=progress,
+        )
+    if json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+
+
+def _print_report(report: BuildReport) -> None:
+    from fairy_compile.artifact import human_bytes
+
+    print_layers(
+        ("shape", "T", "bits/weight", "bytes", "kernel", "layout", "reason"),
+        (
+            (
+                layer.name,
+                (
+                    "x".join(map(str, layer.shape)),
+                    str(layer.stages or "-"),
+                    f"{layer.bits_per_weight:.2f}",
+                    human_bytes(layer.bytes),
+                    layer.kernel,
+                    layer.layout,
+                    layer.reason,
+                ),
+            )
+            for layer in report.layers
+        ),
+    )
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    size = human_bytes(sum(report.files.values()) if report.files else report.param_bytes)
+    seconds = sum(report.seconds.values())
+    if report.output is None:
+        typer.echo(f"{report.model} ({report.family}) for {report.target}: {size} of parameters")
+        typer.echo("dry run: nothing was written")
+    else:
+        typer.echo(
+            f"{report.model} ({report.family}) for {report.target}: wrote {report.output}, {size} "
+            f"in {seconds:.1f} s"
+        )

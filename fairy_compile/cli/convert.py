@@ -1,0 +1,92 @@
+"""``fairy_compile convert``: a model becomes a packed checkpoint, small and for any target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from fairy_compile.cli import options
+from fairy_compile.cli.output import print_json, print_layers, progress_bar
+from fairy_compile.errors import FairyError
+
+if TYPE_CHECKING:
+    from fairy_compile.frontends import ConvertReport
+
+
+def convert(
+    model: options.Model,
+    quant: options.Quant = "w2",
+    method: options.Method = "auto",
+    scale: options.Scale = None,
+    act: options.Act = "int8",
+    output: options.Output = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    exempt: options.Exempt = None,
+    dense_dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--dense-dtype", help="Store what stays dense as float16."),
+    ] = None,
+    revision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--revision", help="Branch, tag or commit of a hub model."),
+    ] = None,
+) -> None:
+    """Write the packed checkpoint of a model."""
+    from fairy_compile.config import QuantConfig
+    from fairy_compile.frontends import convert as convert_model
+
+    if output is None:
+        raise FairyError("convert needs a place for the checkpoint; give it with -o DIR")
+    config = QuantConfig(
+        quant, scale=scale or "tensor", act=act, method=method, exempt=tuple(exempt or ())
+    )
+    with progress_bar() as progress:
+        report = convert_model(
+            model,
+            output,
+            quant=config,
+            force=force,
+            dry_run=dry_run,
+            dense_dtype=dense_dtype,
+            progress=progress,
+            revision=revision,
+        )
+    if json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+
+
+def _print_report(report: ConvertReport) -> None:
+    from fairy_compile.artifact import human_bytes
+
+    print_layers(
+        ("shape", "T", "bits/weight", "bytes", "reason"),
+        (
+            (
+                layer.name,
+                (
+                    "x".join(map(str, layer.shape)),
+                    str(layer.stages or "-"),
+                    f"{layer.bits_per_weight:.2f}",
+                    human_bytes(layer.nbytes),
+                    layer.reason,
+                ),
+            )
+            for layer in report.layers
+        ),
+    )
+    errors = [layer.nmse for layer in report.layers if layer.nmse is not None]
+    if errors:
+        typer.echo(
+            f"relative squared error of the weights: mean {sum(errors) / len(errors):.4f}, "
+            f"largest {max(errors):.4f}"
+        )
+    size = f"{human_bytes(report.nbytes)}, {report.bits_per_weight:.2f} bits per linear weight"
+    if report.dry_run:
+        typer.echo(f"{size}; dry run: nothing was written")
+    else:
+        typer.echo(f"wrote {report.output}: {size}, in {report.seconds:.1f} s")

@@ -1,0 +1,85 @@
+"""Options that mean the same for every verb that has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fairy_compile.config import ACT_CONTRACTS, GRANULARITIES, METHODS, QUANTS
+
+# Optional[] and not "| None": typer reads these annotations at run time.
+
+Model = Annotated[str, typer.Argument(help="Model directory or Hugging Face hub id.")]
+Artifact = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Directory that `fairy_compile build` wrote.")
+]
+
+Target = Annotated[
+    str, typer.Option("--target", help="What to compile for; `fairy_compile targets` lists them.")
+]
+Quant = Annotated[
+    str, typer.Option("--quant", help=f"Bits per weight: {', '.join(QUANTS)}.", show_default=True)
+]
+Method = Annotated[
+    str, typer.Option("--method", help=f"How codes are chosen: {', '.join(METHODS)}.")
+]
+Scale = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--scale", help=f"One scale per: {', '.join(GRANULARITIES)}  [default: tensor]"),
+]
+Act = Annotated[str, typer.Option("--act", help=f"Activations: {', '.join(ACT_CONTRACTS)}.")]
+Exempt = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--exempt", metavar="PATTERN", help="Layers to leave dense; may be repeated."),
+]
+Output = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("-o", "--output", metavar="DIR", help="Directory to write."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output written before.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and sizes; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--device", help="Device to run on, e.g. cpu, cuda:0  [default: as built]"),
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--threads", help="CPU threads  [default: one a core]"),
+]
+Context = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--context", help="Most tokens of prompt and answer  [default: the model's]"),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
+Temperature = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--temperature", help="0 is greedy  [default: the model's]"),
+]
+TopP = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--top-p", help="Draw from the likeliest tokens with this share."),
+]
+RepetitionPenalty = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--repetition-penalty", help="Above 1 avoids repetition."),
+]
+PresencePenalty = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--presence-penalty", help="Above 0 avoids tokens that occurred."),
+]
+FrequencyPenalty = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--frequency-penalty", help="Above 0 avoids tokens by how often they occurred."),
+]
+Seed = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--seed", help="Same seed, same text."),
+]
+Stop = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+]

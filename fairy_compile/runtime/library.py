@@ -1,0 +1,200 @@
+"""`ModelLibrary`: a compiled model library opened on a device, and its weights.
+
+The functions are those the MLC engine looks up; no others are needed to run a model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
+
+RELAX_FUNCTIONS = (
+    "_metadata",
+    "embed",
+    "prefill",
+    "batch_prefill",
+    "decode",
+    "batch_decode",
+    "create_tir_paged_kv_cache",
+    "alloc_embedding_tensor",
+    "softmax_with_temperature",
+)
+INPLACE_FUNCTIONS = ("apply_logit_bias_inplace", "apply_penalty_inplace", "apply_bitmask_inplace")
+
+
+@dataclass
+class CallCount:
+    """How often a library function ran.
+
+    Attributes:
+        calls: invocations.
+        tokens: rows it processed, over all invocations.
+        seconds: wall-clock time, including the copy of the result to the host.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@contextmanager
+def _fresh_copy(path: Path) -> Iterator[Path]:
+    """Yield a copy of the library under a path of its own, for the moment it is opened.
+
+    The system's loader remembers libraries by path: after an artifact was replaced, opening its
+    path again would give the library that was there before.
+    """
+    with tempfile.TemporaryDirectory(prefix="fairy-", ignore_cleanup_errors=True) as directory:
+        yield Path(shutil.copy(path, directory))
+
+
+class ModelLibrary:
+    """An opened model library.
+
+    Opening a library runs its code: only open files that come from a source you trust.
+
+    Attributes:
+        metadata: the JSON object `_metadata` returned.
+        counts: function name -> `CallCount`.
+    """
+
+    def __init__(self, path: Path, device: Any):
+        """Open ``path`` for the `tvm.runtime.Device` ``device``.
+
+        Raises:
+            ModelFileError: the file cannot be loaded, or lacks a function of the contract.
+        """
+        import tvm
+        from tvm.runtime.vm import VirtualMachine
+
+        self.path = path
+        self.device = device
+        self.counts: dict[str, CallCount] = {}
+        try:
+            with _fresh_copy(path) as copy:
+                self._executable = tvm.runtime.load_module(str(copy))
+            self._vm = VirtualMachine(self._executable, device)
+        except Exception as error:  # the loader raises whatever the system's linker said
+            reason = str(error).strip().splitlines()
+            raise ModelFileError(
+                f"cannot load the model library {path}: {reason[-1] if reason else error!r}; "
+                "build the model again for this machine"
+            ) from error
+        self._functions = {name: self._find(name) for name in RELAX_FUNCTIONS + INPLACE_FUNCTIONS}
+        try:
+            self.metadata = json.loads(str(self._functions["_metadata"]()))
+        except ValueError as error:
+            raise ModelFileError(f"{path}: its metadata is not valid JSON: {error}") from error
+
+    def _find(self, name: str) -> Callable[..., Any]:
+        module = self._vm.module
+        if module.implements_function(name):
+            return module[name]
+        if module.implements_function(name, True):  # PrimFuncs live in an imported module
+            return module.get_function(name, True)
+        raise ModelFileError(
+            f"the model library {self.path} has no function {name!r}; build the model again"
+        )
+
+    def call(self, name: str, *args: Any, tokens: int = 0) -> Any:
+        """Call the function ``name`` and count the call, its ``tokens`` and its time."""
+        count = self.counts.setdefault(name, CallCount())
+        start = time.perf_counter()
+        result = self._functions[name](*args)
+        count.calls += 1
+        count.tokens += tokens
+        count.seconds += time.perf_counter() - start
+        return result
+
+    def call_logits(self, name: str, *args: Any, tokens: int) -> Any:
+        """Call a prefill or decode function and return its logits as a float32 NumPy array.
+
+        The copy to the host is part of the counted time, because it waits for the device.
+        """
+        start = time.perf_counter()
+        logits = self._functions[name](*args)[0].numpy()
+        count = self.counts.setdefault(name, CallCount())
+        count.calls += 1
+        count.tokens += tokens
+        count.seconds += time.perf_counter() - start
+        return logits
+
+    def load_params(self, directory: Path) -> Any:
+        """Return the weights of ``directory`` as the tuple the functions take.
+
+        The directory must have been verified: TVM's loader trusts tensor-cache.json.
+
+        Raises:
+            ModelFileError: a tensor the library asks for is missing.
+        """
+        import tvm
+
+        names = [str(param["name"]) for param in self.metadata["params"]]
+        clear = tvm.get_global_func("vm.builtin.tensor_cache.clear")
+        try:
+            tvm.get_global_func("vm.builtin.tensor_cache.load")(
+                str(directory), self.device.dlpack_device_type(), self.device.index
+            )
+            return tvm.get_global_func("vm.builtin.param_array_from_cache_by_name")(names)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ModelFileError(
+                f"cannot load the weights of {directory}: {reason[-1] if reason else error!r}"
+            ) from error
+        finally:
+            clear()  # the cache is global: names of the next model must not meet ours
+
+    def traced(self, name: str, *args: Any) -> dict[str, int]:
+        """Run the function ``name`` once and return how often each kernel was called.
+
+        Measured, not derived: a second virtual machine over the same code runs under TVM's
+        instrumentation, which reports every call instruction. Builtins of the VM (allocation,
+        shapes, KV cache) are left out; kernels are named by their PrimFunc or library symbol.
+        """
+        from tvm.runtime.vm import VirtualMachine
+
+        calls: dict[str, int] = {}
+
+        def on_call(_function: Any, symbol: str, before: bool, _result: Any, *_: Any) -> int:
+            if before and not symbol.startswith("vm."):
+                calls[symbol] = calls.get(symbol, 0) + 1
+            return 0  # VMInstrumentReturnKind.NO_OP
+
+        machine = VirtualMachine(self._executable, self.device)
+        machine.set_instrument(on_call)
+        machine[name](*args)
+        self.device.sync()
+        return calls
+
+
+def open_device(name: str) -> Any:
+    """Return the `tvm.runtime.Device` called ``name``, e.g. ``cpu`` or ``cuda:1``.
+
+    Raises:
+        FairyError: no such kind of device.
+        UnsupportedError: this installation of TVM or this machine does not have it.
+    """
+    import tvm
+
+    try:
+        device = tvm.runtime.device(name)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise FairyError(
+            f"unknown device {name!r}; allowed: cpu, cuda, metal, vulkan, opencl, each with an "
+            "optional index as in cuda:1"
+        ) from error
+    if not device.exist:
+        raise UnsupportedError(
+            f"this machine has no device {name!r} that the installed TVM can use; load with "
+            "device='cpu', or build the model for --target cpu"
+        )
+    return device

@@ -1,0 +1,289 @@
+"""`Model`: a loaded artifact; text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.runtime import stats
+from fairy_compile.runtime.chat_template import ChatTemplate, Message
+from fairy_compile.runtime.engine import Engine
+from fairy_compile.runtime.generation import Generation
+from fairy_compile.runtime.sampler import Sampler, SamplingParams
+from fairy_compile.runtime.text import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from fairy_compile.artifact.manifest import LayerEntry, Manifest
+    from fairy_compile.runtime.chat import ChatSession
+
+DEFAULT_MAX_TOKENS = 128
+
+
+def load(
+    directory: Path | str,
+    device: str | None = None,
+    *,
+    threads: int | None = None,
+    max_sequences: int = 4,
+    context: int | None = None,
+) -> Model:
+    """Load an artifact that ``fairy_compile build`` wrote.
+
+    The directory is verified first. The model library in it is code that this process will run:
+    load artifacts you trust.
+
+    Args:
+        directory: the artifact.
+        device: TVM device, e.g. ``cpu`` or ``cuda:0``; default the one it was built for.
+        threads: CPU threads; default one a physical core.
+        max_sequences: most sequences at a time; at most what the model was built for.
+        context: most tokens of one sequence, prompt and answer; default the model's.
+
+    Raises:
+        ModelFileError: the artifact is incomplete, changed or damaged.
+        UnsupportedError: this machine lacks the device or the instructions it was built for.
+        FairyError: an argument is out of range.
+    """
+    from fairy_compile.artifact import check_loaded_metadata, verify
+
+    directory = Path(directory)
+    report = verify(directory)
+    manifest = report.manifest
+    _check_features(manifest)
+    engine = Engine(
+        directory,
+        directory / manifest.library,
+        report.chat_config,
+        device=device or manifest.target.device,
+        threads=threads,
+        max_sequences=min(max_sequences, int(manifest.metadata["max_batch_size"])),
+        context=context,
+    )
+    check_loaded_metadata(manifest, engine.metadata)
+    return Model(directory, engine, manifest.layers, report.warnings)
+
+
+def _check_features(manifest: Manifest) -> None:
+    """Refuse a CPU library whose instructions this machine lacks, before one of them runs."""
+    from fairy_compile.targets import host_features
+
+    missing = set(manifest.target.features) - host_features()
+    if manifest.target.device == "cpu" and missing:
+        raise UnsupportedError(
+            f"this artifact was built for target {manifest.target.name}, whose instructions this "
+            f"machine lacks: {', '.join(sorted(missing))}; build the model here with --target cpu"
+        )
+
+
+class Model:
+    """A model ready to run. Use it as a context manager, or `close` it, to free its memory.
+
+    Attributes:
+        directory: where it was loaded from.
+        engine: the level below: sequences, prefill and decode.
+        tokenizer: text to tokens and back.
+        template: the chat template.
+        sampling: the model's default `SamplingParams`.
+        stop_tokens: tokens that end an answer.
+        stop_strings: texts that end the answer of a chat.
+        warnings: oddities of the artifact that did not prevent loading.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        layers: Sequence[LayerEntry] = (),
+        warnings: Sequence[str] = (),
+    ):
+        self.directory = directory
+        self.warnings = tuple(warnings)
+        self._engine: Engine | None = engine
+        self._layers = tuple(layers)
+        self.tokenizer = Tokenizer(directory / "tokenizer.json")
+        self.template = ChatTemplate.from_directory(directory)
+        self.sampling = SamplingParams.from_config(engine.config)
+        self.stop_tokens = _stop_tokens(engine.config)
+        self.stop_strings = tuple(engine.config.get("conv_template", {}).get("stop_str", ()))
+
+    @property
+    def engine(self) -> Engine:
+        """The level below; raises `FairyError` after `close`."""
+        if self._engine is None:
+            raise FairyError(f"the model {self.directory} is closed; load it again")
+        return self._engine
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free weights, library and KV cache."""
+        self._engine = None
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits after each token of a new sequence: float32 [len, vocab].
+
+        Raises:
+            FairyError: no tokens, a token outside the vocabulary, or more than the context holds.
+        """
+        engine = self.engine
+        sequence = engine.add_sequence()
+        try:
+            return engine.prefill_logits(sequence, tokens)
+        finally:
+            engine.remove_sequence(sequence)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        *,
+        logit_bias: dict[int, float] | None = None,
+    ) -> str | Generation:
+        """Continue ``prompt``.
+
+        Args:
+            prompt: text, or tokens that are taken as they are.
+            max_tokens: most tokens to draw.
+            temperature: see `SamplingParams`, like the next four; None is the model's default.
+            top_p: likewise.
+            repetition_penalty: likewise.
+            presence_penalty: likewise.
+            frequency_penalty: likewise.
+            seed: same seed, same text; None draws a new one.
+            stop: strings that end the text and are not part of it.
+            stream: return an iterator over pieces of text (a `Generation`) instead of a string.
+            logit_bias: token -> number added to its logit.
+
+        Raises:
+            FairyError: an argument is out of range, or the prompt does not fit the context.
+        """
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = self.sampling.override(
+            temperature=temperature,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            logit_bias=logit_bias,
+        )
+        # The text goes on where the prompt ends, so its first piece keeps its leading space.
+        return self._generate(tokens, params, max_tokens, stop, stream, context=tokens)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        *,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | Generation:
+        """Answer a conversation.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}``, oldest first.
+            max_tokens: most tokens to draw.
+            stop: further strings that end the answer.
+            stream: return an iterator over pieces of text instead of a string.
+            sampling: fields of `SamplingParams`; those left out are the model's defaults.
+
+        Raises:
+            FairyError: see `generate`; also if the template refuses the conversation.
+        """
+        params = self.override(**sampling)
+        stops = (*self.stop_strings, *([stop] if isinstance(stop, str) else stop))
+        return self._generate(self.encode_chat(messages), params, max_tokens, stops, stream)
+
+    def chat_session(self, system: str | None = None) -> ChatSession:
+        """Return a conversation that keeps its history and its KV cache."""
+        from fairy_compile.runtime.chat import ChatSession
+
+        return ChatSession(self, system)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation, ready for an answer."""
+        text = self.template.render(messages)
+        # A template writes the start token itself.
+        return self.tokenizer.encode(text, special=self.template.source is None)
+
+    def override(self, **sampling: Any) -> SamplingParams:
+        """Return the model's defaults with changes; raises `FairyError` for unknown names."""
+        unknown = set(sampling) - set(SamplingParams.__dataclass_fields__)
+        if unknown:
+            raise FairyError(
+                f"unknown sampling option {min(unknown)!r}; allowed: "
+                f"{', '.join(SamplingParams.__dataclass_fields__)}"
+            )
+        return self.sampling.override(**sampling)
+
+    def stats(self) -> stats.Stats:
+        """Return which functions and kernels ran, how often, how fast, and memory in use."""
+        return stats.collect(self.engine, self._layers)
+
+    def trace_kernels(self, tokens: Sequence[int]) -> dict[str, int]:
+        """Run one decode step and return how often each kernel was called, as measured.
+
+        Args:
+            tokens: one or more; the last is decoded after a prefill of the others.
+        """
+        engine = self.engine
+        sequence = engine.add_sequence()
+        try:
+            if len(tokens) > 1:
+                engine.prefill(sequence, tokens[:-1])
+            return engine.trace_decode(sequence, tokens[-1])
+        finally:
+            engine.remove_sequence(sequence)
+
+    def _generate(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        stop: Sequence[str],
+        stream: bool,
+        context: Sequence[int] = (),
+    ) -> str | Generation:
+        engine = self.engine
+        generation = Generation(
+            engine,
+            engine.add_sequence,
+            tokens,
+            Sampler(params),
+            TextStream(self.tokenizer, context),
+            max_tokens=max_tokens,
+            stop_tokens=self.stop_tokens,
+            stop=stop,
+            on_end=engine.remove_sequence,
+        )
+        return generation if stream else generation.read()
+
+
+def _stop_tokens(config: Any) -> Collection[int]:
+    """Return the tokens that end an answer: the template's, and the end of text."""
+    eos = config.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return frozenset([*config.get("conv_template", {}).get("stop_token_ids", ()), *ends])
