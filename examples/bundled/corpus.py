@@ -8,6 +8,7 @@ that the same module is never on both sides.
 
 import ast
 import hashlib
+import json
 import os
 import random
 import re
@@ -180,6 +181,33 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> Tokenizer:
         single=f"{BEGIN} $A", special_tokens=[begin]
     )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Write the tokenizer files that transformers and fairy_compile read."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "pad_token": END,
+        "additional_special_tokens": [USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    generation = {
+        "bos_token_id": tokenizer.token_to_id(BEGIN),
+        "eos_token_id": tokenizer.token_to_id(END),
+        "pad_token_id": tokenizer.token_to_id(END),
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.95,
+        "repetition_penalty": 1.1,
+        "max_new_tokens": 256,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 class Stream:

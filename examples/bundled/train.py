@@ -24,16 +24,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import ASSISTANT, BEGIN, CHAT_TEMPLATE, END, USER, Corpus, Stream, build_corpus
+from corpus import BEGIN, END, Corpus, Stream, build_corpus, save_tokenizer
+from fakequant import HEAD_STAGES, STAGES, fake_quantise, latents, linears
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import fairy_compile
+from fairy_compile.frontends import open_source
 
 TOKENS_PER_STEP = 32 * 256
 CONTEXT = 1024
 VOCAB_SIZE = 3072
-STAGES, HEAD_STAGES = 2, 3  # lm_head is the most sensitive layer; a third stage there is cheap
 VALIDATION_TOKENS = 65536
 SAVE_EVERY_S = 180.0
 
@@ -64,91 +66,6 @@ class Schedule:
         )
 
 
-# ---------------------------------------------------------------- the paper's quantisation rule
-
-
-def phase_stage(w: torch.Tensor) -> torch.Tensor:
-    """Quantise a complex matrix once: the nearest phase among 1, i, -1, -i, times a scale.
-
-    Each sector is closed on its clockwise side, as with angle(w) against odd multiples of pi/4,
-    and zero counts as phase 1. One scale serves both real phases, one both imaginary ones.
-    """
-    re, im = w.real, w.imag
-    imaginary = ((im >= re) & (im > -re)) | ((im <= re) & (im < -re))
-    n_imaginary = imaginary.sum()
-    n_real = imaginary.numel() - n_imaginary
-    s_re = ((re.abs() * ~imaginary).sum() / n_real.clamp(min=1)).clamp(min=1e-6)
-    s_im = ((im.abs() * imaginary).sum() / n_imaginary.clamp(min=1)).clamp(min=1e-6)
-    return torch.complex(
-        torch.where(re < 0, -s_re, s_re) * ~imaginary, torch.where(im < 0, -s_im, s_im) * imaginary
-    )
-
-
-def phase_quantise(w: torch.Tensor, stages: int) -> torch.Tensor:
-    """Quantise a complex matrix in residual stages: each one takes what the last one left."""
-    total = torch.zeros_like(w)
-    for _ in range(stages):
-        total = total + phase_stage(w - total)
-    return total
-
-
-def fairy_quantise(a: torch.Tensor, stages: int) -> torch.Tensor:
-    """Apply the rule to a real weight: y = A x is U z + W conj(z) with z = x_1 + i x_2."""
-    rows, cols = a.shape[0] // 2, a.shape[1] // 2
-    (a11, a12), (a21, a22) = (half.split(cols, dim=1) for half in a.split(rows))
-    u = phase_quantise(torch.complex(a11 + a22, a21 - a12) / 2, stages)
-    w = phase_quantise(torch.complex(a11 - a22, a12 + a21) / 2, stages)
-    top = torch.cat([u.real + w.real, w.imag - u.imag], dim=1)
-    return torch.cat([top, torch.cat([u.imag + w.imag, u.real - w.real], dim=1)])
-
-
-class StraightThrough(torch.autograd.Function):
-    """Quantise in the forward pass, pass the gradient on unchanged in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: object, latent: torch.Tensor, stages: int) -> torch.Tensor:
-        return fairy_quantise(latent, stages)
-
-    @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
-
-
-class FakeQuant(nn.Module):
-    """Parametrisation of a linear layer's weight; the real weight stays the trained latent."""
-
-    def __init__(self, stages: int) -> None:
-        super().__init__()
-        self.stages = stages
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        return StraightThrough.apply(latent, self.stages)
-
-
-def stages_of(name: str) -> int:
-    """Return the number of residual stages of the linear layer `name`."""
-    return HEAD_STAGES if name == "lm_head" else STAGES
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear layer by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
-def fake_quantise(model: nn.Module) -> None:
-    """Make every linear layer of the model compute with its quantised weight."""
-    for name, layer in linears(model).items():
-        parametrize.register_parametrization(layer, "weight", FakeQuant(stages_of(name)))
-
-
-def latents(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state dict with the latent weights under their ordinary names."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        state[name.replace("parametrizations.weight.original", "weight")] = tensor
-    return state
-
-
 # ----------------------------------------------------------------------------- model and training
 
 
@@ -166,7 +83,6 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         rope_theta=10000.0,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        use_cache=False,
         bos_token_id=tokenizer.token_to_id(BEGIN),
         eos_token_id=tokenizer.token_to_id(END),
         pad_token_id=None,
@@ -273,37 +189,10 @@ def train(
 # ------------------------------------------------------------------------------------- the script
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer files that transformers and fairy_compile read."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BEGIN,
-        "eos_token": END,
-        "pad_token": END,
-        "additional_special_tokens": [USER, ASSISTANT],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": CONTEXT,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    generation = {
-        "bos_token_id": tokenizer.token_to_id(BEGIN),
-        "eos_token_id": tokenizer.token_to_id(END),
-        "pad_token_id": tokenizer.token_to_id(END),
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_p": 0.95,
-        "repetition_penalty": 1.1,
-        "max_new_tokens": 256,
-    }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
 def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write an ordinary float32 Hugging Face checkpoint of the (latent) weights."""
     model.save_pretrained(folder, state_dict=latents(model))
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, CONTEXT)
 
 
 def record(out: Path, **values: object) -> None:
@@ -331,6 +220,28 @@ def run_qat(corpus: Corpus, schedule: Schedule, out: Path) -> None:
     spent = train(model, corpus, schedule, out / "qat.state.pt", print_now)
     record(out, qat_training=spent, qat=evaluate(model, corpus))
     save_checkpoint(model, corpus.tokenizer, out / "qat")
+
+
+def export(corpus: Corpus, out: Path) -> None:
+    """Convert the latents to a packed checkpoint and measure what was really written."""
+    quant = fairy_compile.QuantConfig(
+        f"w{STAGES}", scale="tensor", stages_for={"lm_head": HEAD_STAGES}
+    )
+    report = fairy_compile.convert(out / "qat", out / "model", quant=quant, dense_dtype="float16")
+    source = open_source(out / "model")
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(out / "qat"))
+    weights = {name: torch.from_numpy(source.dense(name)) for name in source.names()}
+    model.load_state_dict(weights)
+    quantised = sum(layer.weight.numel() for layer in linears(model).values())
+    record(
+        out,
+        packed=evaluate(model, corpus),
+        parameters=sum(p.numel() for p in model.parameters()),
+        quantised_weights=quantised,
+        bits_per_weight=round(report.bits_per_weight, 4),
+        tensor_bytes=report.nbytes,
+    )
+    shutil.copy(out / "metrics.json", out / "model")
 
 
 def print_now(line: str) -> None:
@@ -378,6 +289,9 @@ def main() -> None:
         run_fp(corpus, fp, out)
     if not (out / "qat").exists():
         run_qat(corpus, qat, out)
+    if not (out / "model").exists():
+        export(corpus, out)
+    print_now(f"Done: {out / 'model'}, {(out / 'metrics.json').read_text()}")
 
 
 if __name__ == "__main__":
