@@ -14,7 +14,7 @@ help:
 	@echo "make lint       check style"
 	@echo "make train-demo train the bundled model again (about 45 minutes on 2 cores)"
 
-# The core alone: no torch, about 150 MB.
+# The core alone: no torch, about 150 MB to download.
 $(VENV)/.core: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
+from fairy_compile.runtime.weights import load_host_weights
 
 RELAX_FUNCTIONS = (
     "_metadata",
@@ -139,6 +140,9 @@ class ModelLibrary:
         import tvm
 
         names = [str(param["name"]) for param in self.metadata["params"]]
+        if self.device.type == "cpu":
+            # TVM's loader copies every tensor twice on its way and knows no huge pages.
+            return tvm.runtime.convert(load_host_weights(directory, names))
         clear = tvm.get_global_func("vm.builtin.tensor_cache.clear")
         try:
             tvm.get_global_func("vm.builtin.tensor_cache.load")(
