@@ -11,6 +11,7 @@ from fairy_compile.artifact.files import human_bytes
 from fairy_compile.artifact.manifest import MANIFEST, Manifest
 from fairy_compile.artifact.schema import load_object
 from fairy_compile.errors import ModelFileError
+from fairy_compile.layer_table import printable, render_layers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -208,35 +209,37 @@ def _quant_text(quant: dict[str, Any]) -> str:
 
 def render(inspection: Inspection, console: Console) -> None:
     """Print an inspection as a header, a table of layers and a table of files."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     def cell(value: Any) -> str:
-        # Names come from files: control characters and rich's markup are shown, not obeyed.
-        text = str(value)
-        return escape(text if text.isprintable() else ascii(text))
+        return escape(printable(str(value)))
 
     console.print(f"[bold]{cell(inspection.directory)}[/bold] ({inspection.kind})")
     header = Table.grid(padding=(0, 2))
     for title, value in inspection.header.items():
         header.add_row(cell(title), cell(value))
     console.print(header)
-    layers = Table("layer", "shape", title="layers", title_justify="left")
-    for title in ("T", "bits/weight", "bytes"):
-        layers.add_column(title, justify="right")
-    for title in ("terms", "scale", "kernel", "reason"):
-        layers.add_column(title)
-    for row in inspection.layers:
-        layers.add_row(
-            cell(row.name),
-            "x".join(map(str, row.shape)),
-            str(row.stages or "-"),
-            f"{row.bits_per_weight:.2f}",
-            human_bytes(row.bytes),
-            *(cell(text or "-") for text in (row.terms, row.scale, row.kernel, row.reason)),
-        )
-    console.print(layers)
-    files = Table("file", title="files", title_justify="left")
+    render_layers(
+        console,
+        ("shape", "codes", "bits", "bytes", "kernel"),
+        (
+            (
+                row.name,
+                (
+                    "x".join(map(str, row.shape)),
+                    f"{row.stages} {row.terms} {row.scale}" if row.stages else "-",
+                    f"{row.bits_per_weight:.2f}",
+                    human_bytes(row.bytes),
+                    row.kernel or "-",
+                ),
+                row.reason,
+            )
+            for row in inspection.layers
+        ),
+    )
+    files = Table("file", box=box.SIMPLE_HEAD, pad_edge=False)
     files.add_column("bytes", justify="right")
     files.add_column("sha256")
     for file in inspection.files:

@@ -71,7 +71,7 @@ def _print_report(report: BuildReport) -> None:
     from fairy_compile.artifact import human_bytes
 
     print_layers(
-        ("shape", "T", "bits/weight", "bytes", "kernel", "layout", "reason"),
+        ("shape", "T", "bits", "bytes", "kernel"),
         (
             (
                 layer.name,
@@ -81,9 +81,8 @@ def _print_report(report: BuildReport) -> None:
                     f"{layer.bits_per_weight:.2f}",
                     human_bytes(layer.bytes),
                     layer.kernel,
-                    layer.layout,
-                    layer.reason,
                 ),
+                f"{layer.kernel} over {layer.layout}: {layer.reason}",
             )
             for layer in report.layers
         ),

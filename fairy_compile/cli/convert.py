@@ -64,7 +64,7 @@ def _print_report(report: ConvertReport) -> None:
     from fairy_compile.artifact import human_bytes
 
     print_layers(
-        ("shape", "T", "bits/weight", "bytes", "reason"),
+        ("shape", "T", "bits", "bytes"),
         (
             (
                 layer.name,
@@ -73,8 +73,8 @@ def _print_report(report: ConvertReport) -> None:
                     str(layer.stages or "-"),
                     f"{layer.bits_per_weight:.2f}",
                     human_bytes(layer.nbytes),
-                    layer.reason,
                 ),
+                layer.reason,
             )
             for layer in report.layers
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from fairy_compile.layer_table import LayerRow, render_layers
 
 
 def print_json(value: Any) -> None:
@@ -62,61 +63,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
-def fold_layers(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, int, tuple]]:
-    """Join rows that differ only in the layer's number.
-
-    Args:
-        rows: (layer name, cells).
-
-    Returns:
-        (name with the range of numbers, count, cells), in order of first appearance; e.g.
-        ``("model.layers.0-31.mlp.down_proj", 32, ...)``.
-    """
-    groups: dict[tuple[str, str, tuple], list[int]] = {}
-    for name, cells in rows:
-        match = re.search(r"\.(\d+)\.", name)
-        head, number, tail = (
-            (name[: match.start(1)], int(match[1]), name[match.end(1) :])
-            if match
-            else (name, 0, "")
-        )
-        groups.setdefault((head, tail, cells), []).append(number)
-    return [
-        (f"{head}{_ranges(numbers)}{tail}" if tail else head, len(numbers), cells)
-        for (head, tail, cells), numbers in groups.items()
-    ]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return e.g. ``0-3,7`` for 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def print_layers(titles: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]]) -> None:
-    """Print a table of layers, folded, on stdout.
-
-    Args:
-        titles: of the cells.
-        rows: (layer name, cells).
-    """
+def print_layers(titles: Sequence[str], rows: Iterable[LayerRow]) -> None:
+    """Print a table of layers on stdout; see `layer_table.render_layers`."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("layer")
-    table.add_column("calls", justify="right")
-    for title in titles:
-        table.add_column(title)
-    for name, count, cells in fold_layers(rows):
-        table.add_row(escape(name), str(count), *map(escape, cells))
     # Where nobody looks, lines are for grep: never cut to a width of 80.
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
-    console.print(table)
+    render_layers(console if console.is_terminal else Console(width=240), titles, rows)

@@ -5,7 +5,7 @@ import pytest
 
 def test_build_prints_a_table_of_layers_and_writes_the_artifact(artifact):
     directory, result = artifact
-    assert "model.layers.0.self_attn.qkv_proj" in result.stdout
+    assert "layers.0.self_attn.qkv_proj" in result.stdout
     assert "lm_head" in result.stdout
     assert f"wrote {directory}" in result.stdout.replace("\n", "")
     names = {path.name for path in directory.iterdir()}

@@ -11,7 +11,7 @@ def test_convert_then_inspect(cli, checkpoint, tmp_path):
     assert kind["kind"] == "packed checkpoint"
     assert "w1" in kind["header"]["quantisation"]
     text = cli("inspect", tmp_path / "packed").stdout
-    assert "model.layers.0.mlp.down_proj" in text
+    assert "layers.0.mlp.down_proj" in text
 
 
 def test_json_report(cli, checkpoint, tmp_path):

@@ -32,7 +32,7 @@ def test_verify_finds_a_changed_byte(cli, artifact, tmp_path):
 def test_inspect_shows_layers_and_files(cli, artifact):
     result = cli("inspect", artifact[0])
     assert result.exit_code == 0
-    assert "model.layers.0.mlp.gate_up_proj" in result.stdout
+    assert "layers.0.mlp.gate_up_proj" in result.stdout
     assert "tensor-cache.json" in result.stdout
     assert json.loads(cli("inspect", artifact[0], "--json").stdout)["kind"] == "artifact"
 

@@ -1,4 +1,4 @@
-from fairy_compile.cli.output import fold_layers
+from fairy_compile.layer_table import fold_layers
 
 
 def test_layers_that_differ_only_in_number_are_folded():
