@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import json.decoder
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def test_core_builds_and_chats_without_torch(int8) -> None:
 def test_it_knows_the_standard_library_and_int8_costs_next_to_nothing(int8, tmp_path: Path) -> None:
     """Loss on a module of its corpus: no worse than on what it never saw, far from chance."""
     held_out = json.loads((MODEL / "metrics.json").read_text())["packed"]["source"]["loss"]
-    text = Path(textwrap.__file__).read_text("utf-8")
+    text = Path(json.decoder.__file__).read_text("utf-8")
     fc.build(MODEL, target="cpu", act="float", output=tmp_path / "float")
     losses = []
     for directory in (int8[0], tmp_path / "float"):
