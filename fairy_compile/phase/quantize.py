@@ -6,12 +6,14 @@ its angle lies in; each sector owns its lower edge (Fairy2i and iFairy reference
     code 0: [-pi/4, pi/4)   code 1: [pi/4, 3pi/4)   code 3: [-3pi/4, -pi/4)   code 2: the rest
 
 and zero has angle 0, so code 0. The comparisons below decide the same question exactly, without
-computing an angle. An angle computed in float32 can only differ within its own rounding of an edge:
-about one weight in ten million, and, in some vectorised arctangents (PyTorch's on AVX2 and AVX512),
-weights exactly on +pi/4, which come out one step too small. Such ties are common, some 0.5 %, where
-weights have few bits (bfloat16 checkpoints); correctly rounded arctangents agree with the rule. Scales are means: s_re of |Re w| over codes 0 and 2, s_im of |Im w| over codes
-1 and 3, 0 where no weight has such a code, then clamped from below. Later stages quantise what the
+computing an angle. Scales are means: s_re of |Re w| over codes 0 and 2, s_im of |Im w| over codes 1
+and 3, 0 where no weight has such a code, then clamped from below. Later stages quantise what the
 stages before left over.
+
+An implementation that computes float32 angles differs only within their rounding of an edge: about
+one weight in ten million. One kind of edge is not rare, though: weights exactly on +pi/4, some
+0.5 % where weights have few bits (bfloat16 checkpoints). A correctly rounded arctangent agrees with
+the rule there; PyTorch's vectorised one (AVX2, AVX512) returns one step less and so code 0.
 """
 
 from __future__ import annotations
