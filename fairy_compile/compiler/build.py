@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,13 @@ def build(
     compile_for = load_target(target)
     with clock("read headers"):
         source = open_source(model)
+        if source.quant is not None:
+            # Stages and scales of a packed checkpoint were fixed when it was made.
+            config_quant = replace(
+                source.quant,
+                act=config_quant.act,
+                exempt=tuple(exempt) or source.quant.exempt,
+            )
         decoder = parse_config(source.config)
         sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
     if output is None and not dry_run:
@@ -111,7 +118,8 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
-    work = _Work(source, config_quant, compile_for, decoder, sizes)
+    name = source.directory.resolve().name if Path(model).is_dir() else str(model)
+    work = _Work(name, source, config_quant, compile_for, decoder, sizes)
     with clock("define"):
         work.define()
     report = _report(work, notes)
@@ -147,8 +155,9 @@ def build(
 
 @dataclass
 class _Work:
-    """The pieces a build passes along."""
+    """The pieces a build passes along; ``name`` is the directory's last part or the hub id."""
 
+    name: str
     source: ModelSource
     quant: QuantConfig
     target: Target
@@ -256,7 +265,7 @@ def _report(work: _Work, notes: list[str]) -> BuildReport:
     if work.source.quant is not None:
         notes.append("the checkpoint is packed: its own stages and scales were kept")
     return BuildReport(
-        model=_source_name(work.source),
+        model=work.name,
         family=work.decoder.model_type,
         target=work.target.name,
         output=None,
@@ -276,10 +285,6 @@ def _nbytes(param: Param) -> int:
     for dim in param.shape:
         size *= dim
     return size
-
-
-def _source_name(source: ModelSource) -> str:
-    return source.directory.resolve().name
 
 
 # Beside the shards of an unfinished build: what the weights written so far demand.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_packed_checkpoint_gives_the_same_parameters(model: Path, tmp_path: Path
         for d in "ab"
     ]
     assert hashes[0] == hashes[1]
+
+
+def test_packed_checkpoint_keeps_its_own_quantisation(model: Path, tmp_path: Path) -> None:
+    fc.convert(model, tmp_path / "packed", quant="w1")
+    report = build(tmp_path / "packed", tmp_path / "out", quant="w3")
+    assert {row.stages for row in report.layers} == {1}
+    assert any("packed" in note for note in report.notes)
+    assert Manifest.load(tmp_path / "out").quant["quant"] == "w1"
+
+
+def test_hub_models_are_known_by_their_id(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = importlib.import_module("fairy_compile.frontends.source").open_source(model)
+    module = importlib.import_module("fairy_compile.compiler.build")
+    monkeypatch.setattr(module, "open_source", lambda _: opened)
+    assert build("org/name", tmp_path / "out", dry_run=True).model == "org/name"
 
 
 def test_two_models_of_one_path_do_not_share_a_library(model: Path, tmp_path: Path) -> None:
