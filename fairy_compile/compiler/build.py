@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib import metadata as package_metadata
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fairy_compile.artifact import (
-    EngineSizes,
-    LayerEntry,
-    Manifest,
-    ModelInfo,
-    ParamEntry,
-    ParamWriter,
-    Source,
-    TargetInfo,
-    WrittenParams,
-    chat_config,
-    check_chat_config,
-    check_library,
-    check_output,
-    copy_tokenizer_files,
-    describe_files,
-    signatures_of,
-    staged_directory,
-)
-from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
-from fairy_compile.artifact.schema import dump_json, load_object
-from fairy_compile.artifact.tensor_cache import ITEMSIZE, TENSOR_CACHE
-from fairy_compile.compiler import params as parameters
-from fairy_compile.compiler.export import check_linker, export_library, library_name
-from fairy_compile.compiler.library import ENTRY_POINTS, Param, Sizes, define
+from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.compiler.export import check_linker, export_library
+from fairy_compile.compiler.library import ENTRY_POINTS, Sizes
 from fairy_compile.compiler.pipeline import Progress, compile_module
-from fairy_compile.compiler.plan import Planner
 from fairy_compile.compiler.report import BuildReport, describe_call
+from fairy_compile.compiler.write import Work, param_nbytes, write_configs, write_params
 from fairy_compile.config import Granularity, QuantConfig
 from fairy_compile.errors import FairyError
-from fairy_compile.frontends.source import ModelSource, open_source
+from fairy_compile.frontends.source import open_source
 from fairy_compile.models import DecoderConfig, parse_config
-from fairy_compile.targets import Target, load_target
-from fairy_compile.tvm_pair import TVM_PAIR, check_tvm_pair
+from fairy_compile.targets import load_target
+from fairy_compile.tvm_pair import check_tvm_pair
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
@@ -119,7 +93,7 @@ def build(
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
     name = source.directory.resolve().name if Path(model).is_dir() else str(model)
-    work = _Work(name, source, config_quant, compile_for, decoder, sizes)
+    work = Work(name, source, config_quant, compile_for, decoder, sizes)
     with clock("define"):
         work.define()
     report = _report(work, notes)
@@ -132,7 +106,7 @@ def build(
     )
     with staged as directory:
         with clock("weights"):
-            written, demands = _write_params(work, directory, progress)
+            written, demands = write_params(work, directory, progress)
         if demands:
             with clock("define again"):
                 work.define(demands)
@@ -147,55 +121,10 @@ def build(
             )
             export_library(executable, compile_for, directory)
         with clock("finish"):
-            _write_configs(work, directory, written, report)
+            write_configs(work, directory, written, report)
     report.output = str(output)
     report.seconds = clock.seconds
     return report
-
-
-@dataclass
-class _Work:
-    """The pieces a build passes along; ``name`` is the directory's last part or the hub id."""
-
-    name: str
-    source: ModelSource
-    quant: QuantConfig
-    target: Target
-    decoder: DecoderConfig
-    sizes: Sizes
-
-    def define(self, demands: parameters.Demands | None = None) -> None:
-        """Plan kernels and build the Relax module."""
-        self.planner = Planner(self.source, self.quant, self.target, demands)
-        self.module, self.params, self.metadata = define(
-            self.decoder, self.planner, self.target, self.sizes, f"fairy-{self.quant.quant}"
-        )
-        self.signatures = signatures_of(self.module)
-        problems = check_library(
-            self.signatures, self.metadata, self.target.device, self.decoder.vocab_size
-        )
-        if problems:
-            raise RuntimeError("the library breaks the engine's contract: " + "; ".join(problems))
-
-    def resume_key(self) -> str:
-        """Return what identifies the result: inputs, options, target and versions."""
-        files = {
-            p.name: [p.stat().st_size, p.stat().st_mtime_ns]
-            for p in sorted(self.source.directory.iterdir())
-            if p.is_file()
-        }
-        facts = [
-            str(self.source.directory.resolve()),
-            files,
-            self.quant.to_json(),
-            self.target.name,
-            str(self.target.to_tvm()),
-            [[p.name, p.shape, p.dtype] for p in self.params],
-            [self.sizes.context, self.sizes.prefill_chunk, self.sizes.max_batch],
-            TVM_PAIR,
-            package_metadata.version("fairy-compile"),
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class _Clock:
@@ -257,7 +186,7 @@ def _sizes(
     return Sizes(chosen, chunk, max_batch), notes
 
 
-def _report(work: _Work, notes: list[str]) -> BuildReport:
+def _report(work: Work, notes: list[str]) -> BuildReport:
     layers = [describe_call(call) for call in work.planner.calls]
     dense = [layer for layer in layers if not layer.stages]
     if dense:
@@ -270,7 +199,7 @@ def _report(work: _Work, notes: list[str]) -> BuildReport:
         target=work.target.name,
         output=None,
         layers=layers,
-        param_bytes=sum(_nbytes(p) for p in work.params),
+        param_bytes=sum(param_nbytes(p) for p in work.params),
         sizes={
             "context": work.sizes.context,
             "prefill_chunk": work.sizes.prefill_chunk,
@@ -278,111 +207,3 @@ def _report(work: _Work, notes: list[str]) -> BuildReport:
         },
         notes=notes,
     )
-
-
-def _nbytes(param: Param) -> int:
-    size = ITEMSIZE[param.dtype]
-    for dim in param.shape:
-        size *= dim
-    return size
-
-
-# Beside the shards of an unfinished build: what the weights written so far demand.
-_DEMANDS = "demands-progress.json"
-
-
-def _write_params(
-    work: _Work, directory: Path, progress: Progress | None
-) -> tuple[WrittenParams, parameters.Demands]:
-    writer = ParamWriter.resume(directory)
-    done = frozenset(p.name for p in work.params if writer.has(p.name))
-    notes = directory / _DEMANDS
-    demands: parameters.Demands = load_object(notes) if done and notes.is_file() else {}
-    noted = len(demands)
-    arrays = parameters.iterate(work.params, work.planner, demands, done)
-    for count, (name, array) in enumerate(arrays, len(done)):
-        if progress:
-            progress(f"weights: {name}", count, len(work.params))
-        if len(demands) > noted:  # before the shard, so that no closed shard goes without
-            noted = len(demands)
-            dump_json(notes, demands)
-        writer.add(name, array)
-    notes.unlink(missing_ok=True)
-    weights = sum(
-        row.shape[0] * row.shape[1] for row in (describe_call(c) for c in work.planner.calls)
-    )
-    bits = 8 * sum(_nbytes(p) for p in work.params if p.call) / max(1, weights)
-    return writer.finish({"BitsPerParam": round(bits, 3)}), demands
-
-
-def _write_configs(
-    work: _Work, directory: Path, written: WrittenParams, report: BuildReport
-) -> None:
-    tokenizer = copy_tokenizer_files(work.source.tokenizer_files(), directory)
-    chat = chat_config(
-        directory,
-        work.source.config,
-        EngineSizes(
-            vocab_size=work.decoder.vocab_size,
-            context_window_size=work.sizes.context,
-            prefill_chunk_size=work.sizes.prefill_chunk,
-            max_batch_size=work.sizes.max_batch,
-        ),
-        model_type=work.decoder.model_type,
-        quantization=work.metadata["quantization"],
-    )
-    problems = check_chat_config(chat.config, work.target.device)
-    if problems:
-        raise RuntimeError(f"{MLC_CHAT_CONFIG} breaks the engine's contract: {problems}")
-    if chat.conv_template_reason:
-        report.notes.append(f"MLC conversation template: {chat.conv_template_reason}")
-    chat.write(directory)
-    library = library_name(work.target)
-    names = [*tokenizer, *written.files, MLC_CHAT_CONFIG, TENSOR_CACHE, library]
-    files = describe_files(directory, names, known=written.files)
-    manifest = Manifest(
-        fairy_compile=package_metadata.version("fairy-compile"),
-        tvm=TVM_PAIR["apache-tvm"],
-        tvm_ffi=TVM_PAIR["apache-tvm-ffi"],
-        source=Source(work.source.kind, report.model, work.source.sha256()),
-        quant=work.quant.to_json(),
-        target=TargetInfo(
-            work.target.name,
-            work.target.device,
-            str(work.target.to_tvm()),
-            tuple(sorted(work.target.features)),
-        ),
-        model=ModelInfo(work.decoder.model_type, _model_sizes(work.decoder) | report.sizes),
-        files=files,
-        layers=tuple(
-            LayerEntry(
-                name=row.name,
-                kernel=row.kernel,
-                layout=row.layout,
-                bytes=row.bytes,
-                reason=row.reason,
-                stages=row.stages,
-                terms=row.terms,
-                scale=row.scale,
-                shape=row.shape,
-            )
-            for row in report.layers
-        ),
-        params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
-        library=library,
-        functions={name: str(work.signatures[name]) for name in ENTRY_POINTS},
-        metadata=work.metadata,
-    )
-    manifest.write(directory)
-    report.files = {name: entry.bytes for name, entry in files.items()}
-
-
-def _model_sizes(decoder: DecoderConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "num_layers": decoder.num_layers,
-        "num_heads": decoder.num_heads,
-        "num_kv_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
-    }
