@@ -1,11 +1,17 @@
-"""Decode speed of the x86 codebook kernels on the matrices of a LLaMA-2-7B layer.
+"""Speed of the x86 codebook kernels on the matrices of a LLaMA-2-7B layer.
 
-Streams the packed weights of several layers, so that they come from memory, one row at a time
-(b = 1), and prints GB/s of packed weights beside a plain read of the same bytes with the same
-threads in the same run. Rounds alternate between kernels and the plain read, because machines
-drift.
+Streams the packed weights of several layers, so that they come from memory.
+
+Decode, one row at a time (b = 1): prints GB/s of packed weights beside a plain read of the same
+bytes with the same threads in the same run. Rounds alternate between kernels and the plain read,
+because machines drift.
+
+Prefill, ``--batch`` rows: prints ms a layer, tokens per second of 32 layers (matrix products and
+quantisation of activations only), and int8 TOPS, counting the 8 operations of a complex weight's
+real 2 x 2 block per token however many the kernel takes. Rounds alternate between kernels.
 
     python benchmarks/kernel_x86.py --rounds 15
+    python benchmarks/kernel_x86.py --batch 128 --rounds 7
 """
 
 from __future__ import annotations
@@ -13,15 +19,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import numpy as np
 import tvm
 import typer
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script import builder as T
 
+from fairy_compile.bench.bandwidth import ReadBandwidth
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, X86Codebook
 from fairy_compile.op import PhaseSpec
 from fairy_compile.runtime.threads import set_threads
@@ -31,48 +36,26 @@ from fairy_compile.targets import Target, load_target
 CALLS = [((2048, 2048, 2048), 2048), ((2048,), 2048), ((5504, 5504), 2048), ((2048,), 5504)]
 
 
-def plain_read(target: Target) -> Callable[[Any, Any], None]:
-    """Compile a read of uint64 (chunks, words): sums of each chunk, spread over all threads."""
-    lanes, ways = 8, 4
-    with IRBuilder() as ir, T.prim_func(s_tir=True):
-        T.func_name("plain_read")
-        T.func_attr({"tirx.noalias": True})
-        chunks, words = T.int64(), T.int64()
-        data = T.arg("data", T.buffer((chunks, words), "uint64"))
-        out = T.arg("out", T.buffer((chunks, ways * lanes), "uint64"))
-        with T.parallel(0, chunks) as c:
-            sums = [T.alloc_buffer((lanes,), "uint64") for _ in range(ways)]
-            at = T.ramp(0, 1, lanes)
-            for s in sums:
-                T.buffer_store(s, T.broadcast(T.uint64(0), lanes), [at])
-            with T.serial(0, words // (ways * lanes)) as i:
-                for k, s in enumerate(sums):
-                    value = data[c, T.ramp((i * ways + k) * lanes, 1, lanes)]
-                    T.buffer_store(s, s[at] + value, [at])
-            for k, s in enumerate(sums):
-                T.buffer_store(out, s[at], [c, T.ramp(k * lanes, 1, lanes)])
-    return tvm.compile(ir.get(), target=target.to_tvm())["plain_read"]
-
-
 def layer_calls(
-    kernel: X86Codebook, target: Target, mode: str, stages: int, layers: int
+    kernel: X86Codebook, target: Target, mode: str, stages: int, layers: int, batch: int, act: str
 ) -> tuple[Callable[[], None], int]:
     """Return a function that runs all calls of ``layers`` layers once, and the bytes it reads."""
     rng = np.random.default_rng(0)
     jobs, size = [], 0
     for parts, m in CALLS:
-        spec = PhaseSpec(parts, m, stages, ("U", "W"), "tensor", "int8")
-        function = kernel.build(spec, target, "single", {"tables": mode})
+        spec = PhaseSpec(parts, m, stages, ("U", "W"), "tensor", act)
+        batch_class = "single" if batch == 1 else "many"
+        function = kernel.build(spec, target, batch_class, {"tables": mode})
         library = tvm.compile(function, target=target.to_tvm())
         call = library[function.attrs["global_symbol"]]
-        x = tvm.runtime.tensor(rng.standard_normal((1, 2 * m)).astype(np.float32))
+        x = tvm.runtime.tensor(rng.standard_normal((batch, 2 * m)).astype(np.float32))
         for _ in range(layers):
             arrays = []
             for a in kernel.layout.arrays(spec).values():
                 filler = rng.integers(0, 3, a.shape, np.uint8).astype(a.dtype)
                 arrays.append(tvm.runtime.tensor(filler))
                 size += a.nbytes
-            y = tvm.runtime.tensor(np.zeros((1, spec.out_features), np.float32))
+            y = tvm.runtime.tensor(np.zeros((batch, spec.out_features), np.float32))
             jobs.append((call, (x, *arrays, y)))
 
     def run() -> None:
@@ -88,37 +71,25 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main(
-    rounds: Annotated[int, typer.Option(help="Timed rounds of every kernel.")] = 15,
-    layers: Annotated[int, typer.Option(help="Layers streamed in a round.")] = 4,
-    stages: Annotated[int, typer.Option(help="T, bits per weight.")] = 2,
-    isa: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
-    threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
+def modes(kernel: X86Codebook, spec: PhaseSpec, batch: int) -> list[str]:
+    """Return the table modes that differ for this call and batch."""
+    batch_class = "single" if batch == 1 else "many"
+    asked = kernel.knobs["tables"]
+    return [m for m in asked if kernel.table_mode(spec, batch_class, {"tables": m}) == m]
+
+
+def decode(
+    kernels: Sequence[X86Codebook], target: Target, spec: PhaseSpec, rounds: int, layers: int
 ) -> None:
     """Print GB/s per kernel and table mode, and the share of plain read bandwidth."""
-    used = set_threads(threads)
-    target = load_target("cpu")
-    read = plain_read(target)
-    spec = PhaseSpec((2048,), 2048, stages, ("U", "W"), "tensor", "int8")
-    kernels = [k for k in CODEBOOK_KERNELS if isa in k.name and k.unsupported(spec, target) is None]
-    if not kernels:
-        sys.exit(f"no kernel named like {isa!r} runs here: {[k.name for k in CODEBOOK_KERNELS]}")
-    chunks, words = 256, layers * 50_000_000 // 256 // 256 * 32
-    data = tvm.runtime.tensor(np.ones((chunks, words), np.uint64))
-    out = tvm.runtime.tensor(np.zeros((chunks, 32), np.uint64))
-    read_bytes = chunks * words * 8
-    print(f"{rounds} rounds of {layers} layers, T={stages}, b=1, {used} threads; ", end="")
-    print("GB/s best / median ± deviation")
+    plain_read = ReadBandwidth(layers * 50_000_000)
     for kernel in kernels:
-        for mode in ("joint", "split"):
-            knobs = {"tables": mode}
-            if mode == "joint" and not kernel.uses_joint(spec, knobs):
-                continue
-            run, size = layer_calls(kernel, target, mode, stages, layers)
+        for mode in modes(kernel, spec, 1):
+            run, size = layer_calls(kernel, target, mode, spec.stages, layers, 1, spec.act)
             run()
             ours, plain = [], []
             for _ in range(rounds):
-                plain.append(read_bytes / seconds(lambda: read(data, out)) / 1e9)
+                plain.append(plain_read.measure() / 1e9)
                 ours.append(size / seconds(run) / 1e9)
             share = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
             print(
@@ -130,6 +101,65 @@ def main(
                 flush=True,
             )
             del run
+
+
+def prefill(
+    kernels: Sequence[X86Codebook],
+    target: Target,
+    spec: PhaseSpec,
+    rounds: int,
+    layers: int,
+    batch: int,
+) -> None:
+    """Print ms a layer, tokens per second and TOPS per kernel and table mode."""
+    runs = {
+        (kernel.name, mode): layer_calls(
+            kernel, target, mode, spec.stages, layers, batch, spec.act
+        )[0]
+        for kernel in kernels
+        for mode in modes(kernel, spec, batch)
+    }
+    for run in runs.values():
+        run()
+    taken: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name].append(seconds(run) / layers)
+    operations = 8 * batch * sum(sum(parts) * m for parts, m in CALLS)
+    for (kernel, mode), times in taken.items():
+        best, median = min(times), statistics.median(times)
+        print(
+            f"{kernel:26s} {mode:8s} {best * 1e3:7.1f} / {median * 1e3:7.1f} ± "
+            f"{statistics.stdev(times) * 1e3:5.1f} ms a layer   {batch / best / 32:6.1f} / "
+            f"{batch / median / 32:6.1f} tokens/s   {operations / best / 1e12:5.2f} TOPS"
+        )
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Timed rounds of every kernel.", min=2)] = 15,
+    layers: Annotated[int, typer.Option(help="Layers streamed in a round.")] = 4,
+    stages: Annotated[int, typer.Option(help="T, bits per weight.")] = 2,
+    isa: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
+    threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of x: 1 for decode, more for prefill.")] = 1,
+    act: Annotated[str, typer.Option(help="int8 or int16.")] = "int8",
+) -> None:
+    """Time the kernels this machine can run."""
+    used = set_threads(threads)
+    target = load_target("cpu")
+    spec = PhaseSpec((2048,), 2048, stages, ("U", "W"), "tensor", act)
+    kernels = [k for k in CODEBOOK_KERNELS if isa in k.name and k.unsupported(spec, target) is None]
+    if not kernels:
+        sys.exit(f"no kernel named like {isa!r} runs here: {[k.name for k in CODEBOOK_KERNELS]}")
+    print(
+        f"{rounds} rounds of {layers} layers, T={stages}, {act}, b={batch}, {used} threads; "
+        f"{'GB/s, ' if batch == 1 else ''}best / median ± deviation"
+    )
+    if batch == 1:
+        # The decode kernel of AMX machines is that of AVX512-VBMI.
+        decode([k for k in kernels if not k.isa.amx], target, spec, rounds, layers)
+    else:
+        prefill(kernels, target, spec, rounds, layers, batch)
 
 
 if __name__ == "__main__":

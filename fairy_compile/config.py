@@ -15,7 +15,7 @@ Term = Literal["U", "W"]
 
 QUANTS = {"w1": 1, "w2": 2, "w3": 3, "w4": 4}
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "tile64")
-ACT_CONTRACTS: tuple[ActContract, ...] = ("int8", "float")
+ACT_CONTRACTS: tuple[ActContract, ...] = ("int8", "int16", "float")
 METHODS = ("auto", "phase")
 MAX_STAGES = 4
 
@@ -39,7 +39,8 @@ class QuantConfig:
         scale: granularity of the scales: one pair per ``tensor``, per complex ``row``, or per
             64x64 complex ``tile64``.
         terms: ``("U", "W")`` for widely-linear layers (Fairy2i), ``("W",)`` for iFairy.
-        act: activation contract of the compiled kernels: ``int8`` (groups of 128) or ``float``.
+        act: activation contract of the compiled kernels: ``int8`` or ``int16`` (groups of 128
+            columns, see `op.reference.quantize_activations`) or ``float``.
         method: ``"phase"`` is the papers' rule; ``"auto"`` picks the best training-free method
             this version has, which is ``"phase"``.
         exempt: glob patterns of layer names that stay dense, e.g. ``("lm_head",)``.

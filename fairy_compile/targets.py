@@ -153,4 +153,37 @@ def host_features() -> frozenset[str]:
     import tvm
 
     found = tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
-    return frozenset(str(name) for name, present in found.items() if bool(present))
+    features = {str(name) for name, present in found.items() if bool(present)}
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        features |= _arm_features()
+    return frozenset(features)
+
+
+# Linux's names of 64-bit ARM features that LLVM's own detection leaves out -> LLVM's names.
+_LINUX_ARM_FEATURES = {
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "asimdhp": "fullfp16",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+
+
+def _arm_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return the features of a 64-bit ARM machine that LLVM's detection leaves out."""
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text("utf-8").splitlines()
+        words = {
+            word
+            for line in lines
+            if line.startswith("Features")
+            for word in line.split(":")[1].split()
+        }
+        return {name for linux, name in _LINUX_ARM_FEATURES.items() if linux in words}
+    import tvm
+
+    # Without a list from the system (macOS), the CPU's name tells.
+    host = tvm.target.Target({"kind": "llvm", "mcpu": host_cpu()})
+    return {str(name) for name in tvm.get_global_func("target.llvm_get_cpu_features")(host)}

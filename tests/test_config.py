@@ -38,7 +38,7 @@ def test_json_round_trip() -> None:
         ({"quant": "w5"}, r"--quant 'w5'.*w1, w2, w3, w4"),
         ({"quant": "W2"}, "Did you mean w2"),
         ({"scale": "column"}, "tensor, row, tile64"),
-        ({"act": "int16"}, "int8, float"),
+        ({"act": "int4"}, "int8, int16, float"),
         ({"method": "gptq"}, "auto, phase"),
         ({"terms": ("W", "U")}, "terms"),
         ({"stages_for": {"x": 5}}, r"stages_for\['x'\] is 5"),

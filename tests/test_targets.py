@@ -59,3 +59,12 @@ def test_malformed_target_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(targets, "targets_directory", lambda: tmp_path)
     with pytest.raises(FairyError, match=r"mine\.toml is malformed"):
         targets.load_target("mine")
+
+
+def test_arm_features_are_read_from_the_system(tmp_path: Path) -> None:
+    """LLVM's own detection does not know dot product on Linux."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor : 0\nFeatures\t: fp asimd aes asimdhp asimddp\nCPU part : 0xd0b\n"
+    )
+    assert targets._arm_features(cpuinfo) == {"neon", "dotprod", "fullfp16"}

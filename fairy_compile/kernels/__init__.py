@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fairy_compile.kernels.arm import CODEBOOK_KERNELS as ARM_CODEBOOK
 from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.kernels.generic import GenericKernel
-from fairy_compile.kernels.x86 import CODEBOOK_KERNELS
+from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86_CODEBOOK
 
 FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
-    "x86.codebook": CODEBOOK_KERNELS,
+    "x86.codebook": X86_CODEBOOK,
+    "arm.codebook": ARM_CODEBOOK,
     "generic": (GenericKernel(),),
 }
 """Family name -> its kernels, best first."""

@@ -1,4 +1,4 @@
-"""x86 phase GEMM: nibbles of codes look up int8 tables, which meet int8 activations.
+"""x86 phase GEMM: nibbles of codes look up int8 tables, which meet int8 or int16 activations.
 
 For every step of every row tile (see `x86_layout` for the bytes) and every look-up of it:
 
@@ -15,19 +15,25 @@ R, I a term's real and imaginary tables and a, b = Re x, Im x:
 Two table modes share the packed bytes. ``split`` has a table of -1, 0, 1 for each stage and is
 exact. ``joint`` (tensor scales) has one table for each pair of stages, holding p and q in the ratio
 of their scales: half the look-ups and dot products for a ratio error that `joint_ratio` bounds.
+
+int16 activations are two int8 digits, 256 hi + lo, with a dot product for each. Machines with AMX
+multiply batches of 9 and more as `x86_amx` describes, which adds the table mode ``combined``.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.errors import FairyError
 from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.x86_amx_layout import PanelLayout, TableMode, combined_error
 from fairy_compile.kernels.x86_layout import BLOCK, X86Layout, has_joint
 from fairy_compile.kernels.x86_tables import joint_ratio_error
-from fairy_compile.op import PhaseSpec
+from fairy_compile.op import ACT_LEVELS, PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
 if TYPE_CHECKING:
@@ -53,6 +59,7 @@ class Isa:
         joint_limit: largest p + q of a joint table. 127 is what a byte holds. pmaddubsw saturates
             at int16: with entries up to 2 * 63 + 1, a pair is at most 2 * 127 * 127 = 32258.
         sums: accumulators to keep in registers at a time.
+        amx: AMX tiles serve batches of `x86_amx.MIN_TOKENS` and more.
     """
 
     name: str
@@ -63,6 +70,7 @@ class Isa:
     dot: str | None
     joint_limit: int
     sums: int
+    amx: bool = False
 
     @property
     def width(self) -> int:
@@ -79,6 +87,12 @@ AVX512_VBMI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.512",
     joint_limit=127,
     sums=16,
+)
+AVX512_AMX = replace(
+    AVX512_VBMI,
+    name="avx512amx",
+    features=(*AVX512_VBMI.features, "amx-int8", "amx-tile"),
+    amx=True,
 )
 AVX512_VNNI = Isa(
     name="avx512vnni",
@@ -112,9 +126,12 @@ AVX2 = Isa(
 )
 
 
-# Relative error of a joint table entry that is accepted for its speed: well below the rounding of
-# int8 activations.
+# Relative errors of weights that are accepted for speed. Rounding activations to int8 costs 6e-3
+# and more, to int16 2.4e-5 (`quantize_activations`): joint tables stay well below that of int8, and
+# combined panels just below, so that they add a fifth to it where the errors add in squares.
 MAX_JOINT_ERROR = 1e-3
+MAX_INT16_ERROR = 3e-5
+MAX_COMBINED_ERROR = 5e-3
 
 
 class X86Codebook:
@@ -122,45 +139,58 @@ class X86Codebook:
 
     Knobs:
         tables: ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the same as
-            ``split``) or ``split``.
+            ``split``) or ``split``; with AMX also ``combined``, which is ``joint`` for few tokens.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
-        tokens: rows of x that share a look-up in batch ``many``.
+        tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
+        columns: with AMX, columns to decode at a time.
     """
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
         self.name = f"x86.codebook.{isa.name}"
-        self.layout = X86Layout(isa.rows, isa.joint_limit)
+        layout = PanelLayout if isa.amx else X86Layout
+        self.layout = layout(isa.rows, isa.joint_limit)
         self.knobs: Mapping[str, Sequence[Any]] = {
-            "tables": ("joint", "split"),
+            "tables": ("combined", "joint", "split") if isa.amx else ("joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
             "tokens": (4, 2, 1),
+            **({"columns": (256, 512, 1024)} if isa.amx else {}),
         }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
         """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
         if target.tvm.get("kind") != "llvm":
             return f"it is for CPUs; target {target.name} is {target.tvm.get('kind')}"
+        if self.isa.amx and not _is_linux(target):
+            return f"it asks Linux for AMX tiles; target {target.name} is another system"
         missing = [f for f in self.isa.features if not target.has(f)]
         if missing:
             return f"target {target.name} lacks the CPU features {', '.join(missing)}"
-        if spec.act != "int8":
-            return f"it computes with int8 activations; this call asks for {spec.act}"
+        if spec.act not in ACT_LEVELS:
+            known = " or ".join(ACT_LEVELS)
+            return f"it computes with {known} activations; this call asks for {spec.act}"
         size = self.layout.arrays(spec)["codes"].nbytes
         if size > _MAX_CODES:
             return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
         return None
 
-    def uses_joint(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> bool:
-        """Tell whether `build` with these knobs reads the joint tables."""
-        return self._choose(knobs)["tables"] == "joint" and has_joint(spec)
+    def table_mode(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> TableMode:
+        """Return the tables that `build` with these knobs uses for many tokens, or for few."""
+        mode: TableMode = self._choose(knobs)["tables"]
+        if mode == "combined" and batch == "single":
+            mode = "joint"
+        return "split" if mode == "joint" and not has_joint(spec) else mode
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
-        """Return ``tables: split`` where joint tables would miss a ratio of scales by too much."""
-        if not has_joint(spec):
-            return {}
-        error = joint_ratio_error(parts, self.isa.joint_limit)
-        return {"tables": "split"} if error > MAX_JOINT_ERROR else {}
+        """Return the fastest ``tables`` that are accurate enough, if not the default."""
+        joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
+        if spec.act == "int16":
+            joint_limit = combined_limit = MAX_INT16_ERROR
+        if has_joint(spec) and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
+            return {"tables": "split"}
+        if self.isa.amx and combined_error(parts) > combined_limit:
+            return {"tables": "joint"}
+        return {}
 
     def build(
         self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
@@ -173,17 +203,30 @@ class X86Codebook:
         Raises:
             FairyError: an unknown knob or value.
         """
+        from fairy_compile.kernels.x86_activations import DIGITS
+        from fairy_compile.kernels.x86_amx import PanelMultiply
         from fairy_compile.kernels.x86_codegen import CodebookFunction
 
         chosen = self._choose(knobs)
+        mode = self.table_mode(spec, batch, knobs)
+        panels = None
+        if self.isa.amx and batch == "many":
+            panels = partial(
+                PanelMultiply,
+                mode=mode,
+                columns=chosen["columns"],
+                joint_limit=self.isa.joint_limit,
+            )
         return CodebookFunction(
             isa=self.isa,
             layout=self.layout,
             spec=spec,
             batch=batch,
-            joint=self.uses_joint(spec, knobs),
-            tokens=chosen["tokens"] if batch == "many" else 1,
+            mode=mode,
+            joint=self.table_mode(spec, "single", knobs) == "joint",
+            tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch == "many" else 1,
             prefetch=chosen["prefetch"],
+            panels=panels,
         ).emit()
 
     def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,5 +239,11 @@ class X86Codebook:
         return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
 
 
-CODEBOOK_KERNELS = tuple(X86Codebook(isa) for isa in (AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2))
+def _is_linux(target: Target) -> bool:
+    triple = target.tvm.get("mtriple")
+    return "linux" in triple if triple else platform.system() == "Linux"
+
+
+ISAS = (AVX512_AMX, AVX512_VBMI, AVX512_VNNI, AVX_VNNI, AVX2)
+CODEBOOK_KERNELS = tuple(X86Codebook(isa) for isa in ISAS)
 """The family, best first: use the first whose `unsupported` is None."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86_activations import Activations, Tokens, span, store
+from fairy_compile.kernels.x86_activations import Activations, Tokens, join_digits, span, store
 from fairy_compile.kernels.x86_layout import BLOCK, X86Layout
+from fairy_compile.kernels.x86_outputs import RowTileOutputs
 from fairy_compile.kernels.x86_tables import (
     SPLIT_OFFSET,
     Lookup,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, PrimFunc
 
     from fairy_compile.kernels.x86 import Isa
+    from fairy_compile.kernels.x86_amx import PanelMultiply
 
 _PREFETCH_L2 = 2  # LLVM's temporal locality: 3 is L1, 2 is L2
 
@@ -44,12 +47,15 @@ class CodebookFunction:
         layout: X86Layout,
         spec: PhaseSpec,
         batch: Batch,
+        mode: str,
         joint: bool,
         tokens: int,
         prefetch: int,
+        panels: Callable[..., PanelMultiply] | None = None,
     ) -> None:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
         self.joint, self.tokens, self.prefetch = joint, tokens, prefetch
+        self.panels, self.mode = panels, mode
         self.book = (joint_codebook if joint else split_codebook)(spec.terms, spec.stages)
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
@@ -62,30 +68,42 @@ class CodebookFunction:
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             rows = 1 if self.batch == "single" else T.int64()
             self.rows = rows
-            x = T.arg("x", T.buffer((rows, spec.in_features), "float32"))
+            self.x = T.arg("x", T.buffer((rows, spec.in_features), "float32"))
             self.arrays = {
                 name: T.arg(name, T.buffer(a.shape, a.dtype))
                 for name, a in self.layout.arrays(spec).items()
             }
             self.y = T.arg("y", T.buffer((rows, spec.out_features), "float32"))
-            self.activations = Activations(spec, rows, self.flush)
-            if self.batch == "single":
-                self.activations.quantize_row(x)
+            if self.panels is None:
+                self._emit_codebook()
             else:
-                self.activations.quantize_rows(x, self.tokens)
-            self._multiply()
+                panels = self.panels(spec, self.x, self.arrays, self.y)
+                with T.If(panels.usable()):
+                    with T.Then():
+                        panels.emit()
+                    with T.Else():
+                        self._emit_codebook()
         return ir.get()
+
+    def _emit_codebook(self) -> None:
+        self.activations = Activations(self.spec, self.rows, self.flush)
+        if self.batch == "single":
+            self.activations.quantize_row(self.x)
+        else:
+            self.activations.quantize_rows(self.x, self.tokens)
+        self._multiply()
 
     def _name(self) -> str:
         spec = self.spec
         return (
             f"phase_gemm_{self.isa.name}_n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
-            f"_{''.join(spec.terms).lower()}_{spec.scale}_{'joint' if self.joint else 'split'}"
-            f"_{self.batch}"
+            f"_{''.join(spec.terms).lower()}_{spec.scale}_{self.mode}"
+            f"_{spec.act}_{self.batch}"
         )
 
     def _multiply(self) -> None:
         with T.parallel(0, self.layout.tiles(self.spec)) as tile:
+            self.outputs = RowTileOutputs(self.spec, self.isa.rows, self.y, tile)
             tables = {look: self._load_table(tile, look) for look in self.book.lookups}
             if self.batch == "single":
                 self._multiply_tokens(tile, tables, Tokens(0, 1))
@@ -116,11 +134,13 @@ class CodebookFunction:
                 sums = self._sum_units(tile, units, tables, tokens, flush, prefetch=number == 0)
                 for unit in units:
                     self._scale_sums(tile, unit, sums[unit], tokens, flush, out)
-        self._store(tile, tokens, out)
+        for t, halves in enumerate(out):
+            self.outputs.store(tokens.first + t, halves)
 
     def _passes(self, tokens: int) -> list[range]:
         """Split the units into passes whose sums fit the registers; a pass rereads codes in L1."""
-        size, units = max(1, self.isa.sums // (2 * tokens)), len(self.book.units)
+        size = max(1, self.isa.sums // (2 * self.activations.digits * tokens))
+        units = len(self.book.units)
         return [range(i, min(i + size, units)) for i in range(0, units, size)]
 
     def _sum_units(
@@ -132,9 +152,13 @@ class CodebookFunction:
         flush: Expr,
         prefetch: bool,
     ) -> dict[int, list[list[Buffer]]]:
-        """Return unit -> [token][re, im] integer sums over the columns of a flush."""
+        """Return unit -> [token][(half, digit)] integer sums over the columns of a flush."""
+        digits = range(self.activations.digits)
         sums = {
-            u: [_vectors(2, *self._sum_type(self.book.units[u])) for _ in range(tokens.count)]
+            u: [
+                _vectors(2 * len(digits), *self._sum_type(self.book.units[u]))
+                for _ in range(tokens.count)
+            ]
             for u in units
         }
         used = [look for look in self.book.lookups if look.unit in units]
@@ -144,10 +168,13 @@ class CodebookFunction:
             if prefetch and self.prefetch:
                 self._prefetch(tile, step)
             words = {
-                (b, t, half): self._activation_word(tokens, step * self.step_blocks + b, t, half)
+                (b, t): [
+                    self._activation_word(tokens, step * self.step_blocks + b, t, half, digit)
+                    for half in (0, 1)
+                    for digit in digits
+                ]
                 for b in sorted({look.block for look in used})
                 for t in range(tokens.count)
-                for half in (0, 1)
             }
             nibbles = sorted({look.nibble for look in used})
             indices = {n: self._index(tile, step, n) for n in nibbles}
@@ -155,9 +182,8 @@ class CodebookFunction:
                 args = (tables[look], indices[look.nibble])
                 entries = T.call_llvm_pure_intrin(f"int8x{self.isa.width}", self.isa.shuffle, *args)
                 entries = T.bind(entries)
-                for t, pair in enumerate(sums[look.unit]):
-                    for half, total in enumerate(pair):
-                        word = words[look.block, t, half]
+                for t, totals in enumerate(sums[look.unit]):
+                    for total, word in zip(totals, words[look.block, t], strict=True):
                         self._add_dot(self.book.units[look.unit], total, entries, word)
         return sums
 
@@ -174,9 +200,11 @@ class CodebookFunction:
             address = T.address_of(codes[tile, step + ahead, plane, 0])
             T.evaluate(T.call_intrin("void", "tirx.prefetch", address, 0, _PREFETCH_L2, 1))
 
-    def _activation_word(self, tokens: Tokens, block: Expr, token: int, half: int) -> Expr:
-        """Return the four int8 activations of a column block, repeated for every row."""
-        word = self.activations.word(tokens, block, token, half)
+    def _activation_word(
+        self, tokens: Tokens, block: Expr, token: int, half: int, digit: int
+    ) -> Expr:
+        """Return a digit of the activations of a column block, repeated for every row."""
+        word = self.activations.word(tokens, block, token, half, digit)
         return T.bind(T.reinterpret(f"int8x{self.isa.width}", T.broadcast(word, self.isa.rows)))
 
     def _index(self, tile: Expr, step: Expr, nibble: int) -> Expr:
@@ -196,10 +224,11 @@ class CodebookFunction:
         return T.bind(T.reinterpret(f"int8x{width}", codes))
 
     # Integer sums. With a dot product instruction they are int32. AVX2 multiplies bytes and adds
-    # neighbours into int16. Split tables hold 0, 1, 2, so such a pair is at most 2 * 2 * 127 = 508
+    # neighbours into int16. Split tables hold 0, 1, 2, so such a pair is at most 2 * 2 * 128 = 512
     # in size, and a group of 128 columns adds one pair per block of 4 columns to each of a row's
-    # two lanes: 32 * 508 = 16256 at most, so int16 sums hold a flush. Joint pairs are widened to
-    # int32 at once.
+    # two lanes: 32 * 512 = 16384 at most, so int16 sums hold a flush. Joint pairs are widened to
+    # int32 at once. The two digits of int16 activations are summed apart and put together in int32:
+    # entries up to 255 make at most 128 * 255 * (256 * 127 + 128) = 1.07e9 < 2^31.
 
     def _sum_type(self, unit: Unit) -> tuple[int, str]:
         """Return (lanes, dtype) of a unit's sums."""
@@ -248,11 +277,13 @@ class CodebookFunction:
         else:
             column_tile = flush if self.spec.scale == "tile64" else 0
             scale = T.broadcast(scales[tile, column_tile, index], rows)
-        for t, pair in enumerate(by_token):
-            for half, total in enumerate(pair):
-                value = total[span(0, lanes)]
+        digits = self.activations.digits
+        for t, totals in enumerate(by_token):
+            for half in (0, 1):
+                sums = [v[span(0, lanes)] for v in totals[half * digits : (half + 1) * digits]]
                 if dtype == "int16":
-                    value = self._add_neighbours(value)
+                    sums = [self._add_neighbours(v) for v in sums]
+                value = join_digits(sums, rows)
                 offset = self.activations.sum(tokens, flush, t, half) * table_offset
                 value = T.cast(value - T.broadcast(offset, rows), f"float32x{rows}")
                 q_scale = self.activations.scale(tokens, flush, t, half)
@@ -261,38 +292,6 @@ class CodebookFunction:
                 # Minus is I b of U in the real part, and R b of W in the imaginary part.
                 minus = half == 1 and unit.axis == (1 if unit.term == "U" else 0)
                 store(target, at, target[at] - value if minus else target[at] + value)
-
-    # Outputs
-
-    def _store(self, tile: Expr, tokens: Tokens, out: list[list[Buffer]]) -> None:
-        """Store a row tile: as vectors, or row by row in the last tile of an uneven part."""
-        lanes = self.isa.rows
-        re, im, left = (T.bind(v) for v in self._position(tile))
-        for t, pair in enumerate(out):
-            for first, vector in zip((re, im), pair, strict=True):
-                token, whole = tokens.first + t, span(0, lanes)
-                if all(n % lanes == 0 for n in self.spec.parts):
-                    store(self.y, (token, span(first, lanes)), vector[whole])
-                    continue
-                with T.If(left >= lanes):
-                    with T.Then():
-                        store(self.y, (token, span(first, lanes)), vector[whole])
-                    with T.Else(), T.serial(0, left) as i:
-                        store(self.y, (token, first + i), vector[i])
-
-    def _position(self, tile: Expr) -> tuple[Expr, Expr, Expr]:
-        """Return a tile's first Re and Im output features, and the rows left in its part."""
-        lanes, first_tile = self.isa.rows, 0
-        position: tuple[Any, Any, Any] | None = None
-        for _, rows, feature in self.spec.output_runs():
-            row = (tile - first_tile) * lanes
-            here = (feature + row, feature + rows + row, rows - row)
-            if position is not None:
-                pairs = zip(here, position, strict=True)
-                here = tuple(T.Select(tile >= first_tile, new, old) for new, old in pairs)
-            position = here
-            first_tile += -(-rows // lanes)
-        return position
 
 
 def _vectors(count: int, lanes: int, dtype: str) -> list[Buffer]:

@@ -1,11 +1,11 @@
-"""Packed weights of the x86 kernels: two-bit codes in nibbles that index a byte shuffle.
+"""Packed weights of the codebook kernels: two-bit codes in nibbles that index a byte shuffle.
 
-A *row tile* is R complex rows. A *column block* is four complex columns, what one byte dot product
-(vpdpbusd, pmaddubsw) consumes per row. A *step* is the least number of column blocks whose codes
-fill whole bytes, i.e. blocks * terms * stages is a multiple of 4. A step is stored as one byte
-vector (*plane*) of 4 R bytes for every four codes per position:
+A *row tile* is R complex rows. A *column block* is C complex columns: four on x86, what one byte
+dot product (vpdpbusd, pmaddubsw) consumes per row; eight on ARM, what smmla does. A *step* is the
+least number of column blocks whose codes fill whole bytes, i.e. blocks * terms * stages is a
+multiple of 4. A step is stored as R C bytes (a *plane*) for every four codes per position:
 
-    codes[row tile][step][plane][4 * row + column]  =  c0 | c1 << 2 | c2 << 4 | c3 << 6
+    codes[row tile][step][plane][C * row + column]  =  c0 | c1 << 2 | c2 << 4 | c3 << 6
 
 Which code (term, stage, column block of the step) each c is, `x86_tables.nibbles` says:
 
@@ -30,10 +30,12 @@ import numpy as np
 
 from fairy_compile.kernels.base import ArraySpec
 from fairy_compile.kernels.x86_tables import (
+    SPLIT_OFFSET,
     Code,
     blocks_per_step,
     joint_arrays,
     joint_codebook,
+    joint_offset,
     nibbles,
     split_codebook,
     split_tables,
@@ -52,12 +54,12 @@ def has_joint(spec: PhaseSpec) -> bool:
 
 
 class X86Layout:
-    """Row tiles of R = ``rows`` rows by column blocks of 4, as the module describes.
+    """Row tiles of R = ``rows`` rows by column blocks of C = ``block``, as the module describes.
 
     Arrays, with tiles = sum over parts of ceil(rows of the part / R), columns padded to groups of
     128, units in the order (term, stage, axis):
 
-    - ``codes`` uint8 (tiles, steps, planes, 4 R). Padding rows and columns are code 0; they meet
+    - ``codes`` uint8 (tiles, steps, planes, C R). Padding rows and columns are code 0; they meet
       zero activations or rows that are not stored.
     - ``tables`` uint8 (4, 16): `split_tables`.
     - ``scales`` float32 (tiles, 1, units) for scale ``tensor``, (tiles, 1, units, R) for ``row``,
@@ -65,15 +67,21 @@ class X86Layout:
     - ``joint_tables`` uint8 (tiles, joint units, 16) and ``joint_scales`` float32
       (tiles, 1, joint units), where `has_joint`: entries and scales of `joint_codebook`.
 
-    ``joint_limit`` is the largest p + q of joint tables; the instruction set sets it.
+    ``joint_limit`` is the largest p + q of joint tables; the instruction set sets it. Where the
+    instruction set multiplies signed bytes, the layout is ``signed``: tables are int8 and hold
+    entries without the offset that makes them unsigned.
 
     Scales are kept per row tile so that the kernel need not know which part a tile belongs to.
     """
 
-    def __init__(self, rows: int, joint_limit: int) -> None:
+    def __init__(
+        self, rows: int, joint_limit: int, block: int = BLOCK, signed: bool = False
+    ) -> None:
         self.rows = rows
         self.joint_limit = joint_limit
-        self.name = f"R{rows}C{BLOCK}L{joint_limit}"
+        self.block = block
+        self.signed = signed
+        self.name = f"R{rows}C{block}L{joint_limit}{'S' if signed else ''}"
 
     def tiles(self, spec: PhaseSpec) -> int:
         """Row tiles of all parts; each part starts a tile of its own."""
@@ -81,7 +89,7 @@ class X86Layout:
 
     def steps(self, spec: PhaseSpec) -> int:
         """Steps of a row tile, columns padded to whole activation groups."""
-        blocks = _padded_columns(spec) // BLOCK
+        blocks = _padded_columns(spec) // self.block
         return blocks // blocks_per_step(len(spec.terms), spec.stages)
 
     def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:
@@ -91,28 +99,30 @@ class X86Layout:
         units = len(split_codebook(spec.terms, spec.stages).units)
         column_tiles = _padded_columns(spec) // TILE if spec.scale == "tile64" else 1
         per_row = (self.rows,) if spec.scale == "row" else ()
+        entry = "int8" if self.signed else "uint8"
         arrays = {
-            "codes": ArraySpec((tiles, self.steps(spec), planes, BLOCK * self.rows), "uint8"),
-            "tables": ArraySpec((4, 16), "uint8"),
+            "codes": ArraySpec((tiles, self.steps(spec), planes, self.block * self.rows), "uint8"),
+            "tables": ArraySpec((4, 16), entry),
             "scales": ArraySpec((tiles, column_tiles, units, *per_row), "float32"),
         }
         if has_joint(spec):
             joint = joint_codebook(spec.terms, spec.stages).units
             tables = sum(unit.joint for unit in joint)
-            arrays["joint_tables"] = ArraySpec((tiles, tables, 16), "uint8")
+            arrays["joint_tables"] = ArraySpec((tiles, tables, 16), entry)
             arrays["joint_scales"] = ArraySpec((tiles, 1, len(joint)), "float32")
         return arrays
 
     def pack(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> dict[str, np.ndarray]:
         """Pack the parts of one call; the arrays match `arrays(spec)`."""
         packed = {n: np.zeros(a.shape, a.dtype) for n, a in self.arrays(spec).items()}
-        packed["tables"][:] = split_tables()
+        packed["tables"][:] = self._entries(split_tables(), SPLIT_OFFSET)
         for part, tiles in zip(parts, self._tile_ranges(spec), strict=True):
             self._pack_codes(part, packed["codes"][tiles], spec)
             packed["scales"][tiles] = self._spread_scales(part, spec)
             if has_joint(spec):
                 tables, scales = joint_arrays(part, self.joint_limit)
-                packed["joint_tables"][tiles] = tables
+                offset = joint_offset(self.joint_limit)
+                packed["joint_tables"][tiles] = self._entries(tables, offset)
                 packed["joint_scales"][tiles] = scales
         return packed
 
@@ -128,12 +138,16 @@ class X86Layout:
             for rows, tiles in zip(spec.parts, self._tile_ranges(spec), strict=True)
         ]
 
+    def _entries(self, table: np.ndarray, offset: int) -> np.ndarray:
+        """Take the offset off unsigned table entries where tables are signed."""
+        return (table.astype(np.int16) - offset).astype(np.int8) if self.signed else table
+
     def _tile_ranges(self, spec: PhaseSpec) -> list[slice]:
         ends = np.cumsum([-(-rows // self.rows) for rows in spec.parts]).tolist()
         return [slice(a, b) for a, b in itertools.pairwise([0, *ends])]
 
     def _pack_codes(self, part: PhaseTensor, out: np.ndarray, spec: PhaseSpec) -> None:
-        """Fill ``out`` (tiles, steps, planes, 4 R), some rows at a time."""
+        """Fill ``out`` (tiles, steps, planes, C R), some rows at a time."""
         terms, stages = len(spec.terms), spec.stages
         steps, blocks = out.shape[1], blocks_per_step(terms, stages)
         for first in range(0, part.n, _ROWS_AT_ONCE):
@@ -141,9 +155,9 @@ class X86Layout:
             tiles = -(-some.shape[2] // self.rows)
             padded = np.zeros((stages, terms, tiles * self.rows, _padded_columns(spec)), np.uint8)
             padded[:, :, : some.shape[2], : part.m] = some
-            split = padded.reshape(stages, terms, tiles, self.rows, steps, blocks, BLOCK)
+            split = padded.reshape(stages, terms, tiles, self.rows, steps, blocks, self.block)
             target = out[first // self.rows : first // self.rows + tiles]
-            target = target.reshape(tiles, steps, -1, self.rows, BLOCK)
+            target = target.reshape(tiles, steps, -1, self.rows, self.block)
             for shift, plane, code in _code_places(terms, stages):
                 values = split[code.stage, code.term, :, :, :, code.block]
                 target[:, :, plane] |= values.transpose(0, 2, 1, 3) << shift
@@ -152,8 +166,8 @@ class X86Layout:
         terms, stages = len(spec.terms), spec.stages
         tiles, steps = packed.shape[:2]
         blocks = blocks_per_step(terms, stages)
-        out = np.empty((stages, terms, tiles, self.rows, steps, blocks, BLOCK), np.uint8)
-        source = packed.reshape(tiles, steps, -1, self.rows, BLOCK)
+        out = np.empty((stages, terms, tiles, self.rows, steps, blocks, self.block), np.uint8)
+        source = packed.reshape(tiles, steps, -1, self.rows, self.block)
         for shift, plane, code in _code_places(terms, stages):
             values = (source[:, :, plane] >> shift) & 3
             out[code.stage, code.term, :, :, :, code.block] = values.transpose(0, 2, 1, 3)

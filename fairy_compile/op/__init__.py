@@ -2,6 +2,7 @@
 
 from fairy_compile.op.reference import (
     ACT_GROUP,
+    ACT_LEVELS,
     dequantize_activations,
     phase_gemm_reference,
     quantize_activations,
@@ -10,6 +11,7 @@ from fairy_compile.op.spec import PhaseSpec
 
 __all__ = [
     "ACT_GROUP",
+    "ACT_LEVELS",
     "PhaseSpec",
     "dequantize_activations",
     "phase_gemm_reference",

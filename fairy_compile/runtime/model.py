@@ -11,6 +11,7 @@ import numpy as np
 
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime import stats
+from fairy_compile.runtime.amx import request_amx
 from fairy_compile.runtime.chat_template import ChatTemplate, Message
 from fairy_compile.runtime.engine import Engine
 from fairy_compile.runtime.generation import Generation
@@ -65,7 +66,11 @@ def load(
         context=context,
     )
     check_loaded_metadata(manifest, engine.metadata)
-    return Model(directory, engine, manifest.layers, report.warnings)
+    warnings = list(report.warnings)
+    uses_amx = any(layer.kernel.endswith("amx") for layer in manifest.layers)
+    if uses_amx and (refusal := request_amx()):
+        warnings.append(refusal)
+    return Model(directory, engine, manifest.layers, warnings)
 
 
 def _check_features(manifest: Manifest) -> None:

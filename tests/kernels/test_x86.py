@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -21,12 +22,14 @@ from fairy_compile.phase import PhaseTensor, tile_shape
 from fairy_compile.targets import Target, host_features
 
 CPUS = {
+    "avx512amx": "sapphirerapids",
     "avx512vbmi": "icelake-server",
     "avx512vnni": "cascadelake",
     "avxvnni": "alderlake",
     "avx2": "haswell",
 }
-HERE = [k for k in CODEBOOK_KERNELS if host_features().issuperset(k.isa.features)]
+# The AMX kernel is that of AVX512-VBMI but for many tokens, see test_x86_amx.py.
+HERE = [k for k in CODEBOOK_KERNELS if host_features().issuperset(k.isa.features) and not k.isa.amx]
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
 BOTH, ONLY_W = ("U", "W"), ("W",)
 
@@ -82,7 +85,8 @@ def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
     the joint units are rounded once more, and the reference's weights once a stage, so at most
     8 eps S. A joint table moves the weights of a pair of stages by sqrt(2) error |(s1, s2)|.
     """
-    a, b = np.split(np.abs(dequantize_activations(*quantize_activations(x))), 2, axis=1)
+    rounded = dequantize_activations(*quantize_activations(x, act=spec.act))
+    a, b = np.split(np.abs(rounded), 2, axis=1)
     flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
     products = flushes * len(spec.terms) * spec.stages * 2 * 2
     bounds = []
@@ -102,8 +106,9 @@ def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
 
 def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
     got = run(kernel, spec, parts, x, batch, **knobs)
-    want = phase_gemm_reference(x, parts, "int8")
-    allowed = tolerance(kernel, spec, parts, x, kernel.uses_joint(spec, knobs))
+    want = phase_gemm_reference(x, parts, spec.act)
+    joint = kernel.table_mode(spec, batch, knobs) == "joint"
+    allowed = tolerance(kernel, spec, parts, x, joint)
     worst = np.max(np.abs(got - want) - allowed)
     assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
 
@@ -124,7 +129,7 @@ def test_single_matches_reference(kernel, stages, scale):
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_joint_tables_stay_within_the_ratio_bound(kernel, stages):
     spec = make_spec(stages=stages)
-    assert kernel.uses_joint(spec, {})
+    assert kernel.table_mode(spec, "single", {}) == "joint"
     check(kernel, spec, make_parts(spec), make_x(spec), "single")
 
 
@@ -146,6 +151,35 @@ def test_batches(kernel, stages, scale):
     parts = make_parts(spec)
     for batch in (1, 2, 17, 64):
         check(kernel, spec, parts, make_x(spec, batch))
+
+
+@each_isa
+@pytest.mark.parametrize(
+    ("stages", "scale", "tables"),
+    [(2, "tensor", "joint"), (2, "tensor", "split"), (1, "row", "split")],
+)
+def test_int16_activations(kernel, stages, scale, tables):
+    spec = make_spec(stages=stages, scale=scale, act="int16")
+    check(kernel, spec, make_parts(spec), make_x(spec), "single", tables=tables)
+
+
+def test_int16_batch():
+    spec = make_spec(act="int16")
+    check(HERE[0], spec, make_parts(spec), make_x(spec, 7), tables="split")
+
+
+@each_isa
+@pytest.mark.parametrize("code", [0, 1])
+def test_int16_sums_do_not_overflow(kernel, code):
+    """All products have one sign; both digits are 127, or 127 and -128."""
+    spec = make_spec(act="int16")
+    parts = make_parts(spec, code=code)
+    for second in (32639, 32512 - 128):
+        x = np.full((1, 2 * spec.m), second, np.float32)
+        x[0, ::128] = 32639
+        for value in (x, -x):
+            for tables in ("split", "joint"):
+                check(kernel, spec, parts, value, "single", tables=tables)
 
 
 @each_isa
@@ -227,17 +261,30 @@ def test_function_is_marked_as_scheduled():
     function = HERE[0].build(make_spec(), make_target(HERE[0]), "single", {})
     assert function.attrs["tirx.is_scheduled"]
     assert function.attrs["tirx.noalias"]
-    name = f"phase_gemm_{HERE[0].isa.name}_n70_9_m200_t2_uw_tensor_joint_single"
+    name = f"phase_gemm_{HERE[0].isa.name}_n70_9_m200_t2_uw_tensor_joint_int8_single"
     assert function.attrs["global_symbol"] == name
 
 
 def test_unsupported_reasons():
-    kernel = CODEBOOK_KERNELS[0]
+    kernel = X86Codebook(AVX512_VBMI)
     able = make_target(kernel)
     assert kernel.unsupported(make_spec(), able) is None
     old = make_target(kernel, {"avx2", "avx512bw"})
     assert kernel.unsupported(make_spec(), old).endswith("avx512vnni, avx512vbmi")
+    assert kernel.unsupported(make_spec(act="int16"), able) is None
     assert "asks for float" in kernel.unsupported(make_spec(act="float"), able)
     assert "offsets" in kernel.unsupported(make_spec(parts=(1 << 20,), m=4096), able)
     gpu = Target("gpu", "", {"kind": "cuda"}, able.features, ())
     assert "is for CPUs" in kernel.unsupported(make_spec(), gpu)
+
+
+def test_int16_takes_joint_tables_only_where_they_are_nearly_exact():
+    kernel, spec = X86Codebook(AVX512_VBMI), make_spec(parts=(70,))
+    (part,) = make_parts(spec)
+    part.scales[1] = part.scales[0] / 2  # a ratio of small integers
+    accurate = replace(spec, act="int16")
+    assert kernel.demands([part], accurate) == {}
+    part.scales[1] *= 1.01
+    assert 3e-5 < joint_ratio_error([part], 127) < 1e-3
+    assert kernel.demands([part], spec) == {}
+    assert kernel.demands([part], accurate) == {"tables": "split"}

@@ -1,0 +1,141 @@
+"""ARM phase GEMM: nibbles of codes look up int8 tables, which meet int8 activations.
+
+For every step of every row tile (see `arm_layout` for the bytes) and every look-up of it:
+
+    entries = tbl(table, nibble)                one signed byte per (row, column of the block)
+    sums   += entries . (re and im of x)        smmla, or sdot twice, or smull
+
+and, when the scale of weights or activations changes, sums are scaled into float32 outputs. With
+R, I a term's real and imaginary tables and a, b = Re x, Im x:
+
+    U x:       re += R.a - I.b,  im += R.b + I.a
+    W conj x:  re += R.a + I.b,  im += I.a - R.b
+
+Two table modes share the packed bytes: ``split`` and ``joint``, as described in `x86`. All
+instruction sets share the packed bytes, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fairy_compile.errors import FairyError
+from fairy_compile.kernels.arm_layout import ARM_LAYOUT
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.x86 import MAX_JOINT_ERROR
+from fairy_compile.kernels.x86_layout import has_joint
+from fairy_compile.kernels.x86_tables import joint_ratio_error
+from fairy_compile.op import PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+    from fairy_compile.targets import Target
+
+_MAX_CODES = 2**31 - 1  # code offsets are int32
+
+
+@dataclass(frozen=True)
+class Isa:
+    """What an instruction set offers this kernel.
+
+    Attributes:
+        name: short name for reports.
+        features: LLVM feature names it needs.
+        sums_per_quad: accumulators of four rows, for one unit and token. smmla sums both halves of
+            x for two rows in one register, sdot needs one for each half, and smull one for each
+            half and row.
+        sums: accumulators to keep in registers at a time. Of 32, the others hold tables, outputs
+            and look-ups in flight; smmla's wide sums leave it with more of the latter.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    sums_per_quad: int
+    sums: int
+
+
+I8MM = Isa("i8mm", ("neon", "i8mm"), sums_per_quad=2, sums=8)
+DOTPROD = Isa("dotprod", ("neon", "dotprod"), sums_per_quad=4, sums=16)
+NEON = Isa("neon", ("neon",), sums_per_quad=8, sums=16)
+
+
+class ArmCodebook:
+    """Codebook kernel for one instruction set; implements `PhaseKernel`.
+
+    Knobs:
+        tables: ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the same as
+            ``split``) or ``split``.
+        tokens: rows of x that share a look-up in batch ``many``, as many as registers allow.
+    """
+
+    layout = ARM_LAYOUT
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+        self.name = f"arm.codebook.{isa.name}"
+        tokens = tuple(t for t in (4, 2, 1) if t * isa.sums_per_quad <= isa.sums)
+        self.knobs: Mapping[str, Sequence[Any]] = {"tables": ("joint", "split"), "tokens": tokens}
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
+        if target.tvm.get("kind") != "llvm":
+            return f"it is for CPUs; target {target.name} is {target.tvm.get('kind')}"
+        missing = [f for f in self.isa.features if not target.has(f)]
+        if missing:
+            return f"target {target.name} lacks the CPU features {', '.join(missing)}"
+        if spec.act != "int8":
+            return f"it computes with int8 activations; this call asks for {spec.act}"
+        size = self.layout.arrays(spec)["codes"].nbytes
+        if size > _MAX_CODES:
+            return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
+        return None
+
+    def uses_joint(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> bool:
+        """Tell whether `build` with these knobs reads the joint tables."""
+        return self._choose(knobs)["tables"] == "joint" and has_joint(spec)
+
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """Return ``tables: split`` where joint tables would miss a ratio of scales by too much."""
+        if not has_joint(spec):
+            return {}
+        error = joint_ratio_error(parts, self.layout.joint_limit)
+        return {"tables": "split"} if error > MAX_JOINT_ERROR else {}
+
+    def build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Return a scheduled function (x, *arrays in `layout.arrays` order, y).
+
+        x is float32 (b, 2m) and y float32 (b, 2n); b is 1 for batch ``single`` and symbolic for
+        ``many``. Knobs left out take their defaults.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        from fairy_compile.kernels.arm_codegen import CodebookFunction
+
+        chosen = self._choose(knobs)
+        return CodebookFunction(
+            isa=self.isa,
+            spec=spec,
+            batch=batch,
+            joint=self.uses_joint(spec, knobs),
+            tokens=chosen["tokens"] if batch == "many" else 1,
+        ).emit()
+
+    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        for knob, value in knobs.items():
+            if value not in self.knobs.get(knob, ()):
+                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
+                raise FairyError(
+                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
+                )
+        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
+
+
+CODEBOOK_KERNELS = tuple(ArmCodebook(isa) for isa in (I8MM, DOTPROD, NEON))
+"""The family, best first: use the first whose `unsupported` is None."""

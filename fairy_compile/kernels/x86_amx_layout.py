@@ -1,0 +1,159 @@
+"""Packed weights of the AMX kernel: those of the codebook kernels, and weights of combined panels.
+
+With many tokens it pays to turn the codes of a row tile into the real 2 x 2 blocks they stand for,
+    [Re y]   [Re U + Re W   Im W - Im U] [Re x]
+    [Im y] = [Im U + Im W   Re U - Re W] [Im x]
+as int8 *panels*, and to multiply those. What a panel holds is a choice, its *table mode*:
+
+- ``combined``: all codes of a weight at once, four dot products in all. The scales of one axis
+  (real or imaginary) become integers in one unit; `combine_scales` bounds the error.
+- ``joint``: pairs of stages, in the ratios of `joint_ratio`, as in the joint tables.
+- ``split``: one code each; exact.
+
+Real and imaginary axes need no common unit, as they never meet in one integer sum: Re U + Re W
+multiplies one half of x and Im W - Im U the other, and the halves have scales of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fairy_compile.kernels.base import ArraySpec
+from fairy_compile.kernels.x86_layout import X86Layout
+from fairy_compile.op import PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+TableMode = Literal["combined", "joint", "split"]
+
+COMBINED_LIMIT = 127  # what a signed byte holds
+_UNIT_STEP = 0.5
+_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A set of codes that are summed as integers.
+
+    Attributes:
+        codes: (term, stage) indices.
+        scale: index of its real axis among the scales of the mode; the imaginary one follows.
+    """
+
+    codes: tuple[tuple[int, int], ...]
+    scale: int
+
+
+def panels(terms: int, stages: int, mode: TableMode) -> list[Panel]:
+    """Return the panels of a table mode."""
+    every = [(term, stage) for term in range(terms) for stage in range(stages)]
+    if mode == "combined":
+        return [Panel(tuple(every), 0)]
+    if mode == "split":
+        return [Panel((code,), 2 * i) for i, code in enumerate(every)]
+    pairs = [
+        ((term, 2 * pair), (term, 2 * pair + 1))
+        for term in range(terms)
+        for pair in range(stages // 2)
+    ]
+    odd = [((term, stages - 1),) for term in range(terms)] if stages % 2 else []
+    return [Panel(codes, 2 * i) for i, codes in enumerate([*pairs, *odd])]
+
+
+def combine_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Approximate vectors of scales by integers times a unit, the integers adding up to <= 127.
+
+    The best of some units is taken. Bound: among them is 's sum / (127 - k / 2)', at which rounding
+    cannot exceed 127 and moves a scale by half a unit at most, so that
+    |s - unit p| / |s| <= k / (254 - k) for k scales: 0.8 % for T = 1, 1.6 % for T = 2 and 3.3 % for
+    T = 4 with two terms. Typical are 0.05, 0.35 and 1.2 %.
+
+    Args:
+        scales: float (vectors, k), not negative.
+
+    Returns:
+        integers int8 (vectors, k), units float32 (vectors,), errors |s - unit p| / |s| float64
+        (vectors,). A vector of zeros has integers, unit and error 0.
+    """
+    unique, inverse = np.unique(scales.astype(np.float64), axis=0, return_inverse=True)
+    found = [_combine(unique[i : i + _AT_ONCE]) for i in range(0, len(unique), _AT_ONCE)]
+    weights, units, errors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    inverse = inverse.reshape(-1)
+    return weights[inverse], units[inverse], errors[inverse]
+
+
+def _combine(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    count = scales.shape[1]
+    totals = np.arange(COMBINED_LIMIT // 3, COMBINED_LIMIT + _UNIT_STEP / 2, _UNIT_STEP)
+    totals = np.union1d(totals, [COMBINED_LIMIT - count / 2])
+    size = np.linalg.norm(scales, axis=1)
+    safe = np.where(size > 0, size, 1)
+    unit = np.where(size > 0, scales.sum(axis=1), 1)[:, None] / totals  # (vectors, candidates)
+    integers = np.rint(scales[:, None] / unit[..., None])
+    squares = np.maximum((integers**2).sum(axis=-1), 1)
+    fitted = (integers * scales[:, None]).sum(axis=-1) / squares  # least squares
+    error = np.linalg.norm(scales[:, None] - fitted[..., None] * integers, axis=-1) / safe[:, None]
+    error[integers.sum(axis=-1) > COMBINED_LIMIT] = np.inf
+    best = error.argmin(axis=1)
+    rows = np.arange(len(scales))
+    return (
+        integers[rows, best].astype(np.int8),
+        fitted[rows, best].astype(np.float32),
+        error[rows, best],
+    )
+
+
+def combined_error(parts: Sequence[PhaseTensor]) -> float:
+    """Return the largest relative error, in the Frobenius norm, of any part's combined panels.
+
+    That is also the relative error of its outputs for independent activations.
+    """
+    worst = 0.0
+    for part in parts:
+        vectors = _by_axis(part.scales).reshape(-1, part.stages * len(part.terms))
+        squares = (vectors.astype(np.float64) ** 2).sum(axis=1)
+        _, _, errors = combine_scales(vectors)
+        worst = max(worst, float(np.sqrt((errors**2 * squares).sum() / squares.sum())))
+    return worst
+
+
+def _by_axis(scales: np.ndarray) -> np.ndarray:
+    """Reorder (T, terms, 2, ...) to (2, ..., terms * T)."""
+    merged = scales.swapaxes(0, 1).reshape(-1, *scales.shape[2:])
+    return np.moveaxis(merged, 0, -1)
+
+
+class PanelLayout(X86Layout):
+    """`X86Layout` with two more arrays, of the shapes of ``scales`` but for the units' dimension:
+
+    - ``combined_weights`` int8: an integer for each unit, i.e. (term, stage, axis);
+    - ``combined_scales`` float32: the unit of each axis, 2.
+    """
+
+    def __init__(self, rows: int, joint_limit: int) -> None:
+        super().__init__(rows, joint_limit)
+        self.name += "P"
+
+    def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:
+        """See `Layout.arrays`."""
+        arrays = super().arrays(spec)
+        shape = arrays["scales"].shape
+        arrays["combined_weights"] = ArraySpec(shape, "int8")
+        arrays["combined_scales"] = ArraySpec((*shape[:2], 2, *shape[3:]), "float32")
+        return arrays
+
+    def pack(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> dict[str, np.ndarray]:
+        """See `Layout.pack`."""
+        packed = super().pack(parts, spec)
+        scales = packed["scales"]
+        tiles, column_tiles, units, *rows = scales.shape
+        by_axis = scales.reshape(tiles, column_tiles, units // 2, 2, *rows)
+        vectors = np.moveaxis(by_axis, 2, -1)  # (tiles, column tiles, axis(, R), codes)
+        weights, axis_units, _ = combine_scales(vectors.reshape(-1, units // 2))
+        weights = np.moveaxis(weights.reshape(vectors.shape), -1, 2)
+        packed["combined_weights"] = np.ascontiguousarray(weights.reshape(scales.shape))
+        packed["combined_scales"] = axis_units.reshape(vectors.shape[:-1])
+        return packed
