@@ -30,6 +30,14 @@ Scale = Annotated[
     typer.Option("--scale", help=f"One scale per: {', '.join(GRANULARITIES)}  [default: tensor]"),
 ]
 Act = Annotated[str, typer.Option("--act", help=f"Activations: {', '.join(ACT_CONTRACTS)}.")]
+KvDtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--kv-dtype",
+        help="Cached keys and values: float16, float32  [default: float32 if --act float, else "
+        "float16]",
+    ),
+]
 Exempt = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--exempt", metavar="PATTERN", help="Layers to leave dense; may be repeated."),

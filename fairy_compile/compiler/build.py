@@ -14,10 +14,11 @@ from fairy_compile.compiler.library import ENTRY_POINTS, Sizes
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
 from fairy_compile.compiler.write import Work, param_nbytes, write_configs, write_params
-from fairy_compile.config import Granularity, QuantConfig
+from fairy_compile.config import Granularity, QuantConfig, check_choice
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.source import open_source
 from fairy_compile.models import DecoderConfig, parse_config
+from fairy_compile.models.config import KV_DTYPES
 from fairy_compile.targets import load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -35,6 +36,7 @@ def build(
     method: str = "auto",
     scale: Granularity | None = None,
     act: str | None = None,
+    kv_dtype: str | None = None,
     output: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -56,6 +58,8 @@ def build(
         method: how codes are chosen; see `QuantConfig`.
         scale: granularity of scales.
         act: activation contract, ``int8`` or ``float``.
+        kv_dtype: dtype of cached keys and values, ``float16`` or ``float32``; default float32 with
+            float activations, else float16.
         output: artifact directory; may be left out for a dry run.
         force: replace an existing artifact.
         dry_run: plan and report, write nothing.
@@ -86,6 +90,7 @@ def build(
                 exempt=tuple(exempt) or source.quant.exempt,
             )
         decoder = parse_config(source.config)
+        decoder = replace(decoder, kv_dtype=_kv_dtype(kv_dtype, config_quant.act))
         sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
     if output is None and not dry_run:
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
@@ -161,6 +166,13 @@ def _quant_config(
     )
 
 
+def _kv_dtype(asked: str | None, act: str) -> str:
+    if asked is None:
+        return "float32" if act == "float" else "float16"
+    check_choice("--kv-dtype", asked, KV_DTYPES)
+    return asked
+
+
 def _sizes(
     decoder: DecoderConfig, context: int | None, prefill_chunk: int | None, max_batch: int
 ) -> tuple[Sizes, list[str]]:
@@ -204,6 +216,7 @@ def _report(work: Work, notes: list[str]) -> BuildReport:
             "context": work.sizes.context,
             "prefill_chunk": work.sizes.prefill_chunk,
             "max_batch": work.sizes.max_batch,
+            "kv_dtype": work.decoder.kv_dtype,
         },
         notes=notes,
     )

@@ -15,6 +15,7 @@ from fairy_compile.compiler.plan import Planner
 from fairy_compile.models import DecoderConfig
 from fairy_compile.models import engine_functions as engine
 from fairy_compile.models.decoder import CausalLM
+from fairy_compile.models.kv_cache import add_kv_cache
 from fairy_compile.models.linear import LinearCall, PlannedLinear
 from fairy_compile.targets import Target
 
@@ -78,10 +79,10 @@ def define(
     params = _describe(network, named)
     metadata = _metadata(config, sizes, params, quantization)
     bb = relax.BlockBuilder(module)
-    engine.add_kv_cache(bb, config, ACT_DTYPE, target.to_tvm())
+    add_kv_cache(bb, config, target)
     engine.add_embedding_buffer(bb, sizes.prefill_chunk, config.hidden_size, ACT_DTYPE)
     engine.add_metadata(bb, metadata)
-    module = engine.widen_runtime_support(bb.finalize())
+    module = bb.finalize()
     for name, func in engine.inplace_functions().items():
         module[name] = func
     return module, params, metadata

@@ -56,7 +56,7 @@ class BuildReport:
         output: artifact directory, None for a dry run.
         layers: one row per kernel call, in model order.
         param_bytes: size of all parameters.
-        sizes: context, prefill chunk and batch limits compiled in.
+        sizes: context, prefill chunk and batch limits, and the dtype of the KV cache, compiled in.
         seconds: stage name -> wall time.
         files: file name -> bytes.
         notes: remarks a user should read (limits, decisions).
@@ -68,7 +68,7 @@ class BuildReport:
     output: str | None
     layers: list[LayerReport]
     param_bytes: int
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

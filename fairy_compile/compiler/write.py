@@ -81,6 +81,7 @@ class Work:
             str(self.target.to_tvm()),
             [[p.name, p.shape, p.dtype] for p in self.params],
             [self.sizes.context, self.sizes.prefill_chunk, self.sizes.max_batch],
+            self.decoder.kv_dtype,
             TVM_PAIR,
             package_metadata.version("fairy-compile"),
         ]

@@ -10,6 +10,7 @@ from fairy_compile.errors import ModelFileError, UnsupportedError
 
 # Rope types, by what this version lowers them to.
 ROPE_TYPES = ("default", "linear", "llama3")
+KV_DTYPES = ("float16", "float32")
 _LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _LIMIT = 1 << 24
 
@@ -36,6 +37,7 @@ class DecoderConfig:
     Attributes mirror config.json; ``context`` is the longest sequence the model takes and
     ``context_reason`` says where that number came from. ``qkv_bias``, ``qk_norm`` and the like
     are set by the family file, not read from config.json, unless the family says so.
+    ``kv_dtype`` is the dtype of cached keys and values, which the build chooses.
     """
 
     model_type: str
@@ -55,6 +57,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    kv_dtype: str = "float32"
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

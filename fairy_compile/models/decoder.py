@@ -15,6 +15,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.engine_functions import softmax_with_temperature
+from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner, make_linear
 
 
@@ -100,7 +101,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k, v = op.split(qkv, [heads, heads + kv_heads], axis=2)
             qkv = op.concat([self.q_norm(q), self.k_norm(k), v], dim=2)
-        y = cache.attention_with_fused_qkv(layer, qkv, heads, sm_scale=head_dim**-0.5)
+        y = attend(cache, layer, qkv, self.config)
         return self.o_proj(op.reshape(y, (batch, tokens, heads * head_dim)))
 
 

@@ -1,4 +1,4 @@
-"""Functions an engine calls besides the network: sampling helpers, KV cache, workspace, metadata.
+"""Functions an engine calls besides the network: sampling helpers, workspace, metadata.
 
 Names, argument order and meaning follow the contract of the MLC engine (see
 `artifact.contract`, which checks what is built here).
@@ -12,20 +12,11 @@ from typing import Any
 
 import tvm
 from tvm import relax, te, tirx
-from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend.nn import Tensor, op
-from tvm.relax.frontend.nn.llm.kv_cache import RopeMode, TIRPagedKVCache
 from tvm.script import tirx as T
-
-from fairy_compile.models.config import DecoderConfig
 
 # Below this temperature an engine expects the arg-max distribution.
 GREEDY_TEMPERATURE = 1e-5
-
-# Entries of the KV cache's size list that all TVM runtimes since 0.26 take: sequences, tokens,
-# prefill chunk, page size, sliding window. 0.27 builds a sixth, which older runtimes refuse and
-# newer ones default.
-_CACHE_SIZE_ENTRIES = 5
 
 
 def softmax_with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -119,66 +110,6 @@ def inplace_functions() -> dict[str, tirx.PrimFunc]:
         "apply_bitmask_inplace": apply_bitmask,
     }
     return {name: func.with_attr(_scheduled(name)) for name, func in functions.items()}
-
-
-def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, dtype: str, target: Any) -> None:
-    """Add ``create_tir_paged_kv_cache`` to the module under construction.
-
-    It takes five shapes of one element: sequences, total tokens, prefill chunk, page size, and
-    whether sliding windows are used.
-    """
-    names = ("max_sequences", "max_total_tokens", "prefill_chunk", "page_size", "sliding_window")
-    sizes = [tirx.Var(name, "int64") for name in names]
-    params = [relax.Var(f"{v.name}_", relax.ShapeType([v])) for v in sizes]
-    rope = config.rope
-    with bb.function("create_tir_paged_kv_cache", params=params):
-        cache = TIRPagedKVCache(
-            attn_kind="mha",
-            max_batch_size=sizes[0],
-            max_total_seq_len=sizes[1],
-            prefill_chunk_size=sizes[2],
-            page_size=sizes[3],
-            support_sliding_window=sizes[4],
-            layer_partition=relax.ShapeExpr([0, config.num_layers]),
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            qk_head_dim=config.head_dim,
-            v_head_dim=config.head_dim,
-            mla_original_qk_head_dim=0,
-            mla_original_v_head_dim=0,
-            rope_mode=RopeMode.NORMAL,
-            rope_scale=rope.scale,
-            rope_theta=rope.theta,
-            rope_scaling=dict(rope.scaling),
-            rope_ext_factors=relax.prim_value(0),
-            rotary_dim=config.head_dim,
-            enable_disaggregation=False,
-            dtype=dtype,
-            target=target,
-        )
-        bb.emit_func_output(cache._expr)
-
-
-@mutator
-class _CutCacheSizes(PyExprMutator):
-    """Shortens the size list of the call that creates the KV cache."""
-
-    def visit_call_(self, call: Any) -> Any:
-        call = super().visit_call_(call)
-        args = list(call.args)
-        creates = args and isinstance(args[0], relax.ExternFunc)
-        if not creates or args[0].global_symbol != "vm.builtin.paged_attention_kv_cache_create":
-            return call
-        args[1] = relax.ShapeExpr(list(args[1].values)[:_CACHE_SIZE_ENTRIES])
-        return relax.Call(call.op, args, call.attrs, call.ty_args, call.span)
-
-
-def widen_runtime_support(module: tvm.IRModule) -> tvm.IRModule:
-    """Return the module with its KV cache creation reduced to what every runtime takes."""
-    name = module.get_global_var("create_tir_paged_kv_cache")
-    module[name] = _CutCacheSizes(module).visit_expr(module[name])
-    return module
 
 
 def add_embedding_buffer(bb: relax.BlockBuilder, rows: int, hidden: int, dtype: str) -> None:

@@ -39,7 +39,12 @@ def test_options_reach_the_compiler(cli, checkpoint):
     down = layers["model.layers.0.mlp.down_proj"]
     assert (down["stages"], down["scale"], down["act"]) == (1, "row", "float")
     assert layers["lm_head"]["stages"] == 0
-    assert report["sizes"] == {"context": 64, "prefill_chunk": 16, "max_batch": 2}
+    assert report["sizes"] == {
+        "context": 64,
+        "prefill_chunk": 16,
+        "max_batch": 2,
+        "kv_dtype": "float32",
+    }
 
 
 @pytest.mark.parametrize(
