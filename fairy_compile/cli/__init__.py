@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fairy_compile.cli.bench import bench
 from fairy_compile.cli.build import build
 from fairy_compile.cli.chat import chat
 from fairy_compile.cli.convert import convert
@@ -19,7 +20,7 @@ from fairy_compile.cli.run import run
 from fairy_compile.cli.targets import targets
 from fairy_compile.cli.verify import verify
 
-VERBS = (build, convert, run, chat, inspect, verify, targets)
+VERBS = (build, convert, run, chat, bench, inspect, verify, targets)
 
 app = typer.Typer(
     name="fairy_compile",
