@@ -40,20 +40,14 @@ def set_threads(threads: int | None) -> int:
     import tvm
 
     wanted = threads or default_threads()
-    # The only way to tell TVM before the pool exists is its environment variable; without it TVM
-    # takes half of the CPUs, whether or not they are hyper-threads. NumThreads creates the pool.
-    before = os.environ.get("TVM_NUM_THREADS")
+    # TVM reads its environment variable when it makes the pool and again at every parallel launch;
+    # without it, it takes half of the CPUs, hyper-threads or not, and then runs launches of a
+    # larger pool on one thread. So the variable stays. NumThreads creates the pool.
     os.environ["TVM_NUM_THREADS"] = str(wanted)
-    try:
-        count = tvm.get_global_func("runtime.NumThreads")
-        if count() != wanted:
-            tvm.get_global_func("runtime.config_threadpool")(_MODE_BIG_CORES, wanted)
-        used = int(count())
-    finally:
-        if before is None:
-            del os.environ["TVM_NUM_THREADS"]
-        else:
-            os.environ["TVM_NUM_THREADS"] = before
+    count = tvm.get_global_func("runtime.NumThreads")
+    if count() != wanted:
+        tvm.get_global_func("runtime.config_threadpool")(_MODE_BIG_CORES, wanted)
+    used = int(count())
     if threads is not None and used != threads:
         raise FairyError(
             f"threads is {threads}, but TVM's pool of this thread was made with {used}; "
