@@ -57,7 +57,7 @@ def build(
             and exempt layers unless they are given here.
         method: how codes are chosen; see `QuantConfig`.
         scale: granularity of scales.
-        act: activation contract, ``int8`` or ``float``.
+        act: activation contract, ``int8``, ``int16`` or ``float``.
         kv_dtype: dtype of cached keys and values, ``float16`` or ``float32``; default float32 with
             float activations, else float16.
         output: artifact directory; may be left out for a dry run.
