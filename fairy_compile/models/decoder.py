@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.models.config import DecoderConfig
+from fairy_compile.models.elementwise import RMSNorm, silu_product
 from fairy_compile.models.engine_functions import softmax_with_temperature
 from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner, make_linear
@@ -34,18 +35,6 @@ def gather_rows(table: Tensor, rows: Tensor, name: str) -> Tensor:
         )
 
     return op.tensor_expr_op(define, name, [table, rows])
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight float32 (size,)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        self.weight = nn.Parameter((size,), "float32")
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        return op.rms_norm(x, self.weight, axes=[-1], epsilon=self.eps)
 
 
 class Embedding(nn.Module):
@@ -90,8 +79,8 @@ class Attention(nn.Module):
             target,
         )
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, target)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, target)
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
         """Attend from x (batch, tokens, hidden); rotary embedding happens in the cache."""
@@ -112,6 +101,7 @@ class MLP(nn.Module):
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
         inner, hidden = config.intermediate_size, config.hidden_size
+        self.target = target
         self.gate_up_proj = make_linear(
             planner.linear(
                 f"{prefix}.gate_up_proj",
@@ -131,8 +121,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the gated feed-forward layer."""
-        gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(op.silu(gate) * up)
+        return self.down_proj(silu_product(self.gate_up_proj(x), self.target))
 
 
 class DecoderLayer(nn.Module):
@@ -141,9 +130,9 @@ class DecoderLayer(nn.Module):
     def __init__(
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, target)
         self.self_attn = Attention(f"{prefix}.self_attn", config, planner, target)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, target)
         self.mlp = MLP(f"{prefix}.mlp", config, planner, target)
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
@@ -165,7 +154,7 @@ class Decoder(nn.Module):
                 for i in range(config.num_layers)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, target)
 
     def forward(self, x: Tensor, cache: PagedKVCache) -> Tensor:
         """Run all layers over embedded tokens x (batch, tokens, hidden)."""

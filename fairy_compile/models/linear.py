@@ -113,7 +113,7 @@ class PlannedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Call the kernel over all leading dimensions at once."""
         *lead, in_features = x.shape
-        rows = _product(lead)
+        rows = product(lead)
         batch = "single" if isinstance(rows, int) and rows == 1 else "many"
         flat = op.reshape(x, (rows, in_features))
         out = sum(self.call.out_features)
@@ -161,7 +161,7 @@ def make_linear(
     return LinearRow(calls, target)
 
 
-def _product(dims: Sequence[Any]) -> Any:
+def product(dims: Sequence[Any]) -> Any:
     """Multiply static and symbolic dimensions, dropping static ones."""
     static, symbolic = 1, []
     for dim in dims:

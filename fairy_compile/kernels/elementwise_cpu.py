@@ -1,0 +1,124 @@
+"""RMSNorm and the gated activation on CPUs, vectorised by hand.
+
+Between two matrix-vector products a 2-bit model has little time to lose: LLVM leaves the float sum
+of a norm and the exponential of an activation as scalar code, which on two threads costs more than
+the quantisation of all activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from fairy_compile.kernels import attention_cpu_vector as vec
+from fairy_compile.kernels.attention_cpu_pages import parallel_tokens
+from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
+from fairy_compile.kernels.base import Batch
+
+if TYPE_CHECKING:
+    from tvm.ir import Expr
+    from tvm.tirx import Buffer, PrimFunc
+
+# Enough sums to hide the latency of an addition.
+_SUMS = 4
+# Elements a thread should have to do for one row to be worth splitting: about 2 us of work.
+_ELEMENTS_PER_TASK = 4096
+# silu is below 1e-35 from here on, and its exponential still a finite float32.
+_SILU_VANISHES = -87.0
+
+
+def build_rms_norm(size: int, eps: float, unit: VectorUnit, batch: Batch) -> PrimFunc:
+    """Return ``rms_norm``: y = x / sqrt(mean(x²) + eps) * weight, row by row.
+
+    Arguments: x float32 (b, size), weight float32 (size,), y float32 (b, size). Sums are float32 in
+    partial sums (Zhang and Sennrich, arXiv 1910.07467, equation 4).
+    """
+    lanes = unit.dividing(size).lanes
+    sums = math.gcd(size // lanes, _SUMS)
+
+    def norm(row: Expr | int, x: Buffer, weight: Buffer, y: Buffer) -> None:
+        squares = vec.zeros(sums, lanes)
+        with T.serial(0, size // lanes // sums) as i:
+            for k, total in enumerate(squares):
+                value = T.bind(x[row, span((i * sums + k) * lanes, lanes)])
+                whole = span(0, lanes)
+                store(total, whole, total[whole] + value * value)
+        total = sum((buffer[span(0, lanes)] for buffer in squares[1:]), squares[0][span(0, lanes)])
+        mean = _first_lane(vec.lane_sums([total], lanes), lanes) / T.float32(size)
+        factor = T.bind(T.float32(1) / T.sqrt(mean + T.float32(eps)))
+        with T.serial(0, size // lanes) as i:
+            at = span(i * lanes, lanes)
+            store(y, (row, at), x[row, at] * splat(factor, lanes) * weight[at])
+
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_name("rms_norm")
+        _attributes()
+        rows = _rows(batch)
+        x = T.arg("x", T.buffer((rows, size), "float32"))
+        weight = T.arg("weight", T.buffer((size,), "float32"))
+        y = T.arg("y", T.buffer((rows, size), "float32"))
+        with T.sblock("root"):
+            _each_row(batch, rows, lambda row: norm(row, x, weight, y))
+    return ir.get().without_attr("global_symbol")
+
+
+def build_silu_product(size: int, unit: VectorUnit, batch: Batch) -> PrimFunc:
+    """Return ``silu_product``: y = silu(gate) * up, silu(g) = g / (1 + exp(-g)).
+
+    Arguments: gate_up float32 (b, 2 size), gate first; y float32 (b, size). Equal to exact
+    arithmetic within about 1e-6 relative. A single row is split over threads.
+    """
+    lanes = unit.dividing(size).lanes
+    vectors = size // lanes
+    tasks = vec.divisor_at_most(vectors, max(1, size // _ELEMENTS_PER_TASK))
+
+    def product(row: Expr | int, first: Expr, count: int, gate_up: Buffer, y: Buffer) -> None:
+        with T.serial(0, count) as i:
+            at = T.bind((first + i) * lanes)
+            gate = T.bind(T.max(gate_up[row, span(at, lanes)], splat(_SILU_VANISHES, lanes)))
+            up = gate_up[row, span(at + size, lanes)]
+            power = vec.exp2(gate * splat(-math.log2(math.e), lanes), lanes)
+            sigmoid = splat(1.0, lanes) / (splat(1.0, lanes) + power)
+            store(y, (row, span(at, lanes)), gate * sigmoid * up)
+
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_name("silu_product")
+        _attributes()
+        rows = _rows(batch)
+        gate_up = T.arg("gate_up", T.buffer((rows, 2 * size), "float32"))
+        y = T.arg("y", T.buffer((rows, size), "float32"))
+        with T.sblock("root"):
+            if batch == "single" and tasks > 1:
+                with T.parallel(0, tasks) as task:
+                    share = vectors // tasks
+                    product(0, T.bind(task * share), share, gate_up, y)
+            else:
+                _each_row(batch, rows, lambda row: product(row, T.int32(0), vectors, gate_up, y))
+    return ir.get().without_attr("global_symbol")
+
+
+# The root blocks below are for Relax, which looks for reshapes in every function whose output has as
+# many elements as its input, and expects a block there.
+
+
+def _attributes() -> None:
+    T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+
+
+def _rows(batch: Batch) -> Expr | int:
+    return 1 if batch == "single" else T.int64()
+
+
+def _each_row(batch: Batch, rows: Expr | int, body: Callable[[Expr | int], None]) -> None:
+    if batch == "single":
+        body(0)
+    else:
+        parallel_tokens(rows, body)
+
+
+def _first_lane(vector: Expr, lanes: int) -> Expr:
+    return vector if lanes == 1 else T.bind(T.Shuffle([T.bind(vector)], [0]))

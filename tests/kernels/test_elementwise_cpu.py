@@ -1,0 +1,81 @@
+"""RMSNorm and the gated activation against NumPy in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+
+from fairy_compile.kernels.attention_cpu_vector import vector_unit
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.elementwise_cpu import build_rms_norm, build_silu_product
+from fairy_compile.targets import load_target
+
+EPS32 = float(np.finfo(np.float32).eps)
+ROWS = [1, 2, 17]
+SIZES = [1, 7, 48, 344, 4096, 11008]
+
+
+def run(func: Any, output: tuple[int, ...], *arrays: np.ndarray, target: str = "cpu") -> np.ndarray:
+    named = func.with_attr("global_symbol", "main")
+    compiled = tvm.compile(named, target=load_target(target).to_tvm())["main"]
+    y = tvm.runtime.tensor(np.full(output, np.nan, np.float32))
+    compiled(*(tvm.runtime.tensor(a) for a in arrays), y)
+    return y.numpy()
+
+
+def batch_of(rows: int) -> Batch:
+    return "single" if rows == 1 else "many"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(rows: int, size: int) -> None:
+    rng = np.random.default_rng([rows, size])
+    x = (rng.standard_normal((rows, size)) * 10.0 ** rng.integers(-3, 4, (rows, 1))).astype("f4")
+    weight = rng.standard_normal(size).astype(np.float32)
+    unit = vector_unit(load_target("cpu"))
+    y = run(build_rms_norm(size, 1e-5, unit, batch_of(rows)), x.shape, x, weight)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * weight
+    # The sum of squares errs by size eps at most, the root by half of it; four more roundings.
+    assert (np.abs(y - expected) <= (size / 2 + 4) * EPS32 * np.abs(expected)).all()
+
+
+def test_rms_norm_of_zeros_is_zero() -> None:
+    unit = vector_unit(load_target("cpu"))
+    y = run(
+        build_rms_norm(64, 1e-5, unit, "single"),
+        (1, 64),
+        np.zeros((1, 64), "f4"),
+        np.ones(64, "f4"),
+    )
+    assert not y.any()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_silu_product(rows: int, size: int) -> None:
+    rng = np.random.default_rng([rows, size, 1])
+    gate_up = (rng.standard_normal((rows, 2 * size)) * 8).astype(np.float32)
+    unit = vector_unit(load_target("cpu"))
+    y = run(build_silu_product(size, unit, batch_of(rows)), (rows, size), gate_up)
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
+    expected = gate / (1 + np.exp(-gate)) * up
+    # exp2 errs by 2e-7 and by the rounding of its argument, |gate| log2(e) eps ln 2 = |gate| eps;
+    # five more roundings.
+    bound = (2e-7 + (np.abs(gate) + 5) * EPS32) * np.abs(expected)
+    assert (np.abs(y - expected) <= bound).all()
+
+
+def test_silu_of_extreme_values() -> None:
+    gate = np.array([-np.float32(3e38), -200, -87, 0, 87, 200, 3e38, 1], np.float32)
+    gate_up = np.concatenate([gate, np.ones(8, np.float32)])[None]
+    unit = vector_unit(load_target("cpu"))
+    y = run(build_silu_product(8, unit, "single"), (1, 8), gate_up)[0]
+    assert np.isfinite(y).all()
+    assert y[:3] == pytest.approx(0, abs=1e-5)  # x e^x vanishes; and stops at x = -87
+    assert y[3] == 0
+    np.testing.assert_allclose(y[4:7], gate[4:7], rtol=EPS32)
