@@ -101,8 +101,8 @@ def build_silu_product(size: int, unit: VectorUnit, batch: Batch) -> PrimFunc:
     return ir.get().without_attr("global_symbol")
 
 
-# The root blocks below are for Relax, which looks for reshapes in every function whose output has as
-# many elements as its input, and expects a block there.
+# The root blocks are for Relax, which looks for reshapes in every function whose output has as many
+# elements as its input, and expects a block there.
 
 
 def _attributes() -> None:

@@ -14,7 +14,10 @@ R, I a term's real and imaginary tables and a, b = Re x, Im x:
 
 Two table modes share the packed bytes. ``split`` has a table of -1, 0, 1 for each stage and is
 exact. ``joint`` (tensor scales) has one table for each pair of stages, holding p and q in the ratio
-of their scales: half the look-ups and dot products for a ratio error that `joint_ratio` bounds.
+of their scales: half the look-ups and dot products for a ratio error that `joint_ratio` bounds. A
+single stage pairs U with W instead, whose sums and differences are the entries of the real matrix:
+
+    re += (RU + RW).a + (IW - IU).b,  im += (IU + IW).a + (RU - RW).b
 
 int16 activations are two int8 digits, 256 hi + lo, with a dot product for each. Machines with AMX
 multiply batches of 9 and more as `x86_amx` describes, which adds the table mode ``combined``.
@@ -138,8 +141,9 @@ class X86Codebook:
     """Codebook kernel for one instruction set; implements `PhaseKernel`.
 
     Knobs:
-        tables: ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the same as
-            ``split``) or ``split``; with AMX also ``combined``, which is ``joint`` for few tokens.
+        tables: ``joint`` (where the spec has tensor scales, and T >= 2 or both terms; elsewhere the
+            same as ``split``) or ``split``; with AMX also ``combined``, which is ``joint`` for few
+            tokens.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
         tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
         columns: with AMX, columns to decode at a time.
@@ -148,8 +152,11 @@ class X86Codebook:
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
         self.name = f"x86.codebook.{isa.name}"
-        layout = PanelLayout if isa.amx else X86Layout
-        self.layout = layout(isa.rows, isa.joint_limit)
+        self.layout = (
+            PanelLayout(isa.rows, isa.joint_limit)
+            if isa.amx
+            else X86Layout(isa.rows, isa.joint_limit, pair_terms=True)
+        )
         self.knobs: Mapping[str, Sequence[Any]] = {
             "tables": ("combined", "joint", "split") if isa.amx else ("joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
@@ -179,14 +186,18 @@ class X86Codebook:
         mode: TableMode = self._choose(knobs)["tables"]
         if mode == "combined" and batch == "single":
             mode = "joint"
-        return "split" if mode == "joint" and not has_joint(spec) else mode
+        # Panels know no joint tables of U and W: their combined ones are those.
+        panels = self.isa.amx and batch == "many"
+        joint = has_joint(spec) if panels else self.layout.has_joint(spec)
+        return "split" if mode == "joint" and not joint else mode
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
         """Return the fastest ``tables`` that are accurate enough, if not the default."""
         joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
         if spec.act == "int16":
             joint_limit = combined_limit = MAX_INT16_ERROR
-        if has_joint(spec) and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
+        has_joint = self.layout.has_joint(spec)
+        if has_joint and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
             return {"tables": "split"}
         if self.isa.amx and combined_error(parts) > combined_limit:
             return {"tables": "joint"}

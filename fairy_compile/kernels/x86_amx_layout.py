@@ -134,7 +134,7 @@ class PanelLayout(X86Layout):
     """
 
     def __init__(self, rows: int, joint_limit: int) -> None:
-        super().__init__(rows, joint_limit)
+        super().__init__(rows, joint_limit, pair_terms=True)
         self.name += "P"
 
     def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:

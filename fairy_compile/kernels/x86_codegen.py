@@ -17,7 +17,6 @@ from fairy_compile.kernels.x86_tables import (
     Lookup,
     Unit,
     blocks_per_step,
-    joint_codebook,
     joint_offset,
     split_codebook,
 )
@@ -56,7 +55,8 @@ class CodebookFunction:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
         self.joint, self.tokens, self.prefetch = joint, tokens, prefetch
         self.panels, self.mode = panels, mode
-        self.book = (joint_codebook if joint else split_codebook)(spec.terms, spec.stages)
+        split = split_codebook(spec.terms, spec.stages)
+        self.book = layout.joint_codebook(spec) if joint else split
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
 
@@ -139,7 +139,8 @@ class CodebookFunction:
 
     def _passes(self, tokens: int) -> list[range]:
         """Split the units into passes whose sums fit the registers; a pass rereads codes in L1."""
-        size = max(1, self.isa.sums // (2 * self.activations.digits * tokens))
+        products = max(len(unit.products) for unit in self.book.units)
+        size = max(1, self.isa.sums // (products * self.activations.digits * tokens))
         units = len(self.book.units)
         return [range(i, min(i + size, units)) for i in range(0, units, size)]
 
@@ -152,11 +153,12 @@ class CodebookFunction:
         flush: Expr,
         prefetch: bool,
     ) -> dict[int, list[list[Buffer]]]:
-        """Return unit -> [token][(half, digit)] integer sums over the columns of a flush."""
+        """Return unit -> [token][(product, digit)] integer sums over the columns of a flush."""
         digits = range(self.activations.digits)
+        products = {u: self.book.units[u].products for u in units}
         sums = {
             u: [
-                _vectors(2 * len(digits), *self._sum_type(self.book.units[u]))
+                _vectors(len(products[u]) * len(digits), *self._sum_type(self.book.units[u]))
                 for _ in range(tokens.count)
             ]
             for u in units
@@ -168,13 +170,13 @@ class CodebookFunction:
             if prefetch and self.prefetch:
                 self._prefetch(tile, step)
             words = {
-                (b, t): [
+                (b, t, half): [
                     self._activation_word(tokens, step * self.step_blocks + b, t, half, digit)
-                    for half in (0, 1)
                     for digit in digits
                 ]
                 for b in sorted({look.block for look in used})
                 for t in range(tokens.count)
+                for half in sorted({p.half for unit in products.values() for p in unit})
             }
             nibbles = sorted({look.nibble for look in used})
             indices = {n: self._index(tile, step, n) for n in nibbles}
@@ -183,7 +185,8 @@ class CodebookFunction:
                 entries = T.call_llvm_pure_intrin(f"int8x{self.isa.width}", self.isa.shuffle, *args)
                 entries = T.bind(entries)
                 for t, totals in enumerate(sums[look.unit]):
-                    for total, word in zip(totals, words[look.block, t], strict=True):
+                    met = [w for p in products[look.unit] for w in words[look.block, t, p.half]]
+                    for total, word in zip(totals, met, strict=True):
                         self._add_dot(self.book.units[look.unit], total, entries, word)
         return sums
 
@@ -279,19 +282,18 @@ class CodebookFunction:
             scale = T.broadcast(scales[tile, column_tile, index], rows)
         digits = self.activations.digits
         for t, totals in enumerate(by_token):
-            for half in (0, 1):
-                sums = [v[span(0, lanes)] for v in totals[half * digits : (half + 1) * digits]]
+            for number, product in enumerate(unit.products):
+                own = totals[number * digits : (number + 1) * digits]
+                sums = [v[span(0, lanes)] for v in own]
                 if dtype == "int16":
                     sums = [self._add_neighbours(v) for v in sums]
                 value = join_digits(sums, rows)
-                offset = self.activations.sum(tokens, flush, t, half) * table_offset
+                offset = self.activations.sum(tokens, flush, t, product.half) * table_offset
                 value = T.cast(value - T.broadcast(offset, rows), f"float32x{rows}")
-                q_scale = self.activations.scale(tokens, flush, t, half)
+                q_scale = self.activations.scale(tokens, flush, t, product.half)
                 value = value * (scale * T.broadcast(q_scale, rows))
-                target = out[t][unit.axis ^ half]
-                # Minus is I b of U in the real part, and R b of W in the imaginary part.
-                minus = half == 1 and unit.axis == (1 if unit.term == "U" else 0)
-                store(target, at, target[at] - value if minus else target[at] + value)
+                target = out[t][product.output]
+                store(target, at, target[at] - value if product.negative else target[at] + value)
 
 
 def _vectors(count: int, lanes: int, dtype: str) -> list[Buffer]:

@@ -32,11 +32,14 @@ from fairy_compile.kernels.base import ArraySpec
 from fairy_compile.kernels.x86_tables import (
     SPLIT_OFFSET,
     Code,
+    Codebook,
     blocks_per_step,
     joint_arrays,
     joint_codebook,
     joint_offset,
     nibbles,
+    pair_arrays,
+    pair_codebook,
     split_codebook,
     split_tables,
 )
@@ -49,7 +52,7 @@ _ROWS_AT_ONCE = 1024  # packing unpacks codes to bytes: bounds its memory
 
 
 def has_joint(spec: PhaseSpec) -> bool:
-    """Tell whether the packed arrays hold joint tables: tensor scales and two stages or more."""
+    """Tell whether there are joint tables of stages: tensor scales and two stages or more."""
     return spec.scale == "tensor" and spec.stages >= 2
 
 
@@ -65,7 +68,8 @@ class X86Layout:
     - ``scales`` float32 (tiles, 1, units) for scale ``tensor``, (tiles, 1, units, R) for ``row``,
       (tiles, columns / 64, units) for ``tile64``. Padding is 0.
     - ``joint_tables`` uint8 (tiles, joint units, 16) and ``joint_scales`` float32
-      (tiles, 1, joint units), where `has_joint`: entries and scales of `joint_codebook`.
+      (tiles, 1, joint units), where `has_joint`: entries and scales of `joint_codebook`. They hold
+      pairs of stages or, with ``pair_terms`` and one stage, U and W.
 
     ``joint_limit`` is the largest p + q of joint tables; the instruction set sets it. Where the
     instruction set multiplies signed bytes, the layout is ``signed``: tables are int8 and hold
@@ -75,13 +79,32 @@ class X86Layout:
     """
 
     def __init__(
-        self, rows: int, joint_limit: int, block: int = BLOCK, signed: bool = False
+        self,
+        rows: int,
+        joint_limit: int,
+        block: int = BLOCK,
+        signed: bool = False,
+        pair_terms: bool = False,
     ) -> None:
         self.rows = rows
         self.joint_limit = joint_limit
         self.block = block
         self.signed = signed
+        self.pair_terms = pair_terms
         self.name = f"R{rows}C{block}L{joint_limit}{'S' if signed else ''}"
+
+    def has_pairs(self, spec: PhaseSpec) -> bool:
+        """Tell whether the packed arrays hold joint tables of U and W."""
+        one_stage = spec.stages == 1 and len(spec.terms) == 2
+        return self.pair_terms and one_stage and spec.scale == "tensor"
+
+    def has_joint(self, spec: PhaseSpec) -> bool:
+        """Tell whether the packed arrays hold joint tables."""
+        return has_joint(spec) or self.has_pairs(spec)
+
+    def joint_codebook(self, spec: PhaseSpec) -> Codebook:
+        """Return the codebook of the packed joint tables."""
+        return pair_codebook() if self.has_pairs(spec) else joint_codebook(spec.terms, spec.stages)
 
     def tiles(self, spec: PhaseSpec) -> int:
         """Row tiles of all parts; each part starts a tile of its own."""
@@ -105,8 +128,8 @@ class X86Layout:
             "tables": ArraySpec((4, 16), entry),
             "scales": ArraySpec((tiles, column_tiles, units, *per_row), "float32"),
         }
-        if has_joint(spec):
-            joint = joint_codebook(spec.terms, spec.stages).units
+        if self.has_joint(spec):
+            joint = self.joint_codebook(spec).units
             tables = sum(unit.joint for unit in joint)
             arrays["joint_tables"] = ArraySpec((tiles, tables, 16), entry)
             arrays["joint_scales"] = ArraySpec((tiles, 1, len(joint)), "float32")
@@ -119,8 +142,9 @@ class X86Layout:
         for part, tiles in zip(parts, self._tile_ranges(spec), strict=True):
             self._pack_codes(part, packed["codes"][tiles], spec)
             packed["scales"][tiles] = self._spread_scales(part, spec)
-            if has_joint(spec):
-                tables, scales = joint_arrays(part, self.joint_limit)
+            if self.has_joint(spec):
+                fill = pair_arrays if self.has_pairs(spec) else joint_arrays
+                tables, scales = fill(part, self.joint_limit)
                 offset = joint_offset(self.joint_limit)
                 packed["joint_tables"][tiles] = self._entries(tables, offset)
                 packed["joint_scales"][tiles] = scales

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -61,20 +62,44 @@ def blocks_per_step(terms: int, stages: int) -> int:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A sum of table entries times activations, and where it goes.
+
+    Attributes:
+        half: 0 for the real, 1 for the imaginary part of x.
+        output: 0 for the real, 1 for the imaginary part of y.
+        negative: it is subtracted.
+    """
+
+    half: int
+    output: int
+    negative: bool = False
+
+
+@dataclass(frozen=True)
 class Unit:
-    """One integer sum the kernel keeps: (table of a term's stages on one axis) . activations.
+    """Integer sums the kernel keeps that share tables and a scale.
 
     Its index in its `Codebook` is also that of its scale in the packed scales of the mode.
 
     Attributes:
-        term: "U" or "W".
+        term: "U" or "W"; "UW" where tables hold the sum of both.
         axis: 0 for the real, 1 for the imaginary part of the weight.
-        joint: it sums a pair of stages by a joint table; else one stage by a split table.
+        joint: its tables hold two codes; else one.
+        products: one sum for each.
     """
 
-    term: Term
+    term: Literal["U", "W", "UW"]
     axis: int
     joint: bool
+    products: tuple[Product, ...]
+
+
+def _term_unit(term: Term, axis: int, joint: bool) -> Unit:
+    """Return a term's unit: U x = (R a - I b, R b + I a), W conj x = (R a + I b, I a - R b)."""
+    minus = axis == (1 if term == "U" else 0)
+    products = (Product(0, axis), Product(1, 1 - axis, minus))
+    return Unit(term, axis, joint, products)
 
 
 @dataclass(frozen=True)
@@ -105,7 +130,9 @@ class Codebook:
 @cache
 def split_codebook(terms: tuple[Term, ...], stages: int) -> Codebook:
     """Return one unit per (term, stage, axis): tables of -1, 0, 1, exact for any scales."""
-    units = [Unit(term, axis, False) for term in terms for _ in range(stages) for axis in (0, 1)]
+    units = [
+        _term_unit(term, axis, False) for term in terms for _ in range(stages) for axis in (0, 1)
+    ]
     lookups = tuple(
         Lookup(i, code.block, 2 * slot + axis, (code.term * stages + code.stage) * 2 + axis)
         for i, pair in enumerate(nibbles(len(terms), stages))
@@ -119,10 +146,12 @@ def split_codebook(terms: tuple[Term, ...], stages: int) -> Codebook:
 def joint_codebook(terms: tuple[Term, ...], stages: int) -> Codebook:
     """Return one unit per (term, pair of stages, axis), and split ones for an odd last stage."""
     pairs = stages // 2
-    units = [Unit(term, axis, True) for term in terms for _ in range(pairs) for axis in (0, 1)]
+    units = [
+        _term_unit(term, axis, True) for term in terms for _ in range(pairs) for axis in (0, 1)
+    ]
     joint_units = len(units)
     if stages % 2:
-        units += [Unit(term, axis, False) for term in terms for axis in (0, 1)]
+        units += [_term_unit(term, axis, False) for term in terms for axis in (0, 1)]
     lookups = []
     for i, (low, high) in enumerate(nibbles(len(terms), stages)):
         for axis in (0, 1):
@@ -134,6 +163,24 @@ def joint_codebook(terms: tuple[Term, ...], stages: int) -> Codebook:
                 unit = joint_units + 2 * code.term + axis
                 lookups.append(Lookup(i, code.block, 2 * slot + axis, unit))
     return Codebook(tuple(units), tuple(lookups))
+
+
+@cache
+def pair_codebook() -> Codebook:
+    """Return the codebook of joint tables of U and W, for one stage.
+
+    A nibble holds the codes of U and W at one place, so that one look-up gives an entry of the real
+    2 x 2 block [[Re U + Re W, Im W - Im U], [Im U + Im W, Re U - Re W]], which meets one half of x:
+    half of the dot products of `split_codebook`. Tables are in the order of `pair_arrays`.
+    """
+    products = ((0, Product(0, 0)), (0, Product(1, 1)), (1, Product(0, 1)), (1, Product(1, 0)))
+    units = tuple(Unit("UW", axis, True, (product,)) for axis, product in products)
+    lookups = tuple(
+        Lookup(i, low.block, unit, unit)
+        for i, (low, _) in enumerate(nibbles(2, 1))
+        for unit in range(len(units))
+    )
+    return Codebook(units, lookups)
 
 
 def split_tables() -> np.ndarray:
@@ -174,18 +221,26 @@ def joint_ratio(first: float, second: float, limit: int) -> tuple[int, int, floa
 
 
 def joint_ratio_error(parts: Sequence[PhaseTensor], limit: int) -> float:
-    """Return the largest `joint_ratio` error of any pair of stages of the parts.
+    """Return the largest `joint_ratio` error of any pair of codes that share tables.
 
     A compiler that wants table mode ``joint`` only where it is as good as exact compares this with
-    a threshold, say 1e-3, and builds with ``split`` above it. It is 0 for one stage, and infinite
-    where scales are not per tensor (there is no joint mode then).
+    a threshold, say 1e-3, and builds with ``split`` above it. Pairs are stages, or U and W of a
+    single stage. It is 0 where there are none, and infinite where scales are not per tensor (there
+    is no joint mode then).
     """
     if any(part.scale != "tensor" for part in parts):
         return math.inf
     return max(
-        (joint_ratio(*pair, limit)[2] for part in parts for pair in _stage_pairs(part).tolist()),
+        (joint_ratio(*pair, limit)[2] for part in parts for pair in _scale_pairs(part).tolist()),
         default=0.0,
     )
+
+
+def _scale_pairs(part: PhaseTensor) -> np.ndarray:
+    """Return float64 (pairs, 2): the scales of the pairs of codes that joint tables hold."""
+    if part.stages == 1 and len(part.terms) == 2:
+        return part.scales[0, :, :, 0, 0].astype(np.float64).T  # (axis, term)
+    return _stage_pairs(part)
 
 
 def _stage_pairs(part: PhaseTensor) -> np.ndarray:
@@ -200,8 +255,25 @@ def joint_offset(limit: int) -> int:
     return limit + 1
 
 
+def pair_arrays(part: PhaseTensor, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the joint tables and scales of U and W of a part of one stage.
+
+    Returns:
+        uint8 (4, 16), for the nibble ``u | w << 2`` and p:q the ratio of an axis' scales:
+        p Re u + q Re w, p Re u - q Re w, p Im u + q Im w, q Im w - p Im u, all plus offset; and
+        float32 (4,), the scales of the units of `pair_codebook`.
+    """
+    index, tables, scales = np.arange(16), [], []
+    for values, (u_scale, w_scale) in zip((_RE, _IM), _scale_pairs(part).tolist(), strict=True):
+        p, q, _ = joint_ratio(u_scale, w_scale, limit)
+        u, w = p * values[index & 3].astype(np.int16), q * values[index >> 2].astype(np.int16)
+        tables += [u + w, u - w if values is _RE else w - u]
+        scales += [(p * u_scale + q * w_scale) / (p * p + q * q)] * 2
+    return (np.stack(tables) + joint_offset(limit)).astype(np.uint8), np.array(scales, np.float32)
+
+
 def joint_arrays(part: PhaseTensor, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a part's joint tables and scales.
+    """Return a part's joint tables and scales, of pairs of stages.
 
     Returns:
         uint8 (joint units, 16), p * (stage of the low code) + q * (stage of the high code) +

@@ -83,7 +83,8 @@ def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
     A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
     are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
     the joint units are rounded once more, and the reference's weights once a stage, so at most
-    8 eps S. A joint table moves the weights of a pair of stages by sqrt(2) error |(s1, s2)|.
+    8 eps S. A joint table moves the weights of a pair of stages, or those of U and W of a single
+    one, by sqrt(2) error |(s1, s2)|.
     """
     rounded = dequantize_activations(*quantize_activations(x, act=spec.act))
     a, b = np.split(np.abs(rounded), 2, axis=1)
@@ -99,6 +100,8 @@ def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
             error = np.sqrt(2) * joint_ratio_error([part], kernel.isa.joint_limit)
             scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
             pairs = np.hypot(scales[::2], scales[1::2])
+            if part.stages == 1:
+                pairs = np.hypot(*part.scales[0, :, :, 0, 0])[None, None]
             bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
         bounds += [bound, bound]
     return np.concatenate(bounds, axis=1)
@@ -126,11 +129,24 @@ def test_single_matches_reference(kernel, stages, scale):
 
 
 @each_isa
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_joint_tables_stay_within_the_ratio_bound(kernel, stages):
     spec = make_spec(stages=stages)
     assert kernel.table_mode(spec, "single", {}) == "joint"
     check(kernel, spec, make_parts(spec), make_x(spec), "single")
+
+
+@each_isa
+def test_joint_tables_of_u_and_w_serve_every_batch(kernel):
+    spec = make_spec(stages=1)
+    for batch in (2, 5, 17):
+        check(kernel, spec, make_parts(spec), make_x(spec, batch), "many", tables="joint")
+
+
+@each_isa
+def test_one_term_has_no_pair_of_terms(kernel):
+    spec = make_spec(stages=1, terms=("W",))
+    assert kernel.table_mode(spec, "single", {}) == "split"
 
 
 @each_isa

@@ -13,6 +13,8 @@ from fairy_compile.kernels.x86_tables import (
     joint_ratio,
     joint_ratio_error,
     nibbles,
+    pair_arrays,
+    pair_codebook,
     split_tables,
 )
 from fairy_compile.op import PhaseSpec
@@ -143,5 +145,32 @@ def test_joint_tables_times_scales_are_the_stage_sums(limit, stages):
 def test_joint_ratio_error_tells_whether_joint_applies():
     spec = PhaseSpec((5,), 8, 2, BOTH, "row", "int8")
     assert joint_ratio_error(make_parts(spec), 127) == math.inf
-    spec = PhaseSpec((5,), 8, 1, BOTH, "tensor", "int8")
+    spec = PhaseSpec((5,), 8, 1, ("W",), "tensor", "int8")
     assert joint_ratio_error(make_parts(spec), 127) == 0
+
+
+@pytest.mark.parametrize("limit", [127, 63])
+def test_pair_tables_times_scales_are_the_real_block(limit):
+    spec = PhaseSpec((5,), 8, 1, BOTH, "tensor", "int8")
+    (part,) = make_parts(spec)
+    tables, scales = pair_arrays(part, limit)
+    error = joint_ratio_error([part], limit)
+    phases, index = np.array([1, 1j, -1, -1j]), np.arange(16)
+    s = part.scales[0, :, :, 0, 0].astype(float)
+    u, w = phases[index & 3], phases[index >> 2]
+    u, w = (s[t, 0] * v.real + 1j * s[t, 1] * v.imag for t, v in enumerate((u, w)))
+    # The widely-linear pair back to A11, A22, A21, A12.
+    blocks = [u.real + w.real, u.real - w.real, u.imag + w.imag, w.imag - u.imag]
+    for unit, want in enumerate(blocks):
+        got = scales[unit] * (tables[unit].astype(float) - (limit + 1))
+        allowed = math.sqrt(2) * error * math.hypot(*s[:, unit // 2]) + 1e-6
+        assert np.abs(got - want).max() <= allowed
+    # What the sums meet and where they go is y = U x + W conj x.
+    rng = np.random.default_rng(0)
+    x = complex(*rng.standard_normal(2))
+    for i in range(16):
+        y = [0.0, 0.0]
+        for unit, kept in enumerate(pair_codebook().units):
+            (product,) = kept.products
+            y[product.output] += blocks[unit][i] * (x.real, x.imag)[product.half]
+        assert complex(*y) == pytest.approx(u[i] * x + w[i] * x.conjugate())
