@@ -29,6 +29,7 @@ import typer
 from fairy_compile.bench.bandwidth import ReadBandwidth
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, X86Codebook
 from fairy_compile.op import PhaseSpec
+from fairy_compile.runtime.host_memory import allocate_parts
 from fairy_compile.runtime.threads import set_threads
 from fairy_compile.targets import Target, load_target
 
@@ -41,22 +42,26 @@ def layer_calls(
 ) -> tuple[Callable[[], None], int]:
     """Return a function that runs all calls of ``layers`` layers once, and the bytes it reads."""
     rng = np.random.default_rng(0)
-    jobs, size = [], 0
-    for parts, m in CALLS:
-        spec = PhaseSpec(parts, m, stages, ("U", "W"), "tensor", act)
-        batch_class = "single" if batch == 1 else "many"
-        function = kernel.build(spec, target, batch_class, {"tables": mode})
+    specs = [PhaseSpec(parts, m, stages, ("U", "W"), "tensor", act) for parts, m in CALLS]
+    kinds = [list(kernel.layout.arrays(spec).values()) for spec in specs]
+    # One block, as a loaded model has, so that all of it can lie on huge pages.
+    memory = iter(allocate_parts([k.nbytes for call in kinds * layers for k in call]))
+    calls = []
+    for spec in specs:
+        function = kernel.build(spec, target, "single" if batch == 1 else "many", {"tables": mode})
         library = tvm.compile(function, target=target.to_tvm())
-        call = library[function.attrs["global_symbol"]]
-        x = tvm.runtime.tensor(rng.standard_normal((batch, 2 * m)).astype(np.float32))
-        for _ in range(layers):
-            arrays = []
-            for a in kernel.layout.arrays(spec).values():
-                filler = rng.integers(0, 3, a.shape, np.uint8).astype(a.dtype)
-                arrays.append(tvm.runtime.tensor(filler))
-                size += a.nbytes
-            y = tvm.runtime.tensor(np.zeros((batch, spec.out_features), np.float32))
-            jobs.append((call, (x, *arrays, y)))
+        calls.append(library[function.attrs["global_symbol"]])
+    jobs, size = [], 0
+    for spec, call, arrays in zip(specs * layers, calls * layers, kinds * layers, strict=True):
+        x = tvm.runtime.tensor(rng.standard_normal((batch, 2 * spec.m)).astype(np.float32))
+        y = tvm.runtime.tensor(np.zeros((batch, spec.out_features), np.float32))
+        packed = []
+        for kind in arrays:
+            array = next(memory).view(kind.dtype).reshape(kind.shape)
+            array[...] = rng.integers(0, 3, kind.shape, np.uint8)
+            packed.append(tvm.runtime.from_dlpack(array))
+            size += array.nbytes
+        jobs.append((call, (x, *packed, y)))
 
     def run() -> None:
         for call, arguments in jobs:

@@ -7,7 +7,6 @@ threads.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -75,15 +74,13 @@ class ReadBandwidth:
         """
         import tvm
 
+        from fairy_compile.runtime.host_memory import allocate
         from fairy_compile.targets import load_target
 
         row = _LANES * _WAYS * 8
         words = -(-nbytes // (_CHUNKS * row)) * row // 8
         self.nbytes = _CHUNKS * words * 8
-        memory = mmap.mmap(-1, self.nbytes)
-        if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._data = np.frombuffer(memory, np.uint64).reshape(_CHUNKS, words)
+        self._data = allocate(self.nbytes).view(np.uint64).reshape(_CHUNKS, words)
         self._data[...] = 1
         self._sums = tvm.runtime.tensor(np.zeros((_CHUNKS, _LANES * _WAYS), np.uint64))
         self._read = compile_read(load_target("cpu"))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,14 @@ import numpy as np
 
 from fairy_compile.artifact.tensor_cache import TensorRecord, load_tensor_cache
 from fairy_compile.errors import ModelFileError
+from fairy_compile.runtime.host_memory import allocate_parts
 
-# Compiled functions may use aligned loads of a whole cache line.
-ALIGNMENT = 64
 # Reading is bound by the copy out of the page cache, which two threads saturate.
 READERS = 2
 
 
 def load_host_weights(directory: Path, names: Sequence[str]) -> list[Any]:
     """Read the named tensors of an artifact into one block of memory.
-
-    Decoding streams all weights once per token, so translation misses cost several per cent on
-    4 KiB pages; the block asks for huge ones (transparent huge pages on Linux).
 
     Args:
         directory: an artifact that passed `fairy_compile.verify`.
@@ -40,31 +35,10 @@ def load_host_weights(directory: Path, names: Sequence[str]) -> list[Any]:
     if missing:
         raise ModelFileError(f"{directory} has no tensor {missing[0]!r}; build the model again")
     wanted = [records[name] for name in names]
-    offsets = _offsets(wanted)
-    block = _allocate(offsets[-1])
-    jobs = list(zip(wanted, offsets, strict=False))
+    parts = allocate_parts([record.nbytes for record in wanted])
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(lambda job: _read(job[0], block[job[1] : job[1] + job[0].nbytes]), jobs))
-    return [_tensor(record, block[at : at + record.nbytes]) for record, at in jobs]
-
-
-def _offsets(records: Iterable[TensorRecord]) -> list[int]:
-    """Return the aligned start of each tensor in the block, then the size of the block."""
-    offsets = [0]
-    for record in records:
-        offsets.append(-(-(offsets[-1] + record.nbytes) // ALIGNMENT) * ALIGNMENT)
-    return offsets
-
-
-def _allocate(nbytes: int) -> np.ndarray:
-    """Return zeroed bytes on a page boundary, on huge pages if the system gives them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)
-    # Private, because shared anonymous memory gets no huge pages.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=flags)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+        list(pool.map(_read, wanted, parts))
+    return [_tensor(record, part) for record, part in zip(wanted, parts, strict=True)]
 
 
 def _read(record: TensorRecord, into: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fairy_compile.artifact import ParamWriter
 from fairy_compile.errors import ModelFileError
-from fairy_compile.runtime import weights
+from fairy_compile.runtime import host_memory, weights
 
 ARRAYS = {
     "codes": np.arange(77, dtype=np.uint8).reshape(7, 11),
@@ -40,7 +40,7 @@ def test_every_dtype_arrives_unchanged_in_the_order_asked_for(directory: Path) -
 def test_tensors_are_aligned(directory: Path) -> None:
     for tensor in weights.load_host_weights(directory, list(ARRAYS)):
         flat = np.from_dlpack(tensor._create_view((1,), "uint8"))
-        assert flat.ctypes.data % weights.ALIGNMENT == 0
+        assert flat.ctypes.data % host_memory.ALIGNMENT == 0
 
 
 def test_tensors_outlive_each_other(directory: Path) -> None:
