@@ -113,6 +113,7 @@ class Bench:
             directory,
             settings.device,
             threads=settings.threads,
+            cpus=settings.cpus,
             max_sequences=1,
             context=_context(settings, manifest),
         )

@@ -53,6 +53,7 @@ class Settings:
         depth: every test runs at each of these.
         repetitions: timed runs of a test, after one that warms up.
         threads: CPU threads; None is one a physical core.
+        cpus: CPUs to run on; None is any.
         batch: most prompt tokens of one call; None is what the model was built for.
         cooldown: seconds to sleep before each timed run.
         device: TVM device; None is the one the artifact was built for.
@@ -66,6 +67,7 @@ class Settings:
     depth: tuple[int, ...] = (0,)
     repetitions: int = 5
     threads: int | None = None
+    cpus: list[int] | None = None
     batch: int | None = None
     cooldown: float = 0.0
     device: str | None = None

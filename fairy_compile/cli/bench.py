@@ -34,6 +34,7 @@ def bench(
         Optional[int],  # noqa: UP045
         typer.Option("-t", "--threads", help="CPU threads  [default: one a core]"),
     ] = None,
+    cpus: options.Cpus = None,
     batch: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("-b", "--batch", help="Most prompt tokens a call  [default: as built]"),
@@ -77,6 +78,7 @@ def bench(
     """
     from fairy_compile.bench.tables import FORMATS, render
     from fairy_compile.bench.workload import Settings, parse_lengths
+    from fairy_compile.runtime.cpus import parse_cpus
     from fairy_compile.tvm_pair import check_tvm_pair
 
     form = "json" if json else output_format
@@ -87,6 +89,7 @@ def bench(
         depth=parse_lengths("--depth", depth),
         repetitions=repetitions,
         threads=threads,
+        cpus=parse_cpus(cpus) if cpus else None,
         batch=batch,
         cooldown=cooldown,
         device=device,

@@ -36,6 +36,7 @@ def chat(
     stop: options.Stop = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    cpus: options.Cpus = None,
     context: options.Context = None,
 ) -> None:
     """Talk to a compiled model.
@@ -46,6 +47,7 @@ def chat(
 
     check_tvm_pair()
     from fairy_compile.runtime import load
+    from fairy_compile.runtime.cpus import parse_cpus
 
     sampling = {
         "temperature": temperature,
@@ -55,7 +57,14 @@ def chat(
         "frequency_penalty": frequency_penalty,
         "seed": seed,
     }
-    with load(directory, device, threads=threads, max_sequences=1, context=context) as model:
+    with load(
+        directory,
+        device,
+        threads=threads,
+        cpus=parse_cpus(cpus) if cpus else None,
+        max_sequences=1,
+        context=context,
+    ) as model:
         model.override(**sampling)  # a wrong value ends here, not at the first message
         for warning in model.warnings:
             typer.echo(f"warning: {warning}", err=True)

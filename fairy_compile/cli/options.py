@@ -58,6 +58,10 @@ Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--threads", help="CPU threads  [default: one a core]"),
 ]
+Cpus = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--cpus", metavar="LIST", help="CPUs to run on, such as 0-3,6  [default: any]"),
+]
 Context = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--context", help="Most tokens of prompt and answer  [default: the model's]"),

@@ -32,6 +32,7 @@ def run(
     json: options.Json = False,
     device: options.Device = None,
     threads: options.Threads = None,
+    cpus: options.Cpus = None,
     context: options.Context = None,
 ) -> None:
     """Continue a prompt with a compiled model.
@@ -46,8 +47,16 @@ def run(
 
     check_tvm_pair()
     from fairy_compile.runtime import load
+    from fairy_compile.runtime.cpus import parse_cpus
 
-    with load(directory, device, threads=threads, max_sequences=1, context=context) as model:
+    with load(
+        directory,
+        device,
+        threads=threads,
+        cpus=parse_cpus(cpus) if cpus else None,
+        max_sequences=1,
+        context=context,
+    ) as model:
         for warning in model.warnings:
             typer.echo(f"warning: {warning}", err=True)
         generation = model.generate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,7 @@ class Engine:
         *,
         device: str = "cpu",
         threads: int | None = None,
+        cpus: Collection[int] | None = None,
         max_sequences: int = 4,
         context: int | None = None,
         kv_tokens: int | None = None,
@@ -69,6 +70,7 @@ class Engine:
             config: content of mlc-chat-config.json.
             device: TVM device, e.g. ``cpu`` or ``cuda:0``.
             threads: CPU threads; default one a physical core.
+            cpus: CPUs they may run on; default all this process may.
             max_sequences: most sequences at a time.
             context: most tokens of one sequence; default the model's.
             kv_tokens: tokens the cache holds in all; default ``max_sequences`` contexts, but at
@@ -78,7 +80,7 @@ class Engine:
             FairyError: an argument is out of range.
             ModelFileError: library or weights cannot be loaded.
         """
-        self.threads = set_threads(threads)
+        self.threads = set_threads(threads, cpus)
         self.device = open_device(device)
         self.library = ModelLibrary(library, self.device)
         self.config = config

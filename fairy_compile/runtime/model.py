@@ -30,6 +30,7 @@ def load(
     device: str | None = None,
     *,
     threads: int | None = None,
+    cpus: Collection[int] | None = None,
     max_sequences: int = 4,
     context: int | None = None,
 ) -> Model:
@@ -42,6 +43,7 @@ def load(
         directory: the artifact.
         device: TVM device, e.g. ``cpu`` or ``cuda:0``; default the one it was built for.
         threads: CPU threads; default one a physical core.
+        cpus: numbers of the CPUs they may run on; default all this process may.
         max_sequences: most sequences at a time; at most what the model was built for.
         context: most tokens of one sequence, prompt and answer; default the model's.
 
@@ -62,6 +64,7 @@ def load(
         report.chat_config,
         device=device or manifest.target.device,
         threads=threads,
+        cpus=cpus,
         max_sequences=min(max_sequences, int(manifest.metadata["max_batch_size"])),
         context=context,
     )

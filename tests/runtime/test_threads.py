@@ -6,6 +6,11 @@ import pytest
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.threads import default_threads, set_threads
 
+needs_affinity = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or not {0, 1} <= os.sched_getaffinity(0),
+    reason="needs Linux and CPUs 0 and 1",
+)
+
 
 def in_new_thread(function):
     """Run where no TVM thread pool exists yet: pools belong to threads."""
@@ -44,5 +49,37 @@ def test_a_pool_shrinks_and_returns_but_does_not_grow():
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000, True])
 def test_out_of_range(threads):
-    with pytest.raises(FairyError, match="this machine's CPUs"):
+    with pytest.raises(FairyError, match=r"allowed: 1 to \d+, the CPUs this process"):
         set_threads(threads)
+
+
+@needs_affinity
+def test_threads_stay_where_the_process_may_run():
+    """TVM ties threads to CPUs of its own choice, whatever ``taskset`` said."""
+
+    def run():
+        os.sched_setaffinity(0, {1})
+        return set_threads(None), os.sched_getaffinity(0)
+
+    assert in_new_thread(run) == (1, {1})
+
+
+@needs_affinity
+def test_cpus_bind_the_whole_pool():
+    def run():
+        before = set(os.listdir("/proc/self/task"))
+        used = set_threads(2, [0, 1]), set_threads(1, [1])
+        new = set(os.listdir("/proc/self/task")) - before
+        return used, os.sched_getaffinity(0), [os.sched_getaffinity(int(task)) for task in new]
+
+    used, caller, workers = in_new_thread(run)
+    assert (used, caller) == ((2, 1), {1})
+    assert workers == [{1}]
+
+
+@needs_affinity
+def test_more_threads_than_cpus_are_refused():
+    error = in_new_thread(lambda: set_threads(2, [0]))
+    assert "threads is 2; allowed: 1 to 1, the CPUs in --cpus" in str(error)
+    error = in_new_thread(lambda: set_threads(None, [4096]))
+    assert "cpus is [4096]; allowed: some of [0, 1" in str(error)
