@@ -16,7 +16,7 @@ Term = Literal["U", "W"]
 QUANTS = {"w1": 1, "w2": 2, "w3": 3, "w4": 4}
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "tile64")
 ACT_CONTRACTS: tuple[ActContract, ...] = ("int8", "int16", "float")
-METHODS = ("auto", "phase")
+METHODS = ("auto", "phase", "alternating")
 MAX_STAGES = 4
 
 
@@ -41,8 +41,10 @@ class QuantConfig:
         terms: ``("U", "W")`` for widely-linear layers (Fairy2i), ``("W",)`` for iFairy.
         act: activation contract of the compiled kernels: ``int8`` or ``int16`` (groups of 128
             columns, see `op.reference.quantize_activations`) or ``float``.
-        method: ``"phase"`` is the papers' rule; ``"auto"`` picks the best training-free method
-            this version has, which is ``"phase"``.
+        method: how codes are chosen. ``"phase"`` is the papers' rule, which weights trained for it
+            need; ``"alternating"`` fits codes and scales to each other, which serves ordinary
+            weights better. ``"auto"`` picks by what the checkpoint says of itself, see
+            `frontends.method`.
         exempt: glob patterns of layer names that stay dense, e.g. ``("lm_head",)``.
         stages_for: glob pattern -> T, overriding ``quant`` for single layers; first match wins.
 
@@ -78,6 +80,10 @@ class QuantConfig:
             if fnmatch.fnmatchcase(layer, pattern):
                 return stages
         return QUANTS[self.quant]
+
+    def names_stages(self, layer: str) -> bool:
+        """Tell whether ``stages_for`` has a pattern for the layer named ``layer``."""
+        return any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.stages_for)
 
     def is_exempt(self, layer: str) -> bool:
         """Tell whether the layer named ``layer`` was asked to stay dense."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,15 @@ def save_model(directory: Path, family: str, dtype: str = "float32", **changes: 
         if parameter_name.endswith("bias") or "norm" in parameter_name:
             nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.2)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
+    name_it(directory, "tests/Fairy2i-tiny")
     save_tokenizer(directory)
     return directory
+
+
+def name_it(directory: Path, name: str) -> None:
+    """Name a model in its config.json; one with Fairy2i in it holds weights for the phase rule."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": name}))
 
 
 def save_tokenizer(directory: Path) -> None:

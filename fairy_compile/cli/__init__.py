@@ -18,9 +18,10 @@ from fairy_compile.cli.guard import guarded, set_debug
 from fairy_compile.cli.inspect import inspect
 from fairy_compile.cli.run import run
 from fairy_compile.cli.targets import targets
+from fairy_compile.cli.train import train
 from fairy_compile.cli.verify import verify
 
-VERBS = (build, convert, run, chat, bench, inspect, verify, targets)
+VERBS = (build, convert, run, chat, bench, inspect, verify, train, targets)
 
 app = typer.Typer(
     name="fairy_compile",

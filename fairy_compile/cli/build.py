@@ -20,6 +20,7 @@ def build(
     quant: options.Quant = "w2",
     method: options.Method = "auto",
     scale: options.Scale = None,
+    layer_quant: options.LayerQuant = None,
     act: options.Act = "int8",
     kv_dtype: options.KvDtype = None,
     output: options.Output = None,
@@ -43,12 +44,13 @@ def build(
 
     check_tvm_pair()
     from fairy_compile.compiler import build as build_artifact
+    from fairy_compile.config import QuantConfig
 
     with progress_bar() as progress:
         report = build_artifact(
             model,
             target=target,
-            quant=quant,
+            quant=QuantConfig(quant, stages_for=options.parse_layer_quant(layer_quant)),
             method=method,
             scale=scale,
             act=act,

@@ -19,6 +19,7 @@ def convert(
     quant: options.Quant = "w2",
     method: options.Method = "auto",
     scale: options.Scale = None,
+    layer_quant: options.LayerQuant = None,
     act: options.Act = "int8",
     output: options.Output = None,
     force: options.Force = False,
@@ -41,7 +42,12 @@ def convert(
     if output is None:
         raise FairyError("convert needs a place for the checkpoint; give it with -o DIR")
     config = QuantConfig(
-        quant, scale=scale or "tensor", act=act, method=method, exempt=tuple(exempt or ())
+        quant,
+        scale=scale or "tensor",
+        act=act,
+        method=method,
+        exempt=tuple(exempt or ()),
+        stages_for=options.parse_layer_quant(layer_quant),
     )
     with progress_bar() as progress:
         report = convert_model(
@@ -79,6 +85,8 @@ def _print_report(report: ConvertReport) -> None:
             for layer in report.layers
         ),
     )
+    if report.note:
+        typer.echo(f"note: {report.note}")
     errors = [layer.nmse for layer in report.layers if layer.nmse is not None]
     if errors:
         typer.echo(

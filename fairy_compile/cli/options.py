@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from fairy_compile.config import ACT_CONTRACTS, GRANULARITIES, METHODS, QUANTS
+from fairy_compile.errors import FairyError
 
 # Optional[] and not "| None": typer reads these annotations at run time.
 
@@ -95,3 +96,30 @@ Stop = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
 ]
+
+LayerQuant = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--layer-quant",
+        metavar="PATTERN=wN",
+        help="Another T for some layers, e.g. lm_head=w3; may be repeated.",
+    ),
+]
+
+
+def parse_layer_quant(entries: list[str] | None) -> dict[str, int]:
+    """Return pattern -> T of ``--layer-quant`` entries.
+
+    Raises:
+        FairyError: an entry is not ``PATTERN=wN``.
+    """
+    stages = {}
+    for entry in entries or []:
+        pattern, _, quant = entry.rpartition("=")
+        if not pattern or quant not in QUANTS:
+            raise FairyError(
+                f"--layer-quant is {entry!r}; write a layer pattern and one of "
+                f"{', '.join(QUANTS)}, such as lm_head=w3"
+            )
+        stages[pattern] = QUANTS[quant]
+    return stages

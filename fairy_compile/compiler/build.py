@@ -82,16 +82,12 @@ def build(
     compile_for = load_target(target)
     with clock("read headers"):
         source = open_source(model)
-        if source.quant is not None:
-            # Stages and scales of a packed checkpoint were fixed when it was made.
-            config_quant = replace(
-                source.quant,
-                act=config_quant.act,
-                exempt=tuple(exempt) or source.quant.exempt,
-            )
+        config_quant, quant_note = source.settle(config_quant)
         decoder = parse_config(source.config)
         decoder = replace(decoder, kv_dtype=_kv_dtype(kv_dtype, config_quant.act))
         sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
+        if quant_note:
+            notes.append(quant_note)
     if output is None and not dry_run:
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
     if output is not None:

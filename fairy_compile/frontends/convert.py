@@ -67,6 +67,7 @@ class ConvertReport:
         seconds: wall-clock time.
         files: names of the files written; empty for a dry run.
         dry_run: True if nothing was written.
+        note: the method used, and why.
     """
 
     output: Path
@@ -76,6 +77,7 @@ class ConvertReport:
     seconds: float
     files: list[str]
     dry_run: bool
+    note: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -127,6 +129,7 @@ def convert(
             f"{source.directory} is a packed checkpoint already; give it to `fairy_compile build`, "
             "or convert the model it was made from"
         )
+    config, note = source.settle(config)
     plans = {
         name.removesuffix(".weight"): source.plan(name.removesuffix(".weight"), config)
         for name in source.names()
@@ -172,6 +175,7 @@ def convert(
         time.monotonic() - started,
         files,
         dry_run,
+        note,
     )
 
 
@@ -249,7 +253,8 @@ def _report(
 ) -> LayerReport:
     shape = source.shape(f"{name}.weight")
     if layer is None:
-        nbytes = tensor_bytes(*dense[f"{name}.weight"])
+        stored = dense.get(f"{name}.weight")  # a tied weight is stored as another tensor
+        nbytes = tensor_bytes(*stored) if stored else 0
     else:
         nbytes = layout_bytes(packed_layout({name: layer}, {}))
     bits = 8 * nbytes / max(shape[0] * shape[1], 1)

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from fairy_compile.config import QuantConfig
-from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.errors import FairyError
 from fairy_compile.frontends.files import ModelDirectory, tied_tensors
+from fairy_compile.frontends.method import latents_reason, method_note, resolve
 from fairy_compile.frontends.plan import LayerPlan, plan_weight, quantize_layer
+from fairy_compile.frontends.quant_json import read_quant, settle_own
 from fairy_compile.frontends.store import TensorStore
 from fairy_compile.phase import PhaseTensor
 from fairy_compile.phase.quantize import check_finite
@@ -18,6 +20,11 @@ from fairy_compile.phase.quantize import check_finite
 
 class HuggingFaceSource(ModelDirectory):
     """A `ModelSource` over dense weights; see `fairy_compile.frontends.source`.
+
+    Attributes:
+        latents: why the weights are taken for master weights of quantisation-aware training, or
+            None for ordinary weights; see `fairy_compile.frontends.method`.
+        trained: what they were trained for, where the checkpoint tells.
 
     Raises:
         ModelFileError: weights are missing, incomplete or damaged.
@@ -29,13 +36,9 @@ class HuggingFaceSource(ModelDirectory):
     quant: QuantConfig | None = None
 
     def __init__(self, directory: Path, config: dict[str, Any]):
-        other = config.get("quantization_config")
-        if other:
-            method = other.get("quant_method") if isinstance(other, dict) else other
-            raise UnsupportedError(
-                f"{directory} is already quantised by {method!r}; allowed: an unquantised "
-                "checkpoint, or one that `fairy_compile convert` wrote"
-            )
+        self.latents = latents_reason(directory, config)
+        table = config.get("quantization_config") or {}
+        self.trained = read_quant(table["config"], directory) if "config" in table else None
         self._store = TensorStore.open(directory)
         super().__init__(directory, self._store.files)
         self.config = config
@@ -61,12 +64,21 @@ class HuggingFaceSource(ModelDirectory):
         check_finite(array, name)
         return array
 
+    def settle(self, asked: QuantConfig) -> tuple[QuantConfig, str | None]:
+        """Decide the method; master weights that tell what they were trained for decide more."""
+        if self.trained is not None:
+            used = resolve(settle_own(self.trained, asked), self.latents)
+        else:
+            used = resolve(asked, self.latents)
+        return used, method_note(asked, used, self.latents)
+
     def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:
         """Tell what `phase` would return, or why the layer stays dense."""
-        return plan_weight(layer, self.shape(f"{layer}.weight"), quant)
+        return plan_weight(layer, self.shape(f"{layer}.weight"), resolve(quant, self.latents))
 
     def phase(self, layer: str, quant: QuantConfig) -> PhaseTensor:
         """Quantise ``<layer>.weight``."""
+        quant = resolve(quant, self.latents)
         plan = self.plan(layer, quant)
         if not plan.phase:
             raise FairyError(f"{layer} stays dense: {plan.reason}; read it with dense()")

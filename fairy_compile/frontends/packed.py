@@ -33,6 +33,7 @@ from fairy_compile.config import GRANULARITIES, MAX_STAGES, Granularity, QuantCo
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
 from fairy_compile.frontends.files import ModelDirectory, parse_json_object, tied_tensors
 from fairy_compile.frontends.plan import LayerPlan, exempting_pattern
+from fairy_compile.frontends.quant_json import read_quant, settle_own
 from fairy_compile.frontends.safetensors_file import TensorInfo
 from fairy_compile.frontends.store import TensorStore
 from fairy_compile.phase import PhaseTensor, tile_shape
@@ -155,29 +156,6 @@ def quantization_config(
     }
 
 
-def _read_quant(value: Any, directory: Path) -> QuantConfig:
-    """Rebuild the `QuantConfig` a checkpoint was made with from `QuantConfig.to_json`."""
-    fields = QuantConfig().to_json()
-    if not isinstance(value, dict) or set(value) != set(fields):
-        raise ModelFileError(
-            f"{directory}: the quantization_config's config is {value!r:.200}; expected the keys "
-            f"{sorted(fields)}"
-        )
-    for key, default in fields.items():
-        if not isinstance(value[key], type(default)):
-            raise ModelFileError(
-                f"{directory}: the quantization_config's {key} is {value[key]!r:.80}; expected "
-                f"a {type(default).__name__}"
-            )
-    if not all(isinstance(text, str) for text in (*value["terms"], *value["exempt"])):
-        raise ModelFileError(f"{directory}: the quantization_config's terms or exempt is not text")
-    tuples = {key: tuple(value[key]) for key in ("terms", "exempt")}
-    try:
-        return QuantConfig(**(value | tuples))
-    except FairyError as error:
-        raise ModelFileError(f"{directory}: bad quantization_config: {error}") from error
-
-
 class PackedSource(ModelDirectory):
     """A `ModelSource` over a packed checkpoint; see `fairy_compile.frontends.source`.
 
@@ -211,13 +189,17 @@ class PackedSource(ModelDirectory):
         if not isinstance(table["layers"], dict):
             raise ModelFileError(f"{directory}: quantization_config's layers is not an object")
         self.config = config
-        self.quant: QuantConfig | None = _read_quant(table["config"], directory)
+        self.quant: QuantConfig = read_quant(table["config"], directory)
         self.layers = {
             name: PackedLayer.from_json(name, entry) for name, entry in table["layers"].items()
         }
         self._store = TensorStore.open(directory)
         super().__init__(directory, self._store.files)
         self._check_tensors(table)
+
+    def settle(self, asked: QuantConfig) -> tuple[QuantConfig, str | None]:
+        """Return how the checkpoint was made, with the activations and exempt layers asked for."""
+        return settle_own(self.quant, asked), None
 
     def _check_tensors(self, table: dict[str, Any]) -> None:
         for path, metadata in self._store.metadata.items():

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from fairy_compile.config import Granularity, QuantConfig, Term
+from fairy_compile.config import QUANTS, Granularity, QuantConfig, Term
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.frontends.baked import recover_baked
-from fairy_compile.phase import PhaseTensor, quantize
+from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor, quantize
 
 # Two-dimensional weights that are looked up or multiplied elementwise, not applied as a matrix.
 NOT_LINEAR = ("*embed*.weight", "*wte.weight", "*wpe.weight", "*norm*.weight")
 
 BY_RULE = "quantised by the phase rule"
+BY_METHOD = {
+    "phase": BY_RULE,
+    "alternating": "codes and scales fitted to each other (alternating)",
+}
+RECOVERED = "recovered from a weight that holds phase values"
 
 
 @dataclass(frozen=True)
@@ -82,21 +88,63 @@ def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> Layer
         if size == 0:
             return LayerPlan.dense("empty")
     stages = quant.stages(layer)
-    return LayerPlan(True, stages, quant.terms, quant.scale, BY_RULE)
+    return LayerPlan(True, stages, quant.terms, quant.scale, method_words(quant, stages))
+
+
+def method_words(quant: QuantConfig, stages: int) -> str:
+    """Return how codes are made, in words; with one stage, alternating is the rule itself."""
+    words = BY_METHOD["phase" if stages == 1 else _method(quant)]
+    if stages != QUANTS[quant.quant]:
+        words += f"; T = {stages} for this layer"
+    return words
+
+
+def _method(quant: QuantConfig) -> Literal["phase", "alternating"]:
+    """Return the method for a weight of which nothing more is known than ``quant``."""
+    return "alternating" if quant.method == "alternating" else "phase"
+
+
+def recover_layer(weight: np.ndarray, layer: str, quant: QuantConfig) -> PhaseTensor | None:
+    """Take a weight that holds phase values apart, or return None if it does not hold any.
+
+    A weight of the T of the whole model, in a layer that has more stages planned, comes back with
+    stages on top whose scales are the least there are.
+
+    Args:
+        weight: (2n, 2m) in float32, float16 or bfloat16.
+        layer: name, for per-layer T.
+        quant: the quantisation asked for.
+    """
+    planned = quant.stages(layer)
+    for stages in dict.fromkeys((planned, min(planned, QUANTS[quant.quant]))):
+        baked = recover_baked(weight, stages, quant.scale)
+        if baked is not None:
+            break
+    else:
+        return None
+    more = planned - stages
+    if not more:
+        return baked
+    codes = np.concatenate([baked.codes, np.zeros((more, *baked.codes.shape[1:]), np.uint8)])
+    least = np.full((more, *baked.scales.shape[1:]), FAIRY2I_MIN_SCALE, baked.scales.dtype)
+    scales = np.concatenate([baked.scales, least])
+    return PhaseTensor(codes, scales, baked.n, baked.m, baked.terms, baked.scale)
 
 
 def quantize_layer(weight: np.ndarray, layer: str, quant: QuantConfig) -> tuple[PhaseTensor, str]:
     """Turn a layer's dense weight into phase codes; also return how, in words.
 
     A weight that already holds the values of a phase tensor of the same T and granularity is
-    taken apart exactly; any other is quantised by the published rule.
+    taken apart exactly; any other is quantised by the method of ``quant``.
 
     Args:
         weight: (2n, 2m) in float32, float16 or bfloat16.
         layer: name, for errors and per-layer T.
-        quant: the quantisation asked for.
+        quant: the quantisation asked for; a method ``"auto"`` is the published rule here, since
+            what speaks for another is known of whole models (`frontends.method.resolve`).
     """
-    baked = recover_baked(weight, quant.stages(layer), quant.scale)
+    baked = recover_layer(weight, layer, quant)
     if baked is not None:
-        return baked, "recovered from a weight that holds phase values"
-    return quantize(weight, quant, name=layer), BY_RULE
+        return baked, RECOVERED
+    words = method_words(quant, quant.stages(layer))
+    return quantize(weight, quant, method=_method(quant), name=layer), words

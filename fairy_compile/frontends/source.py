@@ -56,6 +56,14 @@ class ModelSource(Protocol):
             ModelFileError: its file is damaged.
         """
 
+    def settle(self, asked: QuantConfig) -> tuple[QuantConfig, str | None]:
+        """Return what a request means for this model, and a sentence on it where there is a choice.
+
+        A method ``"auto"`` comes back decided. A checkpoint made by quantisation-aware training or
+        `convert` brings its own settings, whatever was asked for, but for activations and exempt
+        layers.
+        """
+
     def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:
         """Tell what `phase` would return, or why the layer stays dense; reads no data."""
 

@@ -1,5 +1,6 @@
 """Phase quantisation in NumPy: widely-linear transform, residual rule, packed tensors."""
 
+from fairy_compile.phase.alternating import quantize_alternating
 from fairy_compile.phase.quantize import (
     FAIRY2I_MIN_SCALE,
     IFAIRY_MIN_SCALE,
@@ -20,6 +21,7 @@ __all__ = [
     "pack_codes",
     "phase_codes",
     "quantize",
+    "quantize_alternating",
     "quantize_complex",
     "quantize_complex_layer",
     "tile_shape",

@@ -19,11 +19,11 @@ the rule there; PyTorch's vectorised one (AVX2, AVX512) returns one step less an
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from fairy_compile.config import QUANTS, Granularity, QuantConfig
+from fairy_compile.config import QUANTS, Granularity, QuantConfig, check_choice
 from fairy_compile.errors import FairyError
 from fairy_compile.phase.tensor import PhaseTensor, spread_scales, tile_shape
 from fairy_compile.phase.widely_linear import as_float32, to_widely_linear
@@ -157,6 +157,7 @@ def quantize(
     quant: str | QuantConfig | int = "w2",
     *,
     scale: Granularity | None = None,
+    method: Literal["phase", "alternating"] = "phase",
     min_scale: float = FAIRY2I_MIN_SCALE,
     name: str = "weight",
 ) -> PhaseTensor:
@@ -166,6 +167,10 @@ def quantize(
         weight: real (2n, 2m), NumPy or torch, any float dtype; computed in float32.
         quant: ``"w1"`` .. ``"w4"``, the number of stages T itself, or a whole `QuantConfig`.
         scale: granularity; overrides the config's.
+        method: ``"phase"`` is the published rule, and what master weights of quantisation-aware
+            training need; ``"alternating"`` fits codes and scales to each other, which serves
+            weights that were never trained for the rule better. The config's method is not read:
+            it speaks of whole models.
         min_scale: lower clamp of every scale.
         name: how errors call the weight; also picks per-layer T from a config.
 
@@ -185,14 +190,20 @@ def quantize(
         )
     stages = config.stages(name) if isinstance(quant, QuantConfig) else QUANTS[config.quant]
     granularity = scale or config.scale
+    check_choice("method for a single weight", method, ["phase", "alternating"])
     real = as_float32(weight)
     check_finite(real, name)
     pair = to_widely_linear(real)
-    # NumPy lets go of the interpreter lock inside its loops, so the terms run side by side.
-    with ThreadPoolExecutor(2) as pool:
-        results = list(
-            pool.map(lambda z: quantize_complex(*z, stages, granularity, min_scale), pair)
-        )
+    if method == "alternating":
+        from fairy_compile.phase.alternating import quantize_alternating  # builds on this module
+
+        results = [quantize_alternating(*z, stages, granularity, min_scale) for z in pair]
+    else:
+        # NumPy lets go of the interpreter lock inside its loops: the terms run side by side.
+        with ThreadPoolExecutor(2) as pool:
+            results = list(
+                pool.map(lambda z: quantize_complex(*z, stages, granularity, min_scale), pair)
+            )
     codes = np.stack([r[0] for r in results], axis=1)
     scales = np.stack([r[1] for r in results], axis=1)
     return PhaseTensor.from_codes(codes, scales, terms=("U", "W"), scale=granularity)

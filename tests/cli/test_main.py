@@ -16,7 +16,17 @@ def test_help_lists_the_verbs_and_only_those(cli):
     result = cli("--help")
     assert result.exit_code == 0
     listed = re.findall(r"^  (\w+)  ", result.stdout.split("Commands:")[1], re.M)
-    assert listed == ["build", "convert", "run", "chat", "bench", "inspect", "verify", "targets"]
+    assert listed == [
+        "build",
+        "convert",
+        "run",
+        "chat",
+        "bench",
+        "inspect",
+        "verify",
+        "train",
+        "targets",
+    ]
     assert listed == [verb.__name__ for verb in VERBS]
 
 

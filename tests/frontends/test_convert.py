@@ -27,7 +27,7 @@ ODD_PROJ = "model.layers.0.mlp.odd_proj"
 @pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
 def test_codes_equal_direct_quantisation_bit_for_bit(make_model, tmp_path, dtype, scale, shards):
     tensors = tiny_tensors(dtype)
-    quant = QuantConfig("w2", scale=scale, stages_for={"lm_head": 3})
+    quant = QuantConfig("w2", method="phase", scale=scale, stages_for={"lm_head": 3})
     convert(make_model(tensors, shards=shards), tmp_path / "p", quant=quant)
     source = open_source(tmp_path / "p")
     assert source.quant == quant

@@ -37,7 +37,7 @@ def test_dense_tensors_keep_dtype_and_values(make_model, dtype):
 @pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
 def test_phase_is_the_rule_in_float32_on_stored_values(make_model, dtype, scale):
     tensors = tiny_tensors(dtype)
-    quant = QuantConfig("w1", scale=scale, stages_for={"lm_head": 3})
+    quant = QuantConfig("w1", method="phase", scale=scale, stages_for={"lm_head": 3})
     source = open_source(make_model(tensors))
     for layer, stages in ((Q_PROJ, 1), ("lm_head", 3)):
         got = source.phase(layer, quant)

@@ -43,7 +43,7 @@ def test_reads_a_state_dict(directory, dtype):
 
 def test_phase_codes_are_those_of_the_weight(directory, tensors):
     torch.save(as_torch(tensors, torch.float32), directory / "pytorch_model.bin")
-    got = open_source(directory).phase("model.layers.0.mlp.up_proj", QuantConfig())
+    got = open_source(directory).phase("model.layers.0.mlp.up_proj", QuantConfig(method="phase"))
     want = quantize(tensors["model.layers.0.mlp.up_proj.weight"])
     np.testing.assert_array_equal(got.codes, want.codes)
 

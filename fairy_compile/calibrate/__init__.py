@@ -1,0 +1,1 @@
+"""Quantisation that looks at calibration text; needs PyTorch and transformers (extra ``qat``)."""

@@ -1,0 +1,103 @@
+"""Getting the models of a run: the student with its latents, the teacher, and their directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.frontends.files import read_config
+from fairy_compile.frontends.method import LATENT_QUANT_METHOD
+from fairy_compile.frontends.packed import is_packed
+from fairy_compile.frontends.source import open_source
+from fairy_compile.qat.export import LATENTS
+
+IFAIRY_TYPES = ("complexnet", "ifairy")
+
+
+def model_directory(model: str, *, scratch: bool = False) -> Path:
+    """Return the local directory of a model to train.
+
+    Args:
+        model: directory or hub id; of a QAT export the master weights are taken.
+        scratch: only config.json is needed.
+
+    Raises:
+        FairyError: there is no such model, or it holds codes without master weights.
+        UnsupportedError: it is an iFairy model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / LATENTS / "config.json").is_file():
+            path = path / LATENTS
+        config = read_config(path)
+        if is_packed(config) and not scratch:
+            raise FairyError(
+                f"{path} is a packed checkpoint: it holds phase codes and no master weights to "
+                "train; give the checkpoint it was made from"
+            )
+    elif scratch:
+        raise FairyError(
+            f"there is no directory {path.absolute()}; training from scratch starts from a "
+            "directory with config.json and tokenizer.json"
+        )
+    else:
+        path = open_source(model).directory
+        config = read_config(path)
+    if config.get("model_type") in IFAIRY_TYPES:
+        raise UnsupportedError(
+            f"{path} is an iFairy model (model_type {config['model_type']!r}), for which this "
+            "version has no PyTorch model to train; supported: causal language models of "
+            "transformers such as llama, qwen2, qwen3, mistral, gemma"
+        )
+    return path
+
+
+def load_model(directory: Path, *, scratch: bool = False) -> Any:
+    """Return a float32 causal language model.
+
+    Args:
+        directory: with config.json and, unless ``scratch``, weights.
+        scratch: random weights; seed PyTorch before.
+
+    Raises:
+        FairyError: transformers cannot read it, or weights are missing.
+        UnsupportedError: transformers has no such causal language model.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} does not read {directory}/config.json: "
+            f"{_first_line(error)}"
+        ) from error
+    mark = getattr(config, "quantization_config", None)
+    if scratch and mark is not None:
+        del config.quantization_config  # how weights were stored that are not read
+    elif isinstance(mark, dict) and mark.get("quant_method") == LATENT_QUANT_METHOD:
+        del config.quantization_config  # else transformers warns of a method it does not know
+    auto = transformers.AutoModelForCausalLM
+    try:
+        if scratch:
+            return auto.from_config(config, dtype=torch.float32)
+        model, info = auto.from_pretrained(
+            directory, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        hint = "" if scratch else "; --from-scratch starts from random weights"
+        raise FairyError(
+            f"transformers cannot load {directory}: {_first_line(error)}{hint}"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise FairyError(
+            f"{directory} lacks {len(missing)} weights of its model, among them {missing[0]}; the "
+            "checkpoint is damaged, or its config.json is another model's"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,44 @@
+"""Tiny models to train; PyTorch on one thread, so that test processes do not fight for cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.tiny_models import SIZES
+
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Return make(family, **changes): a random tiny causal LM in training mode."""
+
+    def make(family: str = "llama", **changes):
+        name, extra = FAMILIES[family]
+        sizes = {**SIZES, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+        config = getattr(transformers, f"{name}Config")(**{**sizes, **extra, **changes})
+        torch.manual_seed(7)
+        return getattr(transformers, f"{name}ForCausalLM")(config).train()
+
+    return make
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, SIZES["vocab_size"], (2, 16), generator=torch.manual_seed(1))

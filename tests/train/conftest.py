@@ -1,0 +1,52 @@
+"""A tiny model with its tokenizer, and text it can learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fairy_compile.train import TrainConfig
+from tests.tiny_models import save_model
+
+TEXT = "def function(argument):\n    return argument + 1\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("train") / "model", "llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 200)
+    return path
+
+
+@pytest.fixture
+def config(model, text, tmp_path):
+    """Return make(**changes) -> `TrainConfig` of a run of some seconds."""
+
+    def make(**changes):
+        settings = {
+            "model": str(model),
+            "data": str(text),
+            "output": str(tmp_path / "out"),
+            "steps": 10,
+            "block": 32,
+            "batch": 4,
+            "lr": 3e-3,
+            "log_every": 2,
+            "cpu": True,
+        }
+        return TrainConfig(**(settings | changes))
+
+    return make

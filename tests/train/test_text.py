@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fairy_compile import FairyError
+from fairy_compile.train import text
+from fairy_compile.train.text import data_files, documents
+
+
+def read(path, field="text"):
+    return ["".join(document) for file in data_files(path) for document in documents(file, field)]
+
+
+def test_text_files_of_a_directory_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth"}\n')
+    (tmp_path / "notes.pdf").write_bytes(b"\x00")
+    assert read(tmp_path) == ["first", "second", "third", "fourth"]
+
+
+def test_a_long_file_comes_in_pieces_that_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_PIECE_BYTES", 10)
+    content = "".join(f"line {i}\r\n" for i in range(20)) + "end"
+    (tmp_path / "long.txt").write_text(content, newline="")
+    (document,) = documents(tmp_path / "long.txt")
+    pieces = list(document)
+    assert len(pieces) > 5
+    assert "".join(pieces) == content
+
+
+def test_parquet_and_saved_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"body": ["one", "", "two"], "other": [1, 2, 3]})
+    dataset.to_parquet(str(tmp_path / "d.parquet"))
+    assert read(tmp_path / "d.parquet", "body") == ["one", "two"]
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved", "body") == ["one", "two"]
+    datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "dict"))
+    assert read(tmp_path / "dict", "body") == ["one", "two"]
+    datasets.DatasetDict(test=dataset).save_to_disk(str(tmp_path / "test_only"))
+    for path, words in (
+        ("saved", "body, other"),
+        ("d.parquet", "body, other"),
+        ("test_only", "none called 'train'"),
+    ):
+        with pytest.raises(FairyError, match=words):
+            read(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', "line 2 is not JSON"),
+        ("a.jsonl", json.dumps({"body": "x"}).encode(), "no text under 'text'; it has body"),
+        ("a.jsonl", b"[1]", "it has no keys"),
+        ("a.jsonl", b'{"text": 3}', "no text under"),
+        ("a.parquet", b"PAR1", "not a readable parquet file"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, words):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FairyError, match=words) as caught:
+        read(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_missing_and_useless_paths(tmp_path):
+    with pytest.raises(FairyError, match="there is no data"):
+        data_files(tmp_path / "nothing")
+    (tmp_path / "a.pdf").write_text("")
+    with pytest.raises(FairyError, match="holds no data"):
+        data_files(tmp_path)
