@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata as package_metadata
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from fairy_compile.artifact.contract import check_chat_config, check_library
-from fairy_compile.artifact.files import hash_files, resolve_inside
-from fairy_compile.artifact.manifest import MANIFEST, Manifest
+from fairy_compile.artifact.files import HASH_THREADS, hash_files, resolve_inside
+from fairy_compile.artifact.manifest import MANIFEST, Manifest, ParamEntry
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import load_object, show
 from fairy_compile.artifact.tensor_cache import (
@@ -95,8 +96,9 @@ def verify(directory: Path | str, *, hashes: bool = True) -> VerifyReport:
     _check_contract(manifest, config)
     if hashes:
         _check_hashes(manifest, paths)
-    for param in manifest.params:
-        _check_values(cache.tensors[param.name], param.role, param.unused_bits)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        for _ in pool.map(lambda p: _check_values(cache.tensors[p.name], p), manifest.params):
+            pass
     return VerifyReport(
         directory=directory,
         manifest=manifest,
@@ -244,11 +246,12 @@ def _check_hashes(manifest: Manifest, paths: Mapping[str, Path]) -> None:
             )
 
 
-def _check_values(record: TensorRecord, role: str, unused_bits: int) -> None:
+def _check_values(record: TensorRecord, param: ParamEntry) -> None:
     """Check the values of scales and codes, a megabyte at a time and without a memory map.
 
     A map would crash the process if another one truncated the file meanwhile.
     """
+    role, unused_bits = param.role, param.unused_bits
     if role != "scales" and not unused_bits:
         return
     dtype = numpy_dtype(record.dtype)
