@@ -12,7 +12,8 @@ R, I a term's real and imaginary tables and a, b = Re x, Im x:
     W conj x:  re += R.a + I.b,  im += I.a - R.b
 
 Two table modes share the packed bytes: ``split`` and ``joint``, as described in `x86`. All
-instruction sets share the packed bytes, too.
+instruction sets share the packed bytes, too. Joint tables of U and W (T = 1) meet one half of x
+each, which halves the dot products of sdot; where nothing is saved, tables stay split and exact.
 """
 
 from __future__ import annotations
@@ -45,21 +46,25 @@ class Isa:
     Attributes:
         name: short name for reports.
         features: LLVM feature names it needs.
-        sums_per_quad: accumulators of four rows, for one unit and token. smmla sums both halves of
-            x for two rows in one register, sdot needs one for each half, and smull one for each
-            half and row.
+        sums_per_quad: accumulators of four rows, for one token and a unit of two products. smmla
+            sums both halves of x for two rows in one register, sdot needs one for each half, and
+            smull one for each half and row.
         sums: accumulators to keep in registers at a time. Of 32, the others hold tables, outputs
             and look-ups in flight; smmla's wide sums leave it with more of the latter.
+        pairs: it gains by joint tables of U and W. smmla multiplies with both halves of x whether
+            they are wanted or not, and smull's products of joint entries need to be widened one by
+            one, so that neither would do with fewer instructions.
     """
 
     name: str
     features: tuple[str, ...]
     sums_per_quad: int
     sums: int
+    pairs: bool = False
 
 
 I8MM = Isa("i8mm", ("neon", "i8mm"), sums_per_quad=2, sums=8)
-DOTPROD = Isa("dotprod", ("neon", "dotprod"), sums_per_quad=4, sums=16)
+DOTPROD = Isa("dotprod", ("neon", "dotprod"), sums_per_quad=4, sums=16, pairs=True)
 NEON = Isa("neon", ("neon",), sums_per_quad=8, sums=16)
 
 
@@ -67,8 +72,8 @@ class ArmCodebook:
     """Codebook kernel for one instruction set; implements `PhaseKernel`.
 
     Knobs:
-        tables: ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the same as
-            ``split``) or ``split``.
+        tables: ``joint`` (where the spec has tensor scales and T >= 2, or both terms and the
+            instruction set gains by `Isa.pairs`; elsewhere the same as ``split``) or ``split``.
         tokens: rows of x that share a look-up in batch ``many``, as many as registers allow.
     """
 
@@ -96,11 +101,11 @@ class ArmCodebook:
 
     def uses_joint(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> bool:
         """Tell whether `build` with these knobs reads the joint tables."""
-        return self._choose(knobs)["tables"] == "joint" and has_joint(spec)
+        return self._choose(knobs)["tables"] == "joint" and self._has_joint(spec)
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
         """Return ``tables: split`` where joint tables would miss a ratio of scales by too much."""
-        if not has_joint(spec):
+        if not self._has_joint(spec):
             return {}
         error = joint_ratio_error(parts, self.layout.joint_limit)
         return {"tables": "split"} if error > MAX_JOINT_ERROR else {}
@@ -126,6 +131,9 @@ class ArmCodebook:
             joint=self.uses_joint(spec, knobs),
             tokens=chosen["tokens"] if batch == "many" else 1,
         ).emit()
+
+    def _has_joint(self, spec: PhaseSpec) -> bool:
+        return self.layout.has_joint(spec) if self.isa.pairs else has_joint(spec)
 
     def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         for knob, value in knobs.items():

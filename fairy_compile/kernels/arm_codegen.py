@@ -17,7 +17,6 @@ from fairy_compile.kernels.x86_tables import (
     Lookup,
     Unit,
     blocks_per_step,
-    joint_codebook,
     split_codebook,
 )
 from fairy_compile.op import ACT_GROUP, PhaseSpec
@@ -51,7 +50,8 @@ class CodebookFunction:
     def __init__(self, isa: Isa, spec: PhaseSpec, batch: Batch, joint: bool, tokens: int) -> None:
         self.isa, self.spec, self.batch = isa, spec, batch
         self.joint, self.tokens = joint, tokens
-        self.book = (joint_codebook if joint else split_codebook)(spec.terms, spec.stages)
+        split = split_codebook(spec.terms, spec.stages)
+        self.book = ARM_LAYOUT.joint_codebook(spec) if joint else split
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
 
@@ -121,6 +121,7 @@ class CodebookFunction:
     def _passes(self, tokens: int) -> list[Pass]:
         """Split units and quads into passes whose sums fit the registers; codes stay in L1."""
         units, quads = len(self.book.units), ROWS // _QUAD
+        # Units of one product have half the sums, but as many look-ups in flight.
         fit = max(1, self.isa.sums // (self.isa.sums_per_quad * tokens))
         some_units = min(fit, units)
         some_quads = max(1, min(fit // some_units, quads))
@@ -173,17 +174,22 @@ class CodebookFunction:
     # Integer sums of a quad, by instruction set, p being the pair of rows (register) of the quad:
     #
     #   i8mm     sums[p]                     int32 [row 2p: re, im | row 2p + 1: re, im]
-    #   dotprod  sums[2 * half + p]          int32 [row 2p: two sums | row 2p + 1: two sums]
-    #   neon     sums[4 * half + 2 * p + r]  row 2p + r; four int32 sums, or eight int16 ones
+    #   dotprod  sums[2 * k + p]             int32 [row 2p: two sums | row 2p + 1: two sums]
+    #   neon     sums[4 * k + 2 * p + r]     row 2p + r; four int32 sums, or eight int16 ones
     #
-    # where re and im are sums of products with Re x (half 0) and Im x (half 1). Without a dot
-    # product, a product of bytes is int16. Split entries are -1, 0, 1 and a lane meets one column
-    # of each of the 16 blocks of a group, so a sum is at most 16 * 127 = 2032 and stays int16.
-    # Joint ones, up to 127 * 127 each, are widened at once.
+    # where re and im are sums of products with Re x and Im x, and k counts the products of the
+    # unit; smmla always makes two. Without a dot product, a product of bytes is int16. Split
+    # entries are -1, 0, 1 and a lane meets one column of each of the 16 blocks of a group, so a sum
+    # is at most 16 * 127 = 2032 and stays int16. Joint ones, up to 127 * 127 each, are widened at
+    # once.
+
+    def _sum_count(self, unit: Unit) -> int:
+        """Return how many accumulators a quad takes, for one unit and token."""
+        return self.isa.sums_per_quad * len(unit.products) // 2
 
     def _zero_sums(self, unit: Unit) -> list[Buffer]:
         """Return the accumulators of a quad, for one unit and token."""
-        return _vectors(self.isa.sums_per_quad, *self._sum_type(unit))
+        return _vectors(self._sum_count(unit), *self._sum_type(unit))
 
     def _sum_type(self, unit: Unit) -> tuple[int, str]:
         """Return (lanes, dtype) of an accumulator."""
@@ -205,10 +211,12 @@ class CodebookFunction:
         if self.isa.name == "neon":
             self._add_products(unit, sums, pair, entries, operand)
             return
-        # smmla and sdot: one instruction for each operand.
-        name = {"i8mm": "smmla.v4i32.v16i8", "dotprod": "sdot.v4i32.v16i8"}[self.isa.name]
-        for half, activations in enumerate(operand):
-            total = sums[2 * half + pair]
+        if self.isa.name == "i8mm":
+            name, met = "smmla.v4i32.v16i8", operand
+        else:
+            name, met = "sdot.v4i32.v16i8", [operand[p.half] for p in unit.products]
+        for number, activations in enumerate(met):
+            total = sums[2 * number + pair]
             args = (total[span(0, 4)], entries, activations)
             store(total, span(0, 4), _neon("int32x4", name, *args))
 
@@ -217,23 +225,24 @@ class CodebookFunction:
     ) -> None:
         for row in (0, 1):
             of_row = T.bind(T.Shuffle([entries], list(range(8 * row, 8 * row + 8))))
-            for half, activations in enumerate(operand):
-                total = sums[4 * half + 2 * pair + row]
-                value = _neon("int16x8", "smull.v8i16", of_row, activations)
+            for number, product in enumerate(unit.products):
+                total = sums[4 * number + 2 * pair + row]
+                value = _neon("int16x8", "smull.v8i16", of_row, operand[product.half])
                 if unit.joint:
                     value = _neon("int32x4", "saddlp.v4i32.v8i16", value)
                 at = span(0, self._sum_type(unit)[0])
                 store(total, at, total[at] + value)
 
     def _quad_sums(self, unit: Unit, sums: list[Buffer]) -> list[Expr]:
-        """Return int32x4 sums of the quad's rows, for re and im of x."""
+        """Return int32x4 sums of the quad's rows, one for each product of the unit."""
         lanes, dtype = self._sum_type(unit)
         values = [total[span(0, lanes)] for total in sums]
         if self.isa.name == "i8mm":
             return [T.Shuffle(values, [half, half + 2, half + 4, half + 6]) for half in (0, 1)]
         if dtype == "int16":
             values = [_neon("int32x4", "saddlp.v4i32.v8i16", value) for value in values]
-        while len(values) > 2:  # neighbours in a vector, then the vectors' rows side by side
+        # Neighbours in a vector, then the vectors' rows side by side.
+        while len(values) > len(unit.products):
             values = [_neon("int32x4", "addp.v4i32", *two) for two in _pairs(values)]
         return values
 
@@ -257,13 +266,11 @@ class CodebookFunction:
             scale = T.broadcast(scales[tile, column_tile, index], _QUAD)
         group = T.floordiv(flush, ACT_GROUP // self.flush)
         for t, sums in enumerate(by_token):
-            for half, total in enumerate(self._quad_sums(unit, sums)):
-                q_scale = self.activations.scale(tokens, group, t, half)
+            for product, total in zip(unit.products, self._quad_sums(unit, sums), strict=True):
+                q_scale = self.activations.scale(tokens, group, t, product.half)
                 value = T.cast(total, "float32x4") * (scale * T.broadcast(q_scale, _QUAD))
-                target = out[t][quad][unit.axis ^ half]
-                # Minus is I b of U in the real part, and R b of W in the imaginary part.
-                minus = half == 1 and unit.axis == (1 if unit.term == "U" else 0)
-                store(target, at, target[at] - value if minus else target[at] + value)
+                target = out[t][quad][product.output]
+                store(target, at, target[at] - value if product.negative else target[at] + value)
 
     # Outputs
 

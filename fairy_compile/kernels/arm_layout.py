@@ -20,4 +20,4 @@ BLOCK = 8
 # Joint entries are at most p + q in size, and tables are int8.
 JOINT_LIMIT = 127
 
-ARM_LAYOUT = X86Layout(ROWS, JOINT_LIMIT, block=BLOCK, signed=True)
+ARM_LAYOUT = X86Layout(ROWS, JOINT_LIMIT, block=BLOCK, signed=True, pair_terms=True)

@@ -44,7 +44,8 @@ def tolerance(spec: PhaseSpec, parts, x, joint: bool) -> np.ndarray:
     A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
     are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
     the joint units are rounded once more, and the reference's weights once a stage, so at most
-    8 eps S. A joint table moves the weights of a pair of stages by sqrt(2) error |(s1, s2)|.
+    8 eps S. A joint table moves the weights of a pair of stages, or of U and W of a single stage,
+    by sqrt(2) error |(s1, s2)|.
     """
     a, b = np.split(np.abs(dequantize_activations(*quantize_activations(x))), 2, axis=1)
     flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
@@ -57,8 +58,11 @@ def tolerance(spec: PhaseSpec, parts, x, joint: bool) -> np.ndarray:
         bound = (products + 11) * 2.0**-24 * ((a + b) @ largest.T)
         if joint:
             error = np.sqrt(2) * joint_ratio_error([part], JOINT_LIMIT)
-            scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
-            pairs = np.hypot(scales[::2], scales[1::2])
+            if part.stages == 1:  # (1, 1, axis)
+                pairs = np.hypot(*part.scales[0, :, :, 0, 0])[None, None]
+            else:
+                scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
+                pairs = np.hypot(scales[::2], scales[1::2])
             bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
         bounds += [bound, bound]
     return np.concatenate(bounds, axis=1)

@@ -21,6 +21,7 @@ from fairy_compile.targets import Target
 _COMPILER, _EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 _PACKAGES = {_COMPILER: "gcc-aarch64-linux-gnu", _EMULATOR: "qemu-user-static"}
 _DTYPE_CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's
+_SCALAR_CODES = {int: 100, float: 101}  # of run_kernel.c
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,38 @@ def run(program: Path, cpu: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
     Raises:
         IllegalInstruction: the CPU lacks an instruction.
     """
+    return call(program, cpu, arrays)[-1]
+
+
+def call(
+    program: Path, cpu: str, arguments: Sequence[np.ndarray | int | float]
+) -> list[np.ndarray]:
+    """Call a kernel on an emulated CPU; returns its arrays as it left them, without the scalars.
+
+    Raises:
+        IllegalInstruction: the CPU lacks an instruction.
+    """
     done = subprocess.run(
         [_EMULATOR, "-cpu", cpu, str(program)],
-        input=b"".join([np.int64(len(arrays)).tobytes(), *map(_serialize, arrays)]),
+        input=b"".join([np.int64(len(arguments)).tobytes(), *map(_serialize, arguments)]),
         capture_output=True,
         check=False,
     )
     if done.returncode in (-signal.SIGILL, 128 + signal.SIGILL):
         raise IllegalInstruction(f"{program.name} on {cpu}")
     assert done.returncode == 0, f"{program.name}: status {done.returncode}: {done.stderr.decode()}"
-    out = arrays[-1]
-    return np.frombuffer(done.stdout, out.dtype).reshape(out.shape)
+    left, first = [], 0
+    for array in (a for a in arguments if isinstance(a, np.ndarray)):
+        data = done.stdout[first : first + array.nbytes]
+        left.append(np.frombuffer(data, array.dtype).reshape(array.shape))
+        first += array.nbytes
+    assert first == len(done.stdout)
+    return left
 
 
-def _serialize(array: np.ndarray) -> bytes:
+def _serialize(array: np.ndarray | int | float) -> bytes:
+    if isinstance(array, int | float):
+        value = np.int64(array) if isinstance(array, int) else np.float64(array)
+        return np.int64(_SCALAR_CODES[type(array)]).tobytes() + value.tobytes()
     header = [_DTYPE_CODES[array.dtype.kind], array.dtype.itemsize * 8, array.ndim, *array.shape]
     return np.array(header, np.int64).tobytes() + np.ascontiguousarray(array).tobytes()

@@ -1,4 +1,4 @@
-// Runs one compiled kernel outside of TVM: tensors in on stdin, the last of them out on stdout.
+// Runs one compiled kernel outside of TVM: arguments in on stdin, its tensors out on stdout.
 //
 // A PrimFunc compiled by TVM is a C function over tvm-ffi's stable ABI. It needs four things of a
 // runtime: an error sink, workspace, freeing it, and a parallel launch. They are below, written to
@@ -8,7 +8,9 @@
 //   - tasks of a parallel loop run one after another, the last one first.
 //
 // Build: gcc -static -DKERNEL=__tvm_ffi_NAME -I TVM_FFI_INCLUDE run_kernel.c kernel.o
-// stdin: int64 tensors; for each: int64 dtype code, bits, ndim, shape[ndim], then its bytes.
+// stdin: int64 arguments; for each tensor int64 dtype code, bits, ndim, shape[ndim], then its bytes;
+// for each scalar int64 code, then an int64 or a double.
+// stdout: the bytes of every tensor, as the kernel left them.
 
 #include <stdint.h>
 #include <stdio.h>
@@ -19,7 +21,7 @@
 
 #include <tvm/ffi/c_api.h>
 
-enum { kMaxTensors = 8, kMaxDims = 4, kTasks = 3, kAlign = 64 };
+enum { kMaxArgs = 16, kMaxDims = 5, kInt = 100, kFloat = 101, kTasks = 3, kAlign = 64 };
 
 static void die(const char* what) {
   fprintf(stderr, "run_kernel: %s\n", what);
@@ -88,10 +90,10 @@ static int64_t read_int(void) {
   return value;
 }
 
-static size_t read_tensor(DLTensor* tensor, int64_t* shape) {
+static size_t read_tensor(DLTensor* tensor, int64_t* shape, int64_t code) {
   memset(tensor, 0, sizeof(*tensor));
   tensor->device = (DLDevice){kDLCPU, 0};
-  tensor->dtype.code = (uint8_t)read_int();
+  tensor->dtype.code = (uint8_t)code;
   tensor->dtype.bits = (uint8_t)read_int();
   tensor->dtype.lanes = 1;
   tensor->ndim = (int32_t)read_int();
@@ -115,19 +117,27 @@ int main(void) {
   if (&__TVMBackendFreeWorkspace) __TVMBackendFreeWorkspace = free_workspace;
   if (&__TVMBackendParallelLaunch) __TVMBackendParallelLaunch = parallel_launch;
   int64_t count = read_int();
-  if (count < 1 || count > kMaxTensors) die("too many tensors");
-  DLTensor tensors[kMaxTensors];
-  int64_t shapes[kMaxTensors][2 * kMaxDims];
-  TVMFFIAny args[kMaxTensors], result;
+  if (count < 1 || count > kMaxArgs) die("too many arguments");
+  DLTensor tensors[kMaxArgs];
+  int64_t shapes[kMaxArgs][2 * kMaxDims];
+  TVMFFIAny args[kMaxArgs], result;
   memset(args, 0, sizeof(args));
   memset(&result, 0, sizeof(result));
-  size_t bytes = 0;
+  size_t bytes[kMaxArgs] = {0};
   for (int64_t i = 0; i < count; ++i) {
-    bytes = read_tensor(&tensors[i], shapes[i]);
+    int64_t code = read_int();
+    if (code == kInt || code == kFloat) {
+      args[i].type_index = code == kInt ? kTVMFFIInt : kTVMFFIFloat;
+      read_all(&args[i].v_int64, sizeof(args[i].v_int64));
+      continue;
+    }
+    bytes[i] = read_tensor(&tensors[i], shapes[i], code);
     args[i].type_index = kTVMFFIDLTensorPtr;
     args[i].v_ptr = &tensors[i];
   }
   if (KERNEL(NULL, args, (int32_t)count, &result) != 0) die("the kernel raised an error");
-  fwrite(tensors[count - 1].data, 1, bytes, stdout);
+  for (int64_t i = 0; i < count; ++i) {
+    if (bytes[i]) fwrite(tensors[i].data, 1, bytes[i], stdout);
+  }
   return fflush(stdout) == 0 ? 0 : 1;
 }

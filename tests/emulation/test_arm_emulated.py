@@ -78,11 +78,22 @@ def test_joint_tables_stay_within_the_ratio_bound(programs, machine, stages, ter
 
 
 @each_machine
-@pytest.mark.parametrize(("stages", "scale"), [(1, "tile64"), (2, "tensor"), (2, "row")])
-def test_batches(programs, machine, stages, scale):
-    spec = make_spec(stages=stages, scale=scale)
+@pytest.mark.parametrize("batch", [1, 2, 17])
+def test_joint_tables_of_both_terms(programs, machine, batch):
+    spec = make_spec(stages=1)
+    assert kernel_of(machine).uses_joint(spec, {}) == (machine.isa == "dotprod")
+    check(programs, machine, spec, make_parts(spec), make_x(spec, batch))
+    check(programs, machine, spec, make_parts(spec), make_x(spec), "single")
+
+
+@each_machine
+@pytest.mark.parametrize("terms", [BOTH, ONLY_W], ids="".join)
+@pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_batches(programs, machine, stages, scale, terms):
+    spec = make_spec(stages=stages, scale=scale, terms=terms)
     parts = make_parts(spec)
-    for batch in (1, 2, 9, 33):
+    for batch in (1, 2, 9, 17, 33, 64):
         check(programs, machine, spec, parts, make_x(spec, batch))
 
 
@@ -108,9 +119,10 @@ def test_three_fused_parts_of_a_size_that_streams(programs, machine):
 
 @each_machine
 @pytest.mark.parametrize("code", [0, 1, 2, 3])
-def test_equal_codes_and_equal_activations(programs, machine, code):
+@pytest.mark.parametrize("stages", [1, 2])
+def test_equal_codes_and_equal_activations(programs, machine, stages, code):
     """Every product of a group has one sign and full size: what would overflow int16 sums."""
-    spec = make_spec(parts=(12,))
+    spec = make_spec(parts=(12,), stages=stages)
     parts = make_parts(spec, code=code)
     for value in (1.0, -3.0):
         x = np.full((1, 2 * spec.m), value, np.float32)
