@@ -26,8 +26,8 @@ import tvm
 import typer
 
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS, ArmCodebook
-from fairy_compile.kernels.arm_layout import BLOCK, ROWS
-from fairy_compile.kernels.x86_tables import blocks_per_step, joint_codebook, split_codebook
+from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
+from fairy_compile.kernels.x86_tables import blocks_per_step, split_codebook
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 from fairy_compile.targets import Target
 
@@ -35,6 +35,15 @@ CORES = ("neoverse-n2", "neoverse-v2", "cortex-a55")
 TRIPLE = "aarch64-unknown-linux-gnu"
 MULTIPLY = {"i8mm": r"smmla", "dotprod": r"sdot", "neon": r"smull2?|smlal2?"}
 _ITERATIONS = 1000
+_BUDGET = (
+    "Vector instructions of the inner loops for 1000 weights. A core with two vector pipes",
+    "(neoverse-n2) needs at least half as many cycles, whatever the order of instructions; one",
+    "with four (neoverse-v2) a quarter. A kernel's multiplies are fixed by its products: sdot does",
+    "16 and smmla 32, and each look-up yields 16 entries. ggml's rows hold their scaling.",
+    "",
+    "| kernel | look-ups | multiplies | other | all | cycles on two pipes, at least | loads |",
+    "|---|---|---|---|---|---|---|",
+)
 _ROWS, _COLUMNS = 2048, 2048  # complex; the widths of a LLaMA-2-7B layer
 
 
@@ -163,15 +172,39 @@ class Estimate:
         )
 
 
+def _spec(stages: int) -> PhaseSpec:
+    return PhaseSpec((_ROWS,), _COLUMNS, stages, ("U", "W"), "tensor", "int8")
+
+
+def budget_row(name: str, loops: list[list[str]], opcode: str, weights: int) -> str:
+    """Return a table row: vector instructions of loops that take ``weights``, for 1000 of them."""
+    lines = [line for body in loops for line in body]
+    loads = sum(re.match(r"\tld\S*\t(?:[qd]\d|\{)", line) is not None for line in lines)
+    vector = sum(re.match(r"\t(?!ld|st)\S+\t.*\bv\d+\.", line) is not None for line in lines)
+    lookups, multiplies = count(lines, "tbl"), count(lines, opcode)
+    cells = (lookups, multiplies, vector - lookups - multiplies, vector, vector / 2, loads)
+    return f"| {name} | " + " | ".join(f"{1000 * x / weights:.1f}" for x in cells) + " |"
+
+
+def kernel_budget(kernel: ArmCodebook, stages: int, tables: str) -> str:
+    """Return `budget_row` of a kernel's inner loops."""
+    spec, opcode = _spec(stages), MULTIPLY[kernel.isa.name]
+    loops = inner_loops(assembly(kernel, spec, tables=tables), opcode)
+    weights = 4 * ROWS * BLOCK * blocks_per_step(len(spec.terms), stages)
+    return budget_row(f"{kernel.name} {tables}, T={stages}", loops, opcode, weights)
+
+
 def estimates(kernel: ArmCodebook, stages: int, tables: str) -> Iterator[Estimate]:
     """Estimate decode with U and W and tensor scales."""
-    spec = PhaseSpec((_ROWS,), _COLUMNS, stages, ("U", "W"), "tensor", "int8")
+    spec = _spec(stages)
     opcode = MULTIPLY[kernel.isa.name]
     text = assembly(kernel, spec, tables=tables)
     loops, around = inner_loops(text, opcode), around_inner_loops(text, opcode)
-    book = (joint_codebook if tables == "joint" else split_codebook)(spec.terms, stages)
-    # Two rows a look-up; each instruction takes 1, 2 or 4 of them to meet re and im.
-    expected = len(book.lookups) * ROWS // 2 * kernel.isa.sums_per_quad // 2
+    joint = kernel.uses_joint(spec, {"tables": tables})
+    book = ARM_LAYOUT.joint_codebook(spec) if joint else split_codebook(spec.terms, stages)
+    # Two rows a look-up; each instruction takes 1, 2 or 4 of them to make two products.
+    products = sum(len(book.units[look.unit].products) for look in book.lookups)
+    expected = products * ROWS // 2 * kernel.isa.sums_per_quad // 4
     found = sum(count(body, opcode) for body in loops)
     if found != expected:
         raise RuntimeError(f"{kernel.name}: {found} multiplies in its loops, not {expected}")
@@ -191,8 +224,8 @@ def estimates(kernel: ArmCodebook, stages: int, tables: str) -> Iterator[Estimat
         )
 
 
-def ggml_estimates(ggml: Path) -> Iterator[Estimate]:
-    """Estimate ggml's dot products; an iteration of their loops is a block of 256 weights."""
+def ggml_loops(ggml: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """Yield (name, bytes, loop) of ggml's dot products; an iteration takes 256 weights."""
     flags = ["-O3", "-march=armv8.6-a+dotprod+i8mm+fp16", f"--target={TRIPLE}", "-w"]
     includes = [f"-I{ggml / path}" for path in ("include", "src", "src/ggml-cpu")]
     source = ggml / "src/ggml-cpu/arch/arm/quants.c"
@@ -208,10 +241,15 @@ def ggml_estimates(ggml: Path) -> Iterator[Estimate]:
         (loop,) = inner_loops(body[0], MULTIPLY["dotprod"])
         if count(loop, MULTIPLY["dotprod"]) * 16 != 256:
             raise RuntimeError(f"{function}'s loop is not one of a block of 256 weights")
+        yield f"ggml {name}, sdot", block_bytes, loop
+
+
+def ggml_estimates(loops: list[tuple[str, int, list[str]]]) -> Iterator[Estimate]:
+    """Estimate `ggml_loops`."""
+    for name, block_bytes, loop in loops:
         for core in CORES:
             each = cycles(loop, core)
-            spills = stack_accesses(loop)
-            yield Estimate(f"ggml {name}, sdot", core, block_bytes, 256, each, each, spills)
+            yield Estimate(name, core, block_bytes, 256, each, each, stack_accesses(loop))
 
 
 def main(
@@ -240,13 +278,15 @@ def main(
         " cycles / 1000 weights, all | spills |",
         "|---|---|---|---|---|---|",
     ]
-    ours = [
-        estimate
+    modes = [
+        (kernel, stages, tables)
         for kernel in CODEBOOK_KERNELS
-        for stages, tables in ((1, "split"), (2, "joint"), (2, "split"))
-        for estimate in estimates(kernel, stages, tables)
+        for stages, tables in ((1, "joint"), (1, "split"), (2, "joint"), (2, "split"))
+        if tables == "split" or kernel.uses_joint(_spec(stages), {"tables": tables})
     ]
-    theirs = list(ggml_estimates(ggml)) if ggml is not None else []
+    ours = [estimate for mode in modes for estimate in estimates(*mode)]
+    loops = list(ggml_loops(ggml)) if ggml is not None else []
+    theirs = list(ggml_estimates(loops))
     lines += [e.row() for e in ours + theirs]
     if theirs:
         lines += ["", "Cycles per weight, as a multiple of ggml's:", ""]
@@ -255,6 +295,8 @@ def main(
         for e in ours:
             ratios = [e.cycles / e.weights / (g.cycles / g.weights) for g in by_core[e.core]]
             lines.append(f"| {e.kernel} | {e.core} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    lines += ["", *_BUDGET, *(kernel_budget(*mode) for mode in modes)]
+    lines += [budget_row(name, [loop], MULTIPLY["dotprod"], 256) for name, _, loop in loops]
     print("\n".join(lines))
     if output is not None:
         output.write_text("\n".join(lines) + "\n", "utf-8")
