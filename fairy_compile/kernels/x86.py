@@ -19,8 +19,10 @@ single stage pairs U with W instead, whose sums and differences are the entries 
 
     re += (RU + RW).a + (IW - IU).b,  im += (IU + IW).a + (RU - RW).b
 
-int16 activations are two int8 digits, 256 hi + lo, with a dot product for each. Machines with AMX
-multiply batches of 9 and more as `x86_amx` describes, which adds the table mode ``combined``.
+int16 activations are two int8 digits, 256 hi + lo, with a dot product for each.
+
+Batches of 9 rows and more decode the codes first, as `x86_panels` describes, which adds the table
+mode ``combined``; `x86_panel_dot` multiplies them, or `x86_amx` on machines with AMX.
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fairy_compile.errors import FairyError
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86_amx_layout import PanelLayout, TableMode, combined_error
-from fairy_compile.kernels.x86_layout import BLOCK, X86Layout, has_joint
+from fairy_compile.kernels.x86_layout import BLOCK, has_joint
+from fairy_compile.kernels.x86_panel_layout import (
+    BYTE_LIMIT,
+    WORD_LIMIT,
+    PanelLayout,
+    TableMode,
+    combined_error,
+)
 from fairy_compile.kernels.x86_tables import joint_ratio_error
 from fairy_compile.op import ACT_LEVELS, PhaseSpec
 from fairy_compile.phase import PhaseTensor
@@ -62,6 +70,10 @@ class Isa:
         joint_limit: largest p + q of a joint table. 127 is what a byte holds. pmaddubsw saturates
             at int16: with entries up to 2 * 63 + 1, a pair is at most 2 * 127 * 127 = 32258.
         sums: accumulators to keep in registers at a time.
+        panel: entries of decoded panels: ``uint8`` with vpdpbusd, ``int8`` with AMX. pmaddubsw
+            would saturate with entries up to 127, so AVX2 has ``int16`` and pmaddwd, which makes
+            combined panels as good as exact.
+        block: rows of x that meet a panel's vectors in registers; two sums each.
         amx: AMX tiles serve batches of `x86_amx.MIN_TOKENS` and more.
     """
 
@@ -73,12 +85,24 @@ class Isa:
     dot: str | None
     joint_limit: int
     sums: int
+    panel: Literal["int8", "uint8", "int16"]
+    block: int
     amx: bool = False
 
     @property
     def width(self) -> int:
         """Bytes of a vector."""
         return BLOCK * self.rows
+
+    @property
+    def unsigned_panel(self) -> bool:
+        """Entries of panels have `x86_panels.UNSIGNED_OFFSET` added."""
+        return self.panel == "uint8"
+
+    @property
+    def combined_limit(self) -> int:
+        """Largest sum of the integers of a combined panel."""
+        return WORD_LIMIT if self.panel == "int16" else BYTE_LIMIT
 
 
 AVX512_VBMI = Isa(
@@ -90,11 +114,14 @@ AVX512_VBMI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.512",
     joint_limit=127,
     sums=16,
+    panel="uint8",
+    block=12,
 )
 AVX512_AMX = replace(
     AVX512_VBMI,
     name="avx512amx",
     features=(*AVX512_VBMI.features, "amx-int8", "amx-tile"),
+    panel="int8",
     amx=True,
 )
 AVX512_VNNI = Isa(
@@ -106,6 +133,8 @@ AVX512_VNNI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.512",
     joint_limit=127,
     sums=16,
+    panel="uint8",
+    block=12,
 )
 AVX_VNNI = Isa(
     name="avxvnni",
@@ -116,6 +145,8 @@ AVX_VNNI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.256",  # LLVM selects the VEX form where there is no AVX512
     joint_limit=127,
     sums=8,
+    panel="uint8",
+    block=6,
 )
 AVX2 = Isa(
     name="avx2",
@@ -126,6 +157,8 @@ AVX2 = Isa(
     dot=None,
     joint_limit=63,
     sums=8,
+    panel="int16",
+    block=6,
 )
 
 
@@ -141,27 +174,22 @@ class X86Codebook:
     """Codebook kernel for one instruction set; implements `PhaseKernel`.
 
     Knobs:
-        tables: ``joint`` (where the spec has tensor scales, and T >= 2 or both terms; elsewhere the
-            same as ``split``) or ``split``; with AMX also ``combined``, which is ``joint`` for few
-            tokens.
+        tables: ``combined``, which is ``joint`` for few tokens, ``joint`` (with tensor scales, and
+            T >= 2 or both terms; elsewhere the same as ``split``) or ``split``.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
         tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
-        columns: with AMX, columns to decode at a time.
+        columns: columns to decode to panels at a time.
     """
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
         self.name = f"x86.codebook.{isa.name}"
-        self.layout = (
-            PanelLayout(isa.rows, isa.joint_limit)
-            if isa.amx
-            else X86Layout(isa.rows, isa.joint_limit, pair_terms=True)
-        )
+        self.layout = PanelLayout(isa.rows, isa.joint_limit, isa.combined_limit)
         self.knobs: Mapping[str, Sequence[Any]] = {
-            "tables": ("combined", "joint", "split") if isa.amx else ("joint", "split"),
+            "tables": ("combined", "joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
             "tokens": (4, 2, 1),
-            **({"columns": (256, 512, 1024)} if isa.amx else {}),
+            "columns": (256, 128, 512, 1024),
         }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
@@ -187,8 +215,7 @@ class X86Codebook:
         if mode == "combined" and batch == "single":
             mode = "joint"
         # Panels know no joint tables of U and W: their combined ones are those.
-        panels = self.isa.amx and batch == "many"
-        joint = has_joint(spec) if panels else self.layout.has_joint(spec)
+        joint = has_joint(spec) if batch == "many" else self.layout.has_joint(spec)
         return "split" if mode == "joint" and not joint else mode
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
@@ -199,7 +226,7 @@ class X86Codebook:
         has_joint = self.layout.has_joint(spec)
         if has_joint and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
             return {"tables": "split"}
-        if self.isa.amx and combined_error(parts) > combined_limit:
+        if combined_error(parts, self.isa.combined_limit) > combined_limit:
             return {"tables": "joint"}
         return {}
 
@@ -215,19 +242,20 @@ class X86Codebook:
             FairyError: an unknown knob or value.
         """
         from fairy_compile.kernels.x86_activations import DIGITS
-        from fairy_compile.kernels.x86_amx import PanelMultiply
+        from fairy_compile.kernels.x86_amx import TileMultiply
         from fairy_compile.kernels.x86_codegen import CodebookFunction
+        from fairy_compile.kernels.x86_panel_dot import DotMultiply
 
         chosen = self._choose(knobs)
         mode = self.table_mode(spec, batch, knobs)
         panels = None
-        if self.isa.amx and batch == "many":
-            panels = partial(
-                PanelMultiply,
-                mode=mode,
-                columns=chosen["columns"],
-                joint_limit=self.isa.joint_limit,
+        if batch == "many":
+            multiply = (
+                TileMultiply
+                if self.isa.amx
+                else partial(DotMultiply, tokens=self.isa.block // DIGITS[spec.act])
             )
+            panels = partial(multiply, mode=mode, columns=chosen["columns"])
         return CodebookFunction(
             isa=self.isa,
             layout=self.layout,

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, PrimFunc
 
     from fairy_compile.kernels.x86 import Isa
-    from fairy_compile.kernels.x86_amx import PanelMultiply
+    from fairy_compile.kernels.x86_amx import TileMultiply
+    from fairy_compile.kernels.x86_panel_dot import DotMultiply
 
 _PREFETCH_L2 = 2  # LLVM's temporal locality: 3 is L1, 2 is L2
 
@@ -50,7 +51,7 @@ class CodebookFunction:
         joint: bool,
         tokens: int,
         prefetch: int,
-        panels: Callable[..., PanelMultiply] | None = None,
+        panels: Callable[..., DotMultiply | TileMultiply] | None = None,
     ) -> None:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
         self.joint, self.tokens, self.prefetch = joint, tokens, prefetch
@@ -77,7 +78,7 @@ class CodebookFunction:
             if self.panels is None:
                 self._emit_codebook()
             else:
-                panels = self.panels(spec, self.x, self.arrays, self.y)
+                panels = self.panels(spec, self.isa, self.x, self.arrays, self.y)
                 with T.If(panels.usable()):
                     with T.Then():
                         panels.emit()

@@ -3,121 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
-import tvm
 
 from fairy_compile.errors import FairyError
-from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, CODEBOOK_KERNELS, X86Codebook
+from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, X86Codebook
 from fairy_compile.kernels.x86_tables import joint_ratio_error
-from fairy_compile.op import (
-    PhaseSpec,
-    dequantize_activations,
-    phase_gemm_reference,
-    quantize_activations,
+from fairy_compile.op import quantize_activations
+from fairy_compile.targets import Target
+from tests.kernels.x86_cases import (
+    HERE,
+    ONLY_W,
+    check,
+    make_parts,
+    make_spec,
+    make_target,
+    make_x,
+    run,
 )
-from fairy_compile.phase import PhaseTensor, tile_shape
-from fairy_compile.targets import Target, host_features
 
-CPUS = {
-    "avx512amx": "sapphirerapids",
-    "avx512vbmi": "icelake-server",
-    "avx512vnni": "cascadelake",
-    "avxvnni": "alderlake",
-    "avx2": "haswell",
-}
-# The AMX kernel is that of AVX512-VBMI but for many tokens, see test_x86_amx.py.
-HERE = [k for k in CODEBOOK_KERNELS if host_features().issuperset(k.isa.features) and not k.isa.amx]
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
-BOTH, ONLY_W = ("U", "W"), ("W",)
-
-
-def make_spec(parts=(70, 9), m=200, stages=2, terms=BOTH, scale="tensor", act="int8") -> PhaseSpec:
-    return PhaseSpec(parts, m, stages, terms, scale, act)
-
-
-def make_target(kernel: X86Codebook, features=None) -> Target:
-    features = frozenset(kernel.isa.features if features is None else features)
-    return Target("test", "", {"kind": "llvm", "mcpu": CPUS[kernel.isa.name]}, features, ())
-
-
-def make_parts(spec: PhaseSpec, seed=0, code=None) -> list[PhaseTensor]:
-    """Random layers, later stages smaller; ``code`` makes all codes that one."""
-    rng = np.random.default_rng(seed)
-    parts = []
-    for n in spec.parts:
-        codes = rng.integers(0, 4, (spec.stages, len(spec.terms), n, spec.m)).astype(np.uint8)
-        if code is not None:
-            codes[:] = code
-        rows, columns = tile_shape(spec.scale, n, spec.m)
-        shape = (spec.stages, len(spec.terms), 2, -(-n // rows), -(-spec.m // columns))
-        scales = rng.uniform(0.01, 0.03, shape) / 2.0 ** np.arange(spec.stages)[(..., *[None] * 4)]
-        parts.append(
-            PhaseTensor.from_codes(codes, scales.astype(np.float32), spec.terms, spec.scale)
-        )
-    return parts
-
-
-@cache
-def compiled(kernel: X86Codebook, spec: PhaseSpec, batch: str, knobs: tuple = ()):
-    target = make_target(kernel)
-    function = kernel.build(spec, target, batch, dict(knobs))
-    library = tvm.compile(function, target=target.to_tvm())
-    return library[function.attrs["global_symbol"]]
-
-
-def run(kernel, spec, parts, x, batch="many", **knobs) -> np.ndarray:
-    function = compiled(kernel, spec, batch, tuple(knobs.items()))
-    arrays = kernel.layout.pack(parts, spec)
-    y = tvm.runtime.tensor(np.full((len(x), spec.out_features), np.nan, np.float32))
-    function(tvm.runtime.tensor(x), *map(tvm.runtime.tensor, arrays.values()), y)
-    return y.numpy()
-
-
-def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
-    """Bound on |y - reference|, (b, 2n).
-
-    Let S be the sum of |x| times the scales that the codes select, which bounds every partial sum.
-    A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
-    are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
-    the joint units are rounded once more, and the reference's weights once a stage, so at most
-    8 eps S. A joint table moves the weights of a pair of stages, or those of U and W of a single
-    one, by sqrt(2) error |(s1, s2)|.
-    """
-    rounded = dequantize_activations(*quantize_activations(x, act=spec.act))
-    a, b = np.split(np.abs(rounded), 2, axis=1)
-    flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
-    products = flushes * len(spec.terms) * spec.stages * 2 * 2
-    bounds = []
-    for part in parts:
-        rows, columns = tile_shape(spec.scale, part.n, part.m)
-        largest = part.scales.max(axis=2).sum(axis=(0, 1))  # no axis of any code exceeds it
-        largest = np.kron(largest, np.ones((rows, columns)))[: part.n, : part.m]
-        bound = (products + 11) * 2.0**-24 * ((a + b) @ largest.T)
-        if joint:
-            error = np.sqrt(2) * joint_ratio_error([part], kernel.isa.joint_limit)
-            scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
-            pairs = np.hypot(scales[::2], scales[1::2])
-            if part.stages == 1:
-                pairs = np.hypot(*part.scales[0, :, :, 0, 0])[None, None]
-            bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
-        bounds += [bound, bound]
-    return np.concatenate(bounds, axis=1)
-
-
-def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
-    got = run(kernel, spec, parts, x, batch, **knobs)
-    want = phase_gemm_reference(x, parts, spec.act)
-    joint = kernel.table_mode(spec, batch, knobs) == "joint"
-    allowed = tolerance(kernel, spec, parts, x, joint)
-    worst = np.max(np.abs(got - want) - allowed)
-    assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
-
-
-def make_x(spec, batch=1, seed=1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((batch, 2 * spec.m)).astype(np.float32)
 
 
 @each_isa
@@ -299,7 +205,7 @@ def test_int16_takes_joint_tables_only_where_they_are_nearly_exact():
     (part,) = make_parts(spec)
     part.scales[1] = part.scales[0] / 2  # a ratio of small integers
     accurate = replace(spec, act="int16")
-    assert kernel.demands([part], accurate) == {}
+    assert kernel.demands([part], accurate) == {"tables": "joint"}  # combined panels are not
     part.scales[1] *= 1.01
     assert 3e-5 < joint_ratio_error([part], 127) < 1e-3
     assert kernel.demands([part], spec) == {}

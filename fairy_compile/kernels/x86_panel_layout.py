@@ -1,9 +1,9 @@
-"""Packed weights of the AMX kernel: those of the codebook kernels, and weights of combined panels.
+"""Packed weights of the x86 kernels: codes and scales, and the integers of combined panels.
 
 With many tokens it pays to turn the codes of a row tile into the real 2 x 2 blocks they stand for,
     [Re y]   [Re U + Re W   Im W - Im U] [Re x]
     [Im y] = [Im U + Im W   Re U - Re W] [Im x]
-as int8 *panels*, and to multiply those. What a panel holds is a choice, its *table mode*:
+as integer *panels*, and to multiply those. What a panel holds is a choice, its *table mode*:
 
 - ``combined``: all codes of a weight at once, four dot products in all. The scales of one axis
   (real or imaginary) become integers in one unit; `combine_scales` bounds the error.
@@ -29,8 +29,9 @@ from fairy_compile.phase import PhaseTensor
 
 TableMode = Literal["combined", "joint", "split"]
 
-COMBINED_LIMIT = 127  # what a signed byte holds
+BYTE_LIMIT, WORD_LIMIT = 127, 32767  # what panels of int8 and int16 hold
 _UNIT_STEP = 0.5
+_UNITS = 96  # candidates; with int16 there is little to choose between
 _AT_ONCE = 4096
 
 
@@ -63,32 +64,44 @@ def panels(terms: int, stages: int, mode: TableMode) -> list[Panel]:
     return [Panel(codes, 2 * i) for i, codes in enumerate([*pairs, *odd])]
 
 
-def combine_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Approximate vectors of scales by integers times a unit, the integers adding up to <= 127.
+def combine_scales(
+    scales: np.ndarray, limit: int = BYTE_LIMIT
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Approximate vectors of scales by integers times a unit, the integers adding up to <= limit.
 
-    The best of some units is taken. Bound: among them is 's sum / (127 - k / 2)', at which rounding
-    cannot exceed 127 and moves a scale by half a unit at most, so that
-    |s - unit p| / |s| <= k / (254 - k) for k scales: 0.8 % for T = 1, 1.6 % for T = 2 and 3.3 % for
-    T = 4 with two terms. Typical are 0.05, 0.35 and 1.2 %.
+    The best of some units is taken. Bound: among them is 's sum / (limit - k / 2)', at which
+    rounding cannot exceed the limit and moves a scale by half a unit at most, so that
+    |s - unit p| / |s| <= k / (2 limit - k) for k scales. With 127: 0.8 % for T = 1, 1.6 % for T = 2
+    and 3.3 % for T = 4 with two terms; typical are 0.05, 0.35 and 1.2 %. With 32767: 6e-5 for T = 2
+    and 1.2e-4 for T = 4.
 
     Args:
         scales: float (vectors, k), not negative.
+        limit: `BYTE_LIMIT` or `WORD_LIMIT`.
 
     Returns:
-        integers int8 (vectors, k), units float32 (vectors,), errors |s - unit p| / |s| float64
-        (vectors,). A vector of zeros has integers, unit and error 0.
+        integers int8, or int16 for `WORD_LIMIT`, (vectors, k), units float32 (vectors,), errors
+        |s - unit p| / |s| float64 (vectors,). A vector of zeros has integers, unit and error 0.
     """
     unique, inverse = np.unique(scales.astype(np.float64), axis=0, return_inverse=True)
-    found = [_combine(unique[i : i + _AT_ONCE]) for i in range(0, len(unique), _AT_ONCE)]
+    found = [_combine(unique[i : i + _AT_ONCE], limit) for i in range(0, len(unique), _AT_ONCE)]
     weights, units, errors = (np.concatenate(parts) for parts in zip(*found, strict=True))
     inverse = inverse.reshape(-1)
     return weights[inverse], units[inverse], errors[inverse]
 
 
-def _combine(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def combined_dtype(limit: int) -> str:
+    """Return the dtype of a panel's integers."""
+    return "int8" if limit <= BYTE_LIMIT else "int16"
+
+
+def _combine(scales: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     count = scales.shape[1]
-    totals = np.arange(COMBINED_LIMIT // 3, COMBINED_LIMIT + _UNIT_STEP / 2, _UNIT_STEP)
-    totals = np.union1d(totals, [COMBINED_LIMIT - count / 2])
+    if limit == BYTE_LIMIT:
+        totals = np.arange(limit // 3, limit + _UNIT_STEP / 2, _UNIT_STEP)
+    else:
+        totals = np.linspace(limit * 0.9, limit, _UNITS)
+    totals = np.union1d(totals, [limit - count / 2])
     size = np.linalg.norm(scales, axis=1)
     safe = np.where(size > 0, size, 1)
     unit = np.where(size > 0, scales.sum(axis=1), 1)[:, None] / totals  # (vectors, candidates)
@@ -96,17 +109,17 @@ def _combine(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     squares = np.maximum((integers**2).sum(axis=-1), 1)
     fitted = (integers * scales[:, None]).sum(axis=-1) / squares  # least squares
     error = np.linalg.norm(scales[:, None] - fitted[..., None] * integers, axis=-1) / safe[:, None]
-    error[integers.sum(axis=-1) > COMBINED_LIMIT] = np.inf
+    error[integers.sum(axis=-1) > limit] = np.inf
     best = error.argmin(axis=1)
     rows = np.arange(len(scales))
     return (
-        integers[rows, best].astype(np.int8),
+        integers[rows, best].astype(combined_dtype(limit)),
         fitted[rows, best].astype(np.float32),
         error[rows, best],
     )
 
 
-def combined_error(parts: Sequence[PhaseTensor]) -> float:
+def combined_error(parts: Sequence[PhaseTensor], limit: int = BYTE_LIMIT) -> float:
     """Return the largest relative error, in the Frobenius norm, of any part's combined panels.
 
     That is also the relative error of its outputs for independent activations.
@@ -115,7 +128,7 @@ def combined_error(parts: Sequence[PhaseTensor]) -> float:
     for part in parts:
         vectors = _by_axis(part.scales).reshape(-1, part.stages * len(part.terms))
         squares = (vectors.astype(np.float64) ** 2).sum(axis=1)
-        _, _, errors = combine_scales(vectors)
+        _, _, errors = combine_scales(vectors, limit)
         worst = max(worst, float(np.sqrt((errors**2 * squares).sum() / squares.sum())))
     return worst
 
@@ -129,19 +142,21 @@ def _by_axis(scales: np.ndarray) -> np.ndarray:
 class PanelLayout(X86Layout):
     """`X86Layout` with two more arrays, of the shapes of ``scales`` but for the units' dimension:
 
-    - ``combined_weights`` int8: an integer for each unit, i.e. (term, stage, axis);
+    - ``combined_weights`` int8, or int16 where ``combined_limit`` asks for it: an integer for each
+      unit, i.e. (term, stage, axis);
     - ``combined_scales`` float32: the unit of each axis, 2.
     """
 
-    def __init__(self, rows: int, joint_limit: int) -> None:
+    def __init__(self, rows: int, joint_limit: int, combined_limit: int = BYTE_LIMIT) -> None:
         super().__init__(rows, joint_limit, pair_terms=True)
-        self.name += "P"
+        self.combined_limit = combined_limit
+        self.name += f"P{8 * np.dtype(combined_dtype(combined_limit)).itemsize}"
 
     def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:
         """See `Layout.arrays`."""
         arrays = super().arrays(spec)
         shape = arrays["scales"].shape
-        arrays["combined_weights"] = ArraySpec(shape, "int8")
+        arrays["combined_weights"] = ArraySpec(shape, combined_dtype(self.combined_limit))
         arrays["combined_scales"] = ArraySpec((*shape[:2], 2, *shape[3:]), "float32")
         return arrays
 
@@ -152,7 +167,9 @@ class PanelLayout(X86Layout):
         tiles, column_tiles, units, *rows = scales.shape
         by_axis = scales.reshape(tiles, column_tiles, units // 2, 2, *rows)
         vectors = np.moveaxis(by_axis, 2, -1)  # (tiles, column tiles, axis(, R), codes)
-        weights, axis_units, _ = combine_scales(vectors.reshape(-1, units // 2))
+        weights, axis_units, _ = combine_scales(
+            vectors.reshape(-1, units // 2), self.combined_limit
+        )
         weights = np.moveaxis(weights.reshape(vectors.shape), -1, 2)
         packed["combined_weights"] = np.ascontiguousarray(weights.reshape(scales.shape))
         packed["combined_scales"] = axis_units.reshape(vectors.shape[:-1])

@@ -1,0 +1,247 @@
+"""TIR that decodes the codes of a row tile to panels: their real 2 x 2 blocks, as integers.
+
+With many tokens a row tile's codes are decoded once, a block of columns at a time, into L1. See
+`x86_panel_layout` for what a panel holds. There are four, one for each way from x to y:
+
+    panel    0               1               2               3
+    meets    Re x            Re x            Im x            Im x
+    gives    Re y            Im y            Re y            Im y
+    entries  Re U + Re W     Im U + Im W     Im W - Im U     Re U - Re W
+
+A panel is a row of vectors, one or two for each column block (4 columns) of the row tile:
+
+- int8, ``entries[4 * row + column]``: as codes lie, what vpdpbusd and AMX multiply. For vpdpbusd
+  they are unsigned, with `UNSIGNED_OFFSET` added.
+- int16, twice as wide: two vectors, with ``[4 * row + column]`` of half the rows each. A vector of
+  AVX2 keeps its lanes of 16 bytes apart, so the first has the rows 0, 1 and 4, 5 of a tile of 8 and
+  the second 2, 3 and 6, 7: what unpacking makes of the look-ups, and what adding neighbours puts
+  back in order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tvm.tirx.script import builder as T
+
+from fairy_compile.kernels.x86_activations import span, store
+from fairy_compile.kernels.x86_layout import BLOCK
+from fairy_compile.kernels.x86_panel_layout import Panel, TableMode, panels
+from fairy_compile.kernels.x86_tables import blocks_per_step, joint_offset, nibbles
+from fairy_compile.op import ACT_GROUP, PhaseSpec
+from fairy_compile.phase.tensor import TILE as SCALE_TILE
+
+if TYPE_CHECKING:
+    from tvm.ir import Expr
+    from tvm.tirx import Buffer
+
+    from fairy_compile.kernels.x86 import Isa
+
+PANELS = 4
+UNSIGNED_OFFSET = 128
+_LANE = 16  # bytes that AVX2 shuffles keep apart
+
+
+class Panels:
+    """Emits the decoding of one call's weights, and gives their scales.
+
+    Args:
+        spec: the call.
+        isa: instruction set: vector width, shuffle, and form of the entries.
+        arrays: those of `PanelLayout`.
+        mode: what a panel holds.
+        columns: columns to decode at a time, a multiple of 128.
+
+    Attributes:
+        flush: columns between two changes of scale, 64 or 128.
+        flushes: of all columns.
+        block_flushes: flushes that are decoded at a time.
+        vectors: vectors of a column block.
+        sets: the `Panel` sets that are decoded one after the other.
+        buffer: (panel, element), set by `allocate`.
+    """
+
+    def __init__(
+        self, spec: PhaseSpec, isa: Isa, arrays: dict[str, Buffer], mode: TableMode, columns: int
+    ) -> None:
+        self.spec, self.isa, self.arrays, self.mode = spec, isa, arrays, mode
+        self.flush = SCALE_TILE if spec.scale == "tile64" else ACT_GROUP
+        self.flushes = -(-spec.m // ACT_GROUP) * ACT_GROUP // self.flush
+        self.block_flushes = columns // self.flush
+        self.flush_blocks = self.flush // BLOCK
+        self.words = isa.panel == "int16"
+        self.vectors = 2 if self.words else 1
+        self.lanes = isa.width // self.vectors  # entries of a vector
+        self.sets = panels(len(spec.terms), spec.stages, mode)
+        self._step_blocks = blocks_per_step(len(spec.terms), spec.stages)
+        self._places = {
+            (code.term, code.stage, code.block): (i // 2, 4 * (i % 2) + 2 * slot)
+            for i, pair in enumerate(nibbles(len(spec.terms), spec.stages))
+            for slot, code in enumerate(pair)
+        }
+
+    def allocate(self) -> None:
+        """Emit the buffer of the panels; inside the loop over row tiles."""
+        size = self.block_flushes * self.flush * self.isa.rows
+        self.buffer = T.alloc_buffer((PANELS, size), "int16" if self.words else "int8")
+
+    def at(self, flush: Expr, block: Expr | int, vector: int = 0) -> Expr:
+        """Return the element of a panel where a vector begins.
+
+        Args:
+            flush: counted from the first one decoded.
+            block: column block of the flush.
+            vector: 0 or 1, of the column block.
+        """
+        return ((flush * self.flush_blocks + block) * self.vectors + vector) * self.lanes
+
+    def decode(self, tile: Expr, panel: Panel, first: Expr, count: Expr) -> None:
+        """Fill the panels with the flushes [first, first + count) of a row tile."""
+        width = self.isa.width
+        units = [(term, stage, axis) for term, stage in panel.codes for axis in (0, 1)]
+        tables = {
+            (unit, byte): T.alloc_buffer((width,), "int8")
+            for unit in units
+            for byte in range(self.vectors)
+        }
+        flush_steps = self.flush_blocks // self._step_blocks
+        with T.serial(0, count) as i:
+            for unit in units:
+                weight = T.bind(self._weight(tile, first + i, *unit))
+                for byte in range(self.vectors):
+                    table = self._table(weight, axis=unit[2], byte=byte)
+                    store(tables[unit, byte], span(0, width), table)
+            loaded = {key: T.bind(table[span(0, width)]) for key, table in tables.items()}
+            with T.serial(0, flush_steps) as s:
+                step = T.bind((first + i) * flush_steps + s)
+                for block in range(self._step_blocks):
+                    entries = self._look_up(tile, step, block, panel, loaded)
+                    for vector, four in enumerate(entries):
+                        at = T.bind(self.at(i, s * self._step_blocks + block, vector))
+                        for number, entry in enumerate(four):
+                            store(self.buffer, (number, span(at, self.lanes)), entry)
+
+    def _look_up(
+        self, tile: Expr, step: Expr, block: int, panel: Panel, tables: dict[Any, Expr]
+    ) -> list[list[Expr]]:
+        """Return [vector][panel] of a column block.
+
+        A shuffle's index is (row, code): so scales may differ between rows. vpermb looks 64 entries
+        up, for 16 rows; pshufb 16 in each lane, for the 4 rows that the lane holds.
+        """
+        isa, width = self.isa, self.isa.width
+        rows_apart = _LANE // BLOCK if isa.masked_index else isa.rows
+        byte_of_row = [4 * (i // BLOCK % rows_apart) for i in range(width)]
+        row = T.Shuffle([T.int8(v) for v in byte_of_row], list(range(width)))
+        sums: dict[tuple[str, int], list[Expr]] = {}
+        for term, stage in panel.codes:
+            plane, shift = self._places[term, stage, block]
+            codes = self.arrays["codes"][tile, step, plane, span(0, width)]
+            words = T.reinterpret(f"int32x{isa.rows}", codes)
+            if shift:  # bits that come from the next byte are cut off below
+                words = T.shift_right(words, T.broadcast(T.int32(shift), isa.rows))
+            code = T.bitwise_and(
+                T.reinterpret(f"int8x{width}", words), T.broadcast(T.int8(3), width)
+            )
+            index = T.bind(T.bitwise_or(code, row))
+            for axis in (0, 1):
+                found = [
+                    T.call_llvm_pure_intrin(
+                        f"int8x{width}", isa.shuffle, tables[(term, stage, axis), byte], index
+                    )
+                    for byte in range(self.vectors)
+                ]
+                entries = self._unpack(found) if self.words else found
+                key = (self.spec.terms[term], axis)
+                known = sums.get(key)
+                sums[key] = entries if known is None else _each(_add, known, entries)
+        no = [None] * self.vectors
+        re_u, im_u, re_w, im_w = (sums.get((term, axis), no) for term in "UW" for axis in (0, 1))
+        four = [
+            _each(_add, re_u, re_w),
+            _each(_add, im_u, im_w),
+            _each(self._subtract, im_w, im_u),
+            _each(self._subtract, re_u, re_w),
+        ]
+        if isa.unsigned_panel:  # adding 128 to a byte turns its sign bit over
+            sign = T.broadcast(T.int8(-UNSIGNED_OFFSET), width)
+            four = [[T.bitwise_xor(entry, sign) for entry in entries] for entries in four]
+        return [list(vector) for vector in zip(*four, strict=True)]
+
+    def _subtract(self, a: Expr | None, b: Expr | None) -> Expr | None:
+        """Return a - b, None being zero."""
+        if a is None:
+            a = T.broadcast(T.int16(0) if self.words else T.int8(0), self.lanes)
+        return a if b is None else a - b
+
+    def _unpack(self, two: list[Expr]) -> list[Expr]:
+        """Return int16 vectors of the low and high bytes of entries."""
+        low, high = (T.bind(v) for v in two)
+        half, width = _LANE // 2, self.isa.width
+        vectors = []
+        for first in (0, half):
+            order = [
+                byte + from_high
+                for lane in range(0, width, _LANE)
+                for byte in range(lane + first, lane + first + half)
+                for from_high in (0, width)
+            ]
+            vectors.append(T.reinterpret(f"int16x{self.lanes}", T.Shuffle([low, high], order)))
+        return vectors
+
+    def _table(self, weight: Expr, axis: int, byte: int) -> Expr:
+        """Return a byte of one axis of a code, for each row the entries of codes 0 .. 3.
+
+        With weight p they are p, 0, -p, 0 on the real axis and 0, p, 0, -p on the imaginary one.
+        """
+        rows = self.isa.rows
+
+        def cut(value: Expr) -> Expr:
+            if byte:
+                value = T.shift_right(value, T.broadcast(T.int32(8 * byte), rows))
+            return T.bitwise_and(value, T.broadcast(T.int32(255), rows))
+
+        negative = cut(T.broadcast(T.int32(0), rows) - weight)
+        word = T.bitwise_or(cut(weight), T.shift_left(negative, T.broadcast(T.int32(16), rows)))
+        if axis:
+            word = T.shift_left(word, T.broadcast(T.int32(8), rows))
+        return T.reinterpret(f"int8x{self.isa.width}", word)
+
+    def _weight(self, tile: Expr, flush: Expr, term: int, stage: int, axis: int) -> Expr:
+        """Return the integers that a code's axis stands for in each row, int32."""
+        rows, stages = self.isa.rows, self.spec.stages
+        if self.mode == "combined":
+            weights = self.arrays["combined_weights"]
+            unit = (term * stages + stage) * 2 + axis
+            return T.cast(self._of_rows(weights, tile, flush, unit), f"int32x{rows}")
+        if self.mode == "split" or stage == stages // 2 * 2:
+            return T.broadcast(T.int32(1), rows)
+        # A joint table's entry where the other code of the nibble has nothing on this axis.
+        unit = (term * (stages // 2) + stage // 2) * 2 + axis
+        alone = 4 if (stage % 2 == 0) == (axis == 0) else 1
+        entry = T.cast(self.arrays["joint_tables"][tile, unit, alone], "int32")
+        return T.broadcast(T.bind(entry - joint_offset(self.isa.joint_limit)), rows)
+
+    def scales(self, tile: Expr, panel: Panel, flush: Expr) -> list[Expr]:
+        """Return the scale of each row for the real and the imaginary axis of weights.
+
+        Real weights take Re x to Re y and Im x to Im y, imaginary ones the others.
+        """
+        scales = self.arrays["scales" if self.mode == "split" else f"{self.mode}_scales"]
+        return [T.bind(self._of_rows(scales, tile, flush, panel.scale + axis)) for axis in (0, 1)]
+
+    def _of_rows(self, values: Buffer, tile: Expr, flush: Expr, index: int) -> Expr:
+        """Return a value of each row, from an array of the shape of ``scales``."""
+        if self.spec.scale == "row":
+            return values[tile, 0, index, span(0, self.isa.rows)]
+        column_tile = flush if self.spec.scale == "tile64" else 0
+        return T.broadcast(values[tile, column_tile, index], self.isa.rows)
+
+
+def _each(combine: Any, first: list[Any], second: list[Any]) -> list[Any]:
+    return [combine(a, b) for a, b in zip(first, second, strict=True)]
+
+
+def _add(a: Expr | None, b: Expr | None) -> Expr | None:
+    """Return a + b, None being zero."""
+    return b if a is None else a if b is None else a + b

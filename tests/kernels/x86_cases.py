@@ -1,0 +1,159 @@
+"""Cases of the x86 kernels and their comparison with the NumPy reference."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import tvm
+
+from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, Isa, X86Codebook
+from fairy_compile.kernels.x86_panel_dot import MIN_TOKENS
+from fairy_compile.kernels.x86_panel_layout import combine_scales
+from fairy_compile.kernels.x86_tables import joint_ratio, joint_ratio_error
+from fairy_compile.op import (
+    PhaseSpec,
+    dequantize_activations,
+    phase_gemm_reference,
+    quantize_activations,
+)
+from fairy_compile.phase import PhaseTensor, tile_shape
+from fairy_compile.targets import Target, host_features
+
+CPUS = {
+    "avx512amx": "sapphirerapids",
+    "avx512vbmi": "icelake-server",
+    "avx512vnni": "cascadelake",
+    "avxvnni": "alderlake",
+    "avx2": "haswell",
+}
+# The AMX kernel is that of AVX512-VBMI but for many tokens, see test_x86_amx.py.
+HERE = [k for k in CODEBOOK_KERNELS if host_features().issuperset(k.isa.features) and not k.isa.amx]
+BOTH, ONLY_W = ("U", "W"), ("W",)
+
+
+def make_spec(parts=(70, 9), m=200, stages=2, terms=BOTH, scale="tensor", act="int8") -> PhaseSpec:
+    return PhaseSpec(parts, m, stages, terms, scale, act)
+
+
+def make_target(kernel: X86Codebook, features=None) -> Target:
+    features = frozenset(kernel.isa.features if features is None else features)
+    cpu = CPUS.get(kernel.isa.name, "haswell")  # others are emulated with AVX2
+    return Target("test", "", {"kind": "llvm", "mcpu": cpu}, features, ())
+
+
+def make_parts(spec: PhaseSpec, seed=0, code=None) -> list[PhaseTensor]:
+    """Random layers, later stages smaller; ``code`` makes all codes that one."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for n in spec.parts:
+        codes = rng.integers(0, 4, (spec.stages, len(spec.terms), n, spec.m)).astype(np.uint8)
+        if code is not None:
+            codes[:] = code
+        rows, columns = tile_shape(spec.scale, n, spec.m)
+        shape = (spec.stages, len(spec.terms), 2, -(-n // rows), -(-spec.m // columns))
+        scales = rng.uniform(0.01, 0.03, shape) / 2.0 ** np.arange(spec.stages)[(..., *[None] * 4)]
+        parts.append(
+            PhaseTensor.from_codes(codes, scales.astype(np.float32), spec.terms, spec.scale)
+        )
+    return parts
+
+
+@cache
+def compiled(kernel: X86Codebook, spec: PhaseSpec, batch: str, knobs: tuple = ()):
+    target = make_target(kernel)
+    function = kernel.build(spec, target, batch, dict(knobs))
+    library = tvm.compile(function, target=target.to_tvm())
+    return library[function.attrs["global_symbol"]]
+
+
+def run(kernel, spec, parts, x, batch="many", **knobs) -> np.ndarray:
+    function = compiled(kernel, spec, batch, tuple(knobs.items()))
+    arrays = kernel.layout.pack(parts, spec)
+    y = tvm.runtime.tensor(np.full((len(x), spec.out_features), np.nan, np.float32))
+    function(tvm.runtime.tensor(x), *map(tvm.runtime.tensor, arrays.values()), y)
+    return y.numpy()
+
+
+def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
+    """Bound on |y - reference|, (b, 2n).
+
+    Let S be the sum of |x| times the scales that the codes select, which bounds every partial sum.
+    A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
+    are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
+    the joint units are rounded once more, and the reference's weights once a stage, so at most
+    8 eps S. A joint table moves the weights of a pair of stages, or those of U and W of a single
+    one, by sqrt(2) error |(s1, s2)|.
+    """
+    rounded = dequantize_activations(*quantize_activations(x, act=spec.act))
+    a, b = np.split(np.abs(rounded), 2, axis=1)
+    flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
+    products = flushes * len(spec.terms) * spec.stages * 2 * 2
+    bounds = []
+    for part in parts:
+        rows, columns = tile_shape(spec.scale, part.n, part.m)
+        largest = part.scales.max(axis=2).sum(axis=(0, 1))  # no axis of any code exceeds it
+        largest = np.kron(largest, np.ones((rows, columns)))[: part.n, : part.m]
+        bound = (products + 11) * 2.0**-24 * ((a + b) @ largest.T)
+        if joint:
+            error = np.sqrt(2) * joint_ratio_error([part], kernel.isa.joint_limit)
+            scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
+            pairs = np.hypot(scales[::2], scales[1::2])
+            if part.stages == 1:
+                pairs = np.hypot(*part.scales[0, :, :, 0, 0])[None, None]
+            bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
+        bounds += [bound, bound]
+    return np.concatenate(bounds, axis=1)
+
+
+def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
+    """Compare with the reference: where panels are decoded, that of the weights they hold."""
+    got = run(kernel, spec, parts, x, batch, **knobs)
+    panels = batch == "many" and len(x) >= MIN_TOKENS
+    mode = kernel.table_mode(spec, "many" if panels else "single", knobs)
+    stored = as_stored(kernel.isa, parts, mode) if panels else parts
+    want = phase_gemm_reference(x, stored, spec.act)
+    joint = mode == "joint" and not panels
+    worst = np.max(np.abs(got - want) - tolerance(kernel, spec, stored, x, joint))
+    assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
+
+
+def check_extremes(kernel, code: int) -> None:
+    """All products of a flush have one sign and full size, int16 activations of both digits."""
+    for act in ("int8", "int16"):
+        spec = make_spec(parts=(16,), m=128, act=act)
+        parts, x = make_parts(spec, code=code), np.full((16, 256), 32639, np.float32)
+        x[1::2, 1:] = 32512 - 128
+        for value in (x, -x):
+            for tables in ("combined", "split"):
+                check(kernel, spec, parts, value, tables=tables, tokens=1)
+
+
+def as_stored(isa: Isa, parts: list[PhaseTensor], mode: str) -> list[PhaseTensor]:
+    """Return the layers with the scales that panels of a table mode round theirs to."""
+    return [
+        PhaseTensor.from_codes(p.unpack(), _rounded(isa, p.scales, mode), p.terms, p.scale)
+        for p in parts
+    ]
+
+
+def _rounded(isa: Isa, scales: np.ndarray, mode: str) -> np.ndarray:
+    if mode == "combined":
+        vectors = np.moveaxis(scales.reshape(-1, *scales.shape[2:]), 0, -1)
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        weights, units, _ = combine_scales(flat, isa.combined_limit)
+        near = (weights * units[:, None]).reshape(vectors.shape)
+        return np.moveaxis(near, -1, 0).reshape(scales.shape)
+    near = scales.copy()
+    if mode == "joint":
+        for stage in range(0, len(scales) - 1, 2):
+            for at in np.ndindex(scales.shape[1:]):
+                s1, s2 = (float(scales[(stage + i, *at)]) for i in (0, 1))
+                p, q, _ = joint_ratio(s1, s2, isa.joint_limit)
+                unit = (p * s1 + q * s2) / (p * p + q * q)
+                near[(stage, *at)], near[(stage + 1, *at)] = p * unit, q * unit
+    return near
+
+
+def make_x(spec, batch=1, seed=1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 2 * spec.m)).astype(np.float32)
