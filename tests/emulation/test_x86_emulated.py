@@ -1,0 +1,75 @@
+"""The x86 kernels of instruction sets that this machine lacks, on emulated instructions."""
+
+from __future__ import annotations
+
+import pytest
+
+from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, AVX512_VNNI, AVX_VNNI, X86Codebook
+from fairy_compile.targets import host_features
+from tests.emulation.x86_intrinsics import emulate, without_hardware
+from tests.kernels.test_x86_panels import CASES
+from tests.kernels.x86_cases import (
+    BOTH,
+    ONLY_W,
+    check,
+    check_extremes,
+    make_parts,
+    make_spec,
+    make_x,
+)
+
+HERE = host_features()
+pytestmark = pytest.mark.skipif(
+    not HERE.issuperset(AVX2.features), reason="the emulated instructions need AVX2"
+)
+LACKED = [
+    X86Codebook(without_hardware(isa))
+    for isa in (AVX512_VBMI, AVX512_VNNI, AVX_VNNI)
+    if not HERE.issuperset(isa.features)
+]
+each_lacked = pytest.mark.parametrize("kernel", LACKED, ids=lambda k: k.isa.name)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch):
+    emulate(monkeypatch)
+
+
+@each_lacked
+@pytest.mark.parametrize(
+    ("stages", "terms", "scale", "tables"),
+    [
+        (1, BOTH, "tensor", "joint"),
+        (2, BOTH, "tensor", "joint"),
+        (2, BOTH, "row", "split"),
+        (3, ONLY_W, "tile64", "split"),
+    ],
+)
+def test_one_row(kernel, stages, terms, scale, tables):
+    spec = make_spec(parts=(33, 5), m=130, stages=stages, terms=terms, scale=scale)
+    check(kernel, spec, make_parts(spec), make_x(spec), "single", tables=tables)
+
+
+@each_lacked
+def test_few_rows(kernel):
+    spec = make_spec(parts=(33,), m=130)
+    for batch in (2, 5, 8):
+        check(kernel, spec, make_parts(spec), make_x(spec, batch), tables="joint", tokens=2)
+
+
+@each_lacked
+@pytest.mark.parametrize(
+    ("mode", "stages", "terms", "scale", "act"),
+    [c if c[-1] == "int8" else pytest.param(*c, marks=pytest.mark.slow) for c in CASES[1:]],
+)
+def test_many_rows(kernel, mode, stages, terms, scale, act):
+    spec = make_spec(parts=(17,), m=130, stages=stages, terms=terms, scale=scale, act=act)
+    for batch in (9, 29):
+        check(kernel, spec, make_parts(spec), make_x(spec, batch), tables=mode, tokens=1)
+
+
+@each_lacked
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 1])
+def test_sums_do_not_overflow(kernel, code):
+    check_extremes(kernel, code)
