@@ -48,7 +48,8 @@ def layer_calls(
     memory = iter(allocate_parts([k.nbytes for call in kinds * layers for k in call]))
     calls = []
     for spec in specs:
-        function = kernel.build(spec, target, "single" if batch == 1 else "many", {"tables": mode})
+        batch_class, knob = ("single", "tables") if batch == 1 else ("many", "panels")
+        function = kernel.build(spec, target, batch_class, {knob: mode})
         library = tvm.compile(function, target=target.to_tvm())
         calls.append(library[function.attrs["global_symbol"]])
     jobs, size = [], 0
@@ -78,9 +79,9 @@ def seconds(run: Callable[[], None]) -> float:
 
 def modes(kernel: X86Codebook, spec: PhaseSpec, batch: int) -> list[str]:
     """Return the table modes that differ for this call and batch."""
-    batch_class = "single" if batch == 1 else "many"
-    asked = kernel.knobs["tables"]
-    return [m for m in asked if kernel.table_mode(spec, batch_class, {"tables": m}) == m]
+    batch_class, knob = ("single", "tables") if batch == 1 else ("many", "panels")
+    asked = kernel.knobs[knob]
+    return [m for m in asked if kernel.table_mode(spec, batch_class, {knob: m}) == m]
 
 
 def decode(

@@ -21,8 +21,8 @@ single stage pairs U with W instead, whose sums and differences are the entries 
 
 int16 activations are two int8 digits, 256 hi + lo, with a dot product for each.
 
-Batches of 9 rows and more decode the codes first, as `x86_panels` describes, which adds the table
-mode ``combined``; `x86_panel_dot` multiplies them, or `x86_amx` on machines with AMX.
+Batches of 9 rows and more decode the codes first, as `x86_panels` describes, with table modes of
+their own; `x86_panel_dot` multiplies them, or `x86_amx` on machines with AMX.
 """
 
 from __future__ import annotations
@@ -174,8 +174,9 @@ class X86Codebook:
     """Codebook kernel for one instruction set; implements `PhaseKernel`.
 
     Knobs:
-        tables: ``combined``, which is ``joint`` for few tokens, ``joint`` (with tensor scales, and
-            T >= 2 or both terms; elsewhere the same as ``split``) or ``split``.
+        tables: ``joint`` (with tensor scales, and T >= 2 or both terms; elsewhere the same as
+            ``split``) or ``split``, for few tokens.
+        panels: ``combined``, ``joint`` (with tensor scales and T >= 2) or ``split``, for many.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
         tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
         columns: columns to decode to panels at a time.
@@ -186,7 +187,8 @@ class X86Codebook:
         self.name = f"x86.codebook.{isa.name}"
         self.layout = PanelLayout(isa.rows, isa.joint_limit, isa.combined_limit)
         self.knobs: Mapping[str, Sequence[Any]] = {
-            "tables": ("combined", "joint", "split"),
+            "tables": ("joint", "split"),
+            "panels": ("combined", "joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
             "tokens": (4, 2, 1),
             "columns": (256, 128, 512, 1024),
@@ -210,25 +212,27 @@ class X86Codebook:
         return None
 
     def table_mode(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> TableMode:
-        """Return the tables that `build` with these knobs uses for many tokens, or for few."""
-        mode: TableMode = self._choose(knobs)["tables"]
-        if mode == "combined" and batch == "single":
-            mode = "joint"
-        # Panels know no joint tables of U and W: their combined ones are those.
-        joint = has_joint(spec) if batch == "many" else self.layout.has_joint(spec)
+        """Return the tables that `build` with these knobs uses: of panels for batch ``many``.
+
+        ``joint`` panels pair stages; they know no pairs of terms, which combined ones cover.
+        """
+        single = batch == "single"
+        mode: TableMode = self._choose(knobs)["tables" if single else "panels"]
+        joint = self.layout.has_joint(spec) if single else has_joint(spec)
         return "split" if mode == "joint" and not joint else mode
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
-        """Return the fastest ``tables`` that are accurate enough, if not the default."""
+        """Return the fastest ``tables`` and ``panels`` that are accurate enough, or defaults."""
         joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
         if spec.act == "int16":
             joint_limit = combined_limit = MAX_INT16_ERROR
-        has_joint = self.layout.has_joint(spec)
-        if has_joint and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
-            return {"tables": "split"}
+        demands = {}
+        joint = self.layout.has_joint(spec)
+        if joint and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
+            joint, demands["tables"] = False, "split"
         if combined_error(parts, self.isa.combined_limit) > combined_limit:
-            return {"tables": "joint"}
-        return {}
+            demands["panels"] = "joint" if joint and has_joint(spec) else "split"
+        return demands
 
     def build(
         self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
@@ -247,7 +251,6 @@ class X86Codebook:
         from fairy_compile.kernels.x86_panel_dot import DotMultiply
 
         chosen = self._choose(knobs)
-        mode = self.table_mode(spec, batch, knobs)
         panels = None
         if batch == "many":
             multiply = (
@@ -255,13 +258,13 @@ class X86Codebook:
                 if self.isa.amx
                 else partial(DotMultiply, tokens=self.isa.block // DIGITS[spec.act])
             )
+            mode = self.table_mode(spec, batch, knobs)
             panels = partial(multiply, mode=mode, columns=chosen["columns"])
         return CodebookFunction(
             isa=self.isa,
             layout=self.layout,
             spec=spec,
             batch=batch,
-            mode=mode,
             joint=self.table_mode(spec, "single", knobs) == "joint",
             tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch == "many" else 1,
             prefetch=chosen["prefetch"],

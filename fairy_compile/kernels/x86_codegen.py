@@ -47,7 +47,6 @@ class CodebookFunction:
         layout: X86Layout,
         spec: PhaseSpec,
         batch: Batch,
-        mode: str,
         joint: bool,
         tokens: int,
         prefetch: int,
@@ -55,7 +54,7 @@ class CodebookFunction:
     ) -> None:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
         self.joint, self.tokens, self.prefetch = joint, tokens, prefetch
-        self.panels, self.mode = panels, mode
+        self.panels = panels
         split = split_codebook(spec.terms, spec.stages)
         self.book = layout.joint_codebook(spec) if joint else split
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
@@ -65,7 +64,6 @@ class CodebookFunction:
         """Return the PrimFunc."""
         spec = self.spec
         with IRBuilder() as ir, T.prim_func(s_tir=True):
-            T.func_name(self._name())
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             rows = 1 if self.batch == "single" else T.int64()
             self.rows = rows
@@ -75,15 +73,18 @@ class CodebookFunction:
                 for name, a in self.layout.arrays(spec).items()
             }
             self.y = T.arg("y", T.buffer((rows, spec.out_features), "float32"))
+            modes = ["joint" if self.joint else "split"]
             if self.panels is None:
                 self._emit_codebook()
             else:
                 panels = self.panels(spec, self.isa, self.x, self.arrays, self.y)
+                modes.insert(0, panels.panels.mode)
                 with T.If(panels.usable()):
                     with T.Then():
                         panels.emit()
                     with T.Else():
                         self._emit_codebook()
+            T.func_name(self._name(modes))
         return ir.get()
 
     def _emit_codebook(self) -> None:
@@ -94,11 +95,11 @@ class CodebookFunction:
             self.activations.quantize_rows(self.x, self.tokens)
         self._multiply()
 
-    def _name(self) -> str:
+    def _name(self, modes: list[str]) -> str:
         spec = self.spec
         return (
             f"phase_gemm_{self.isa.name}_n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
-            f"_{''.join(spec.terms).lower()}_{spec.scale}_{self.mode}"
+            f"_{''.join(spec.terms).lower()}_{spec.scale}_{'_'.join(modes)}"
             f"_{spec.act}_{self.batch}"
         )
 

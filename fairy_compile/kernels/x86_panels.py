@@ -20,6 +20,7 @@ A panel is a row of vectors, one or two for each column block (4 columns) of the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
@@ -38,8 +39,26 @@ if TYPE_CHECKING:
     from fairy_compile.kernels.x86 import Isa
 
 PANELS = 4
+_AXES = ((1, 0, -1, 0), (0, 1, 0, -1))  # re and im of the codes
 UNSIGNED_OFFSET = 128
 _LANE = 16  # bytes that AVX2 shuffles keep apart
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a table sums: a term's (stage, place of its code in the nibble)."""
+
+    term: int
+    stages: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Where a look-up's index is, in bits of a plane, and its table."""
+
+    plane: int
+    shift: int
+    table: _Table
 
 
 class Panels:
@@ -74,8 +93,9 @@ class Panels:
         self.lanes = isa.width // self.vectors  # entries of a vector
         self.sets = panels(len(spec.terms), spec.stages, mode)
         self._step_blocks = blocks_per_step(len(spec.terms), spec.stages)
+        self._by_row = spec.scale == "row"
         self._places = {
-            (code.term, code.stage, code.block): (i // 2, 4 * (i % 2) + 2 * slot)
+            (code.term, code.stage, code.block): (i, slot)
             for i, pair in enumerate(nibbles(len(spec.terms), spec.stages))
             for slot, code in enumerate(pair)
         }
@@ -98,61 +118,62 @@ class Panels:
     def decode(self, tile: Expr, panel: Panel, first: Expr, count: Expr) -> None:
         """Fill the panels with the flushes [first, first + count) of a row tile."""
         width = self.isa.width
-        units = [(term, stage, axis) for term, stage in panel.codes for axis in (0, 1)]
-        tables = {
-            (unit, byte): T.alloc_buffer((width,), "int8")
-            for unit in units
+        lookups = [self._lookups(panel, block) for block in range(self._step_blocks)]
+        keys = dict.fromkeys(
+            (look.table, axis, byte)
+            for of_block in lookups
+            for look in of_block
+            for axis in (0, 1)
             for byte in range(self.vectors)
-        }
+        )
+        tables = {key: T.alloc_buffer((width,), "int8") for key in keys}
         flush_steps = self.flush_blocks // self._step_blocks
         with T.serial(0, count) as i:
-            for unit in units:
-                weight = T.bind(self._weight(tile, first + i, *unit))
-                for byte in range(self.vectors):
-                    table = self._table(weight, axis=unit[2], byte=byte)
-                    store(tables[unit, byte], span(0, width), table)
+            for key, buffer in tables.items():
+                store(buffer, span(0, width), self._entries(tile, first + i, *key))
             loaded = {key: T.bind(table[span(0, width)]) for key, table in tables.items()}
             with T.serial(0, flush_steps) as s:
                 step = T.bind((first + i) * flush_steps + s)
-                for block in range(self._step_blocks):
-                    entries = self._look_up(tile, step, block, panel, loaded)
+                for block, of_block in enumerate(lookups):
+                    entries = self._look_up(tile, step, of_block, loaded)
                     for vector, four in enumerate(entries):
                         at = T.bind(self.at(i, s * self._step_blocks + block, vector))
                         for number, entry in enumerate(four):
                             store(self.buffer, (number, span(at, self.lanes)), entry)
 
-    def _look_up(
-        self, tile: Expr, step: Expr, block: int, panel: Panel, tables: dict[Any, Expr]
-    ) -> list[list[Expr]]:
-        """Return [vector][panel] of a column block.
-
-        A shuffle's index is (row, code): so scales may differ between rows. vpermb looks 64 entries
-        up, for 16 rows; pshufb 16 in each lane, for the 4 rows that the lane holds.
-        """
-        isa, width = self.isa, self.isa.width
-        rows_apart = _LANE // BLOCK if isa.masked_index else isa.rows
-        byte_of_row = [4 * (i // BLOCK % rows_apart) for i in range(width)]
-        row = T.Shuffle([T.int8(v) for v in byte_of_row], list(range(width)))
-        sums: dict[tuple[str, int], list[Expr]] = {}
+    def _lookups(self, panel: Panel, block: int) -> list[_Lookup]:
+        """Return the look-ups of a column block of a step: of codes, or of nibbles of two."""
+        found: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         for term, stage in panel.codes:
-            plane, shift = self._places[term, stage, block]
-            codes = self.arrays["codes"][tile, step, plane, span(0, width)]
-            words = T.reinterpret(f"int32x{isa.rows}", codes)
-            if shift:  # bits that come from the next byte are cut off below
-                words = T.shift_right(words, T.broadcast(T.int32(shift), isa.rows))
-            code = T.bitwise_and(
-                T.reinterpret(f"int8x{width}", words), T.broadcast(T.int8(3), width)
-            )
-            index = T.bind(T.bitwise_or(code, row))
+            nibble, slot = self._places[term, stage, block]
+            if self._by_row:
+                found[nibble, slot, term] = [(stage, 0)]
+            else:
+                found.setdefault((nibble, 0, term), []).append((stage, slot))
+        return [
+            _Lookup(nibble // 2, 4 * (nibble % 2) + 2 * slot, _Table(term, tuple(stages)))
+            for (nibble, slot, term), stages in found.items()
+        ]
+
+    def _look_up(
+        self, tile: Expr, step: Expr, lookups: list[_Lookup], tables: dict[Any, Expr]
+    ) -> list[list[Expr]]:
+        """Return [vector][panel] of a column block."""
+        isa, kind = self.isa, f"int8x{self.isa.width}"
+        places = dict.fromkeys((look.plane, look.shift) for look in lookups)
+        indices = {place: self._index(tile, step, *place) for place in places}
+        sums: dict[tuple[str, int], list[Expr]] = {}
+        for look in lookups:
+            index = indices[look.plane, look.shift]
             for axis in (0, 1):
                 found = [
                     T.call_llvm_pure_intrin(
-                        f"int8x{width}", isa.shuffle, tables[(term, stage, axis), byte], index
+                        kind, isa.shuffle, tables[look.table, axis, byte], index
                     )
                     for byte in range(self.vectors)
                 ]
                 entries = self._unpack(found) if self.words else found
-                key = (self.spec.terms[term], axis)
+                key = (self.spec.terms[look.table.term], axis)
                 known = sums.get(key)
                 sums[key] = entries if known is None else _each(_add, known, entries)
         no = [None] * self.vectors
@@ -164,9 +185,29 @@ class Panels:
             _each(self._subtract, re_u, re_w),
         ]
         if isa.unsigned_panel:  # adding 128 to a byte turns its sign bit over
-            sign = T.broadcast(T.int8(-UNSIGNED_OFFSET), width)
+            sign = T.broadcast(T.int8(-UNSIGNED_OFFSET), isa.width)
             four = [[T.bitwise_xor(entry, sign) for entry in entries] for entries in four]
         return [list(vector) for vector in zip(*four, strict=True)]
+
+    def _index(self, tile: Expr, step: Expr, plane: int, shift: int) -> Expr:
+        """Return the shuffle's index vector for a nibble, or (row, code) with scales of rows.
+
+        vpermb looks 64 entries up, which are those of 16 rows, and pshufb 16 in each lane, for the
+        4 rows that the lane holds.
+        """
+        isa, width = self.isa, self.isa.width
+        codes = self.arrays["codes"][tile, step, plane, span(0, width)]
+        words = T.reinterpret(f"int32x{isa.rows}", codes)
+        if shift:  # bits that come from the next byte are cut off below
+            words = T.shift_right(words, T.broadcast(T.int32(shift), isa.rows))
+        bits = T.broadcast(T.int8(3 if self._by_row else 15), width)
+        index = T.bitwise_and(T.reinterpret(f"int8x{width}", words), bits)
+        if self._by_row:
+            rows_apart = _LANE // BLOCK if isa.masked_index else isa.rows
+            byte_of_row = [4 * (i // BLOCK % rows_apart) for i in range(width)]
+            row = T.Shuffle([T.int8(v) for v in byte_of_row], list(range(width)))
+            index = T.bitwise_or(index, row)
+        return T.bind(index)
 
     def _subtract(self, a: Expr | None, b: Expr | None) -> Expr | None:
         """Return a - b, None being zero."""
@@ -189,11 +230,30 @@ class Panels:
             vectors.append(T.reinterpret(f"int16x{self.lanes}", T.Shuffle([low, high], order)))
         return vectors
 
-    def _table(self, weight: Expr, axis: int, byte: int) -> Expr:
-        """Return a byte of one axis of a code, for each row the entries of codes 0 .. 3.
+    def _entries(self, tile: Expr, flush: Expr, table: _Table, axis: int, byte: int) -> Expr:
+        """Return a byte of the entries of a table, over a vector.
 
-        With weight p they are p, 0, -p, 0 on the real axis and 0, p, 0, -p on the imaginary one.
+        With weight p the codes 0 .. 3 are p, 0, -p, 0 on the real axis and 0, p, 0, -p on the
+        imaginary one.
         """
+        if self._by_row:
+            ((stage, _),) = table.stages
+            weight = T.bind(self._weight(tile, flush, table.term, stage, axis))
+            return self._entries_of_rows(weight, axis, byte)
+        total: Expr | None = None
+        for stage, slot in table.stages:
+            weight = T.bind(self._weight(tile, flush, table.term, stage, axis))
+            signs = [T.int32(_AXES[axis][nibble >> 2 * slot & 3]) for nibble in range(16)]
+            term = T.broadcast(weight, 16) * T.Shuffle(signs, list(range(16)))
+            total = _add(total, term)
+        if byte:
+            total = T.shift_right(total, T.broadcast(T.int32(8 * byte), 16))
+        entries = T.bind(T.cast(total, "int8x16"))  # keeps the low byte
+        width = self.isa.width
+        return T.Shuffle([entries] * (width // 16), list(range(width)))
+
+    def _entries_of_rows(self, weight: Expr, axis: int, byte: int) -> Expr:
+        """Return a byte of the entries of the four codes, for each row."""
         rows = self.isa.rows
 
         def cut(value: Expr) -> Expr:
@@ -201,6 +261,8 @@ class Panels:
                 value = T.shift_right(value, T.broadcast(T.int32(8 * byte), rows))
             return T.bitwise_and(value, T.broadcast(T.int32(255), rows))
 
+        if self.mode == "split":
+            weight = T.broadcast(weight, rows)
         negative = cut(T.broadcast(T.int32(0), rows) - weight)
         word = T.bitwise_or(cut(weight), T.shift_left(negative, T.broadcast(T.int32(16), rows)))
         if axis:
@@ -208,19 +270,22 @@ class Panels:
         return T.reinterpret(f"int8x{self.isa.width}", word)
 
     def _weight(self, tile: Expr, flush: Expr, term: int, stage: int, axis: int) -> Expr:
-        """Return the integers that a code's axis stands for in each row, int32."""
-        rows, stages = self.isa.rows, self.spec.stages
+        """Return the integer that a code's axis stands for, or those of rows with their own."""
+        stages = self.spec.stages
         if self.mode == "combined":
             weights = self.arrays["combined_weights"]
             unit = (term * stages + stage) * 2 + axis
-            return T.cast(self._of_rows(weights, tile, flush, unit), f"int32x{rows}")
+            if self._by_row:
+                rows = self.isa.rows
+                return T.cast(weights[tile, 0, unit, span(0, rows)], f"int32x{rows}")
+            return T.cast(weights[tile, self._column_tile(flush), unit], "int32")
         if self.mode == "split" or stage == stages // 2 * 2:
-            return T.broadcast(T.int32(1), rows)
+            return T.int32(1)
         # A joint table's entry where the other code of the nibble has nothing on this axis.
         unit = (term * (stages // 2) + stage // 2) * 2 + axis
         alone = 4 if (stage % 2 == 0) == (axis == 0) else 1
         entry = T.cast(self.arrays["joint_tables"][tile, unit, alone], "int32")
-        return T.broadcast(T.bind(entry - joint_offset(self.isa.joint_limit)), rows)
+        return entry - joint_offset(self.isa.joint_limit)
 
     def scales(self, tile: Expr, panel: Panel, flush: Expr) -> list[Expr]:
         """Return the scale of each row for the real and the imaginary axis of weights.
@@ -228,14 +293,17 @@ class Panels:
         Real weights take Re x to Re y and Im x to Im y, imaginary ones the others.
         """
         scales = self.arrays["scales" if self.mode == "split" else f"{self.mode}_scales"]
-        return [T.bind(self._of_rows(scales, tile, flush, panel.scale + axis)) for axis in (0, 1)]
+        rows, found = self.isa.rows, []
+        for unit in (panel.scale, panel.scale + 1):
+            if self._by_row:
+                found.append(T.bind(scales[tile, 0, unit, span(0, rows)]))
+            else:
+                scale = scales[tile, self._column_tile(flush), unit]
+                found.append(T.bind(T.broadcast(scale, rows)))
+        return found
 
-    def _of_rows(self, values: Buffer, tile: Expr, flush: Expr, index: int) -> Expr:
-        """Return a value of each row, from an array of the shape of ``scales``."""
-        if self.spec.scale == "row":
-            return values[tile, 0, index, span(0, self.isa.rows)]
-        column_tile = flush if self.spec.scale == "tile64" else 0
-        return T.broadcast(values[tile, column_tile, index], self.isa.rows)
+    def _column_tile(self, flush: Expr) -> Expr | int:
+        return flush if self.spec.scale == "tile64" else 0
 
 
 def _each(combine: Any, first: list[Any], second: list[Any]) -> list[Any]:

@@ -65,7 +65,7 @@ def test_few_rows(kernel):
 def test_many_rows(kernel, mode, stages, terms, scale, act):
     spec = make_spec(parts=(17,), m=130, stages=stages, terms=terms, scale=scale, act=act)
     for batch in (9, 29):
-        check(kernel, spec, make_parts(spec), make_x(spec, batch), tables=mode, tokens=1)
+        check(kernel, spec, make_parts(spec), make_x(spec, batch), panels=mode, tokens=1)
 
 
 @each_lacked

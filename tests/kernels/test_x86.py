@@ -205,8 +205,8 @@ def test_int16_takes_joint_tables_only_where_they_are_nearly_exact():
     (part,) = make_parts(spec)
     part.scales[1] = part.scales[0] / 2  # a ratio of small integers
     accurate = replace(spec, act="int16")
-    assert kernel.demands([part], accurate) == {"tables": "joint"}  # combined panels are not
+    assert kernel.demands([part], accurate) == {"panels": "joint"}  # combined ones are not
     part.scales[1] *= 1.01
     assert 3e-5 < joint_ratio_error([part], 127) < 1e-3
     assert kernel.demands([part], spec) == {}
-    assert kernel.demands([part], accurate) == {"tables": "split"}
+    assert kernel.demands([part], accurate) == {"tables": "split", "panels": "split"}

@@ -27,7 +27,7 @@ needs_amx = pytest.mark.skipif(
 
 def check(spec, mode: str, batch: int, **knobs) -> None:
     parts, x = make_parts(spec), make_x(spec, batch)
-    check_case(KERNEL, spec, parts, x, tables=mode, tokens=1, **knobs)
+    check_case(KERNEL, spec, parts, x, panels=mode, tokens=1, **knobs)
 
 
 @needs_amx

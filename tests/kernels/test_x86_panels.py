@@ -52,7 +52,7 @@ CASES = [
 def test_products_are_exact(kernel, mode, stages, terms, scale, act):
     spec = make_spec(stages=stages, terms=terms, scale=scale, act=act)
     for batch in (9, 45):
-        check(kernel, spec, make_parts(spec), make_x(spec, batch), tables=mode, tokens=1)
+        check(kernel, spec, make_parts(spec), make_x(spec, batch), panels=mode, tokens=1)
 
 
 @each_isa
@@ -60,7 +60,7 @@ def test_every_number_of_tokens_and_several_blocks_of_columns(kernel):
     spec = make_spec(parts=(17,), m=700)
     for batch in (1, 8, 9, 11, 12, 13, 16, 17, 24, 64, 100):
         x = make_x(spec, batch)
-        check(kernel, spec, make_parts(spec), x, tables="joint", columns=256, tokens=1)
+        check(kernel, spec, make_parts(spec), x, panels="joint", columns=256, tokens=1)
 
 
 @each_isa
@@ -119,10 +119,8 @@ def test_words_make_combined_panels_good_enough_for_int16():
     spec = make_spec(parts=(70,), stages=4, act="int16")
     parts = make_parts(spec)
     assert combined_error(parts, WORD_LIMIT) < combined_error(parts) / 50
-    assert X86Codebook(AVX2).demands(parts, make_spec(parts=(70,), act="int16")) in (
-        {},
-        {"tables": "split"},
-    )
+    assert X86Codebook(AVX2).demands(parts, spec) == {"tables": "split"}
+    assert KERNEL.demands(parts, spec) == {"tables": "split", "panels": "split"}
 
 
 def test_demands_name_the_fastest_accurate_tables():
@@ -133,13 +131,14 @@ def test_demands_name_the_fastest_accurate_tables():
     part.scales[:, :, 0] *= np.array([1.1, 0.93]).reshape(2, 1, 1)  # pairs keep their ratio
     part.scales[2:] *= 0.87
     assert combined_error([part]) > MAX_COMBINED_ERROR
-    assert KERNEL.demands([part], spec) == {"tables": "joint"}
+    assert KERNEL.demands([part], spec) == {"panels": "joint"}
     assert KERNEL.demands([part], make_spec(parts=(70,), stages=4, act="int16")) == {
-        "tables": "joint"
+        "panels": "joint"
     }
     part.scales[1] *= 1.0003
     assert KERNEL.demands([part], make_spec(parts=(70,), stages=4, act="int16")) == {
-        "tables": "split"
+        "tables": "split",
+        "panels": "split",
     }
 
 

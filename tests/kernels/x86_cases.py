@@ -125,8 +125,8 @@ def check_extremes(kernel, code: int) -> None:
         parts, x = make_parts(spec, code=code), np.full((16, 256), 32639, np.float32)
         x[1::2, 1:] = 32512 - 128
         for value in (x, -x):
-            for tables in ("combined", "split"):
-                check(kernel, spec, parts, value, tables=tables, tokens=1)
+            for panels in ("combined", "split"):
+                check(kernel, spec, parts, value, panels=panels, tokens=1)
 
 
 def as_stored(isa: Isa, parts: list[PhaseTensor], mode: str) -> list[PhaseTensor]:
