@@ -32,7 +32,7 @@ from fairy_compile.train.inputs import (
     with_block,
 )
 from fairy_compile.train.metrics import CSV, EVENTS, PLOT, MetricsLog, plot_losses, read_metrics
-from fairy_compile.train.models import load_model, model_directory
+from fairy_compile.train.models import load_model, model_directory, quiet_transformers
 from fairy_compile.train.rundir import exclusive, last_checkpoint, open_run
 from fairy_compile.train.trainer import (
     Diverged,
@@ -40,7 +40,6 @@ from fairy_compile.train.trainer import (
     QatTrainer,
     Report,
     WeightDecay,
-    quiet_transformers,
 )
 
 SUMMARY = "train.json"
