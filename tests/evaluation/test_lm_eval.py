@@ -181,3 +181,41 @@ def test_tasks_from_the_command_line(artifact, tasks):
     assert result.exit_code == 0, result.stderr
     assert "acc,none" in result.stdout
     assert "first 2 examples" in result.stdout
+
+
+def test_results_are_those_of_the_harness_own_model(lm, packed):
+    """Its model for transformers, running the same codes: the same figures for every request."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    from fairy_compile.evaluation.torch_model import TorchModel
+    from fairy_compile.frontends.source import open_source
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(packed / "tokenizer.json"), eos_token="<|end|>", pad_token="<|end|>"
+    )
+    model = TorchModel(open_source(packed))._model
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", max_length=128)
+    long = "def function(argument):\n    return argument\n" * 20
+    pairs = [("", "return x"), ("def f(x):\n ", " return"), (long, " import"), (long, long[:99])]
+    requests = [instance("loglikelihood", *pair) for pair in pairs]
+    want = theirs.loglikelihood(requests, disable_tqdm=True)
+    for ours, other in zip(lm.loglikelihood(requests, disable_tqdm=True), want, strict=True):
+        assert math.isclose(ours[0], other[0], rel_tol=1e-5)
+        assert ours[1] == other[1]
+    requests = [instance("loglikelihood_rolling", t) for t in ("return", long, long + long[:50])]
+    np.testing.assert_allclose(
+        lm.loglikelihood_rolling(requests, disable_tqdm=True),
+        theirs.loglikelihood_rolling(requests, disable_tqdm=True),
+        rtol=1e-5,
+    )
+    options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    requests = [instance("generate_until", t, dict(options)) for t in ("def f", long)]
+    want = theirs.generate_until(requests, disable_tqdm=True)
+    assert lm.generate_until(requests, disable_tqdm=True) == want
+
+
+def instance(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, arguments, 0)
