@@ -32,7 +32,7 @@ def eval(
     ] = None,
     context: Annotated[
         Number,
-        typer.Option("--context", help="Tokens a window  [default: the model's context, 2048 max]"),
+        typer.Option("--context", help="Tokens a window  [default: the model's, 2048 max]"),
     ] = None,
     stride: Annotated[
         Number,
@@ -119,12 +119,18 @@ def eval(
         "command": shlex.join(["fairy_compile", *sys.argv[1:]]),
     }
     if tasks is not None:
-        for option, value in (
-            ("--against", against), ("--stride", stride), ("--max-tokens", max_tokens),
-            ("--split", split), ("--join", join),
-        ):  # fmt: skip
-            if value is not None:
-                raise FairyError(f"{option} goes with --data; leave it out with --tasks")
+        _refuse(
+            "--data",
+            {
+                "--against": against is not None,
+                "--against-device": against_device != "cpu",
+                "--stride": stride is not None,
+                "--max-tokens": max_tokens is not None,
+                "--split": split is not None,
+                "--text-field": text_field != "text",
+                "--join": join is not None,
+            },
+        )
         from fairy_compile.evaluation.tasks import evaluate_tasks
 
         result = evaluate_tasks(
@@ -137,12 +143,15 @@ def eval(
             **running,
         )
     else:
-        for option, given in (
-            ("--num-fewshot", num_fewshot is not None), ("--limit", limit is not None),
-            ("--include-path", include_path is not None), ("--chat-template", chat_template),
-        ):  # fmt: skip
-            if given:
-                raise FairyError(f"{option} goes with --tasks; leave it out with --data")
+        _refuse(
+            "--tasks",
+            {
+                "--num-fewshot": num_fewshot is not None,
+                "--limit": limit is not None,
+                "--include-path": include_path is not None,
+                "--chat-template": chat_template,
+            },
+        )
         from fairy_compile.evaluation import evaluate
         from fairy_compile.evaluation.text import DEFAULT_JOIN
 
@@ -168,3 +177,10 @@ def eval(
 
         save_files(paths, write)
         typer.echo(f"wrote {', '.join(map(str, paths))}", err=True)
+
+
+def _refuse(goes_with: str, given: dict[str, bool]) -> None:
+    """Refuse options of the other way to evaluate, which would be ignored."""
+    for option, is_given in given.items():
+        if is_given:
+            raise FairyError(f"{option} goes with {goes_with}; leave it out, or give {goes_with}")

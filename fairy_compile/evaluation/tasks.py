@@ -113,6 +113,8 @@ def evaluate_tasks(
         FairyError: lm-eval is not installed, or a task or an argument is unknown.
     """
     check_extra()
+    if not tasks:
+        raise FairyError("--tasks names no task; write names separated by commas")
     for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise FairyError(f"{name} is {value}; allowed: {least} or more")

@@ -52,6 +52,7 @@ def test_json_of_a_sliding_window(cli, artifact, text):
         (["--data", "{text}", "--limit", "3"], "--limit goes with --tasks"),
         (["--data", "{text}", "--against", "nowhere"], "no model 'nowhere'"),
         (["--tasks", "x", "--stride", "3"], "--stride goes with --data"),
+        (["--tasks", "x", "--text-field", "body"], "--text-field goes with --data"),
         (["--data", "{text}", "--results", "x", "--name", "a/b"], "--name is 'a/b'"),
     ],
 )
