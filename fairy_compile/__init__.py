@@ -19,6 +19,7 @@ from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
 if TYPE_CHECKING:
     from fairy_compile.artifact import inspect, verify
     from fairy_compile.compiler import build
+    from fairy_compile.evaluation import evaluate
     from fairy_compile.frontends import convert
     from fairy_compile.phase import PhaseTensor, quantize
     from fairy_compile.runtime import load
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "build": "fairy_compile.compiler",
     "convert": "fairy_compile.frontends",
+    "evaluate": "fairy_compile.evaluation",
     "inspect": "fairy_compile.artifact",
     "load": "fairy_compile.runtime",
     "quantize": "fairy_compile.phase",
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "build",
     "convert",
+    "evaluate",
     "inspect",
     "load",
     "quantize",

@@ -16,11 +16,12 @@ from fairy_compile.bench.gguf_types import PEER_TYPES
 from fairy_compile.bench.llama_cpp import LlamaCppRunner, check_extra
 from fairy_compile.bench.machine import PACKAGES, PEER_PACKAGES
 from fairy_compile.bench.result import Comparison, Pair, PeerRun
-from fairy_compile.bench.run import Bench, Progress, no_progress, warm_up
+from fairy_compile.bench.run import Bench, warm_up
 from fairy_compile.bench.spread import Spread
 from fairy_compile.bench.workload import Settings, Workload, alternate
 from fairy_compile.config import check_choice
 from fairy_compile.models import DecoderConfig, parse_config
+from fairy_compile.results import Progress, no_progress
 
 DEFAULT_TYPES = ("Q4_K_M", "Q2_K", "TQ2_0")
 PEERS = ("llama.cpp",)

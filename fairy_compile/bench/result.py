@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fairy_compile.bench.kernels import KernelTime
 from fairy_compile.bench.machine import Machine
 from fairy_compile.bench.spread import Spread
 from fairy_compile.bench.workload import Workload
+from fairy_compile.results import to_plain
 
 
 @dataclass(frozen=True)
@@ -189,18 +190,3 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Return plain dictionaries and lists."""
         return to_plain(self)
-
-
-def to_plain(value: Any) -> Any:
-    """Return a dataclass as dictionaries and lists; parts with a ``to_json`` use it."""
-    if is_dataclass(value):
-        return {f.name: _part(getattr(value, f.name)) for f in fields(value)}
-    return value
-
-
-def _part(value: Any) -> Any:
-    if hasattr(value, "to_json"):
-        return value.to_json()
-    if isinstance(value, (tuple, list)):
-        return [_part(item) for item in value]
-    return to_plain(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,20 +14,14 @@ from fairy_compile.bench.machine import PACKAGES, Machine, peak_resident_bytes, 
 from fairy_compile.bench.result import BenchResult, Measurement, ModelFacts
 from fairy_compile.bench.spread import Spread
 from fairy_compile.bench.workload import Settings, Workload, tokens
+from fairy_compile.results import Progress, no_progress
 
 if TYPE_CHECKING:
     from fairy_compile.artifact.manifest import Manifest
     from fairy_compile.runtime import Engine, Model
 
-Progress = Callable[[str, int, int], None]
-"""progress(what, done, total)"""
-
 KERNEL_DEPTH = 16
 """Least tokens in the KV cache when kernels are timed."""
-
-
-def no_progress(_what: str, _done: int, _total: int) -> None:
-    """Show nothing."""
 
 
 class EngineRunner:

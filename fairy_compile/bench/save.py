@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
+from fairy_compile import results
 from fairy_compile.bench.result import BenchResult, Comparison
 from fairy_compile.bench.tables import render
-from fairy_compile.errors import FairyError
 
 
 def result_paths(directory: Path, name: str, *, comparison: bool, force: bool) -> list[Path]:
-    """Return the files `save` will write; call it before the measurement, not after.
-
-    Raises:
-        FairyError: ``name`` is no plain file name, or a file is there and ``force`` is not given.
-    """
-    if not re.fullmatch(r"[\w][\w.+-]{0,120}", name):
-        raise FairyError(
-            f"--name is {name!r}; allowed: letters, digits and _ . + - (at most 121, not first a "
-            "sign)"
-        )
+    """Return the files `save` will write; see `results.result_paths`."""
     endings = ("json", "md", "png") if comparison else ("json", "md")
-    paths = [directory / f"{name}.{ending}" for ending in endings]
-    there = [path for path in paths if path.exists()]
-    if there and not force:
-        raise FairyError(f"{there[0]} exists; give another --name, or --force to replace it")
-    return paths
+    return results.result_paths(directory, name, endings=endings, force=force)
 
 
 def default_name(model: str, comparison: bool) -> str:
     """Return a file name for the results of ``model``."""
-    plain = re.sub(r"[^\w.+-]+", "-", model).strip("-.")[:80] or "model"
+    plain = results.file_name(model)
     return f"{plain}-vs-llama.cpp" if comparison else plain
 
 
@@ -42,17 +27,7 @@ def save(result: BenchResult | Comparison, paths: list[Path]) -> None:
     Raises:
         FairyError: a file cannot be written.
     """
-    try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-            try:
-                _write(result, partial)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise FairyError(f"cannot write the results: {error}") from error
+    results.save_files(paths, lambda path: _write(result, path))
 
 
 def _write(result: BenchResult | Comparison, path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
 
 from fairy_compile.bench.result import BenchResult, Comparison, Measurement
+from fairy_compile.results import aligned_table, bullets, markdown_table
 
 FORMATS = ("table", "md", "json", "csv")
 
@@ -23,7 +23,11 @@ def render(result: BenchResult | Comparison, form: str) -> str:
         return json.dumps(result.to_json(), indent=2, ensure_ascii=False)
     if form == "csv":
         return _csv(result)
-    layout = _markdown if form == "md" else _aligned
+    table = markdown_table if form == "md" else aligned_table
+
+    def layout(titles: list[str], rows: list[list[str]]) -> str:
+        return table(titles, rows, _NUMBERS)
+
     comparison = result if isinstance(result, Comparison) else None
     alone = comparison.result if comparison else result
     blocks = [layout(*_tests(alone)), layout(*_kernels(alone)), _facts(alone, form)]
@@ -125,7 +129,7 @@ def _facts(result: BenchResult, form: str) -> str:
     lines.append(
         f"artifact {result.model.manifest_sha256[:16]}, {result.date}, command: {result.command}"
     )
-    return _lines(lines, form)
+    return bullets(lines, form)
 
 
 def _mixes(comparison: Comparison, form: str) -> str:
@@ -139,11 +143,7 @@ def _mixes(comparison: Comparison, form: str) -> str:
         lines.append(f"{run.type} ({run.description}): {sizes}")
     if comparison.runs:
         lines.append(f"{comparison.peer}: {comparison.runs[0].system}")
-    return _lines(lines, form)
-
-
-def _lines(lines: Sequence[str], form: str) -> str:
-    return "\n".join(f"- {line}" for line in lines) if form == "md" else "\n".join(lines)
+    return bullets(lines, form)
 
 
 def _csv(result: BenchResult | Comparison) -> str:
@@ -168,23 +168,3 @@ def _csv(result: BenchResult | Comparison) -> str:
         row = [name, size, alone.model.parameters, alone.threads, test]
         writer.writerow([*row, *(f"{figure:.6f}" for figure in figures)])
     return text.getvalue().rstrip("\n")
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = ["--:" if title in _NUMBERS else ":--" for title in titles]
-    return "\n".join([line(titles), line(rule), *map(line, rows)])
-
-
-def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(
-            cell.rjust(width) if title in _NUMBERS else cell.ljust(width)
-            for cell, width, title in zip(cells, widths, titles, strict=True)
-        ).rstrip()
-
-    return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])

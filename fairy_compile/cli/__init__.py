@@ -14,6 +14,7 @@ from fairy_compile.cli.bench import bench
 from fairy_compile.cli.build import build
 from fairy_compile.cli.chat import chat
 from fairy_compile.cli.convert import convert
+from fairy_compile.cli.evaluate import eval
 from fairy_compile.cli.guard import guarded, set_debug
 from fairy_compile.cli.inspect import inspect
 from fairy_compile.cli.run import run
@@ -21,7 +22,7 @@ from fairy_compile.cli.targets import targets
 from fairy_compile.cli.train import train
 from fairy_compile.cli.verify import verify
 
-VERBS = (build, convert, run, chat, bench, inspect, verify, train, targets)
+VERBS = (build, convert, run, chat, bench, eval, inspect, verify, train, targets)
 
 app = typer.Typer(
     name="fairy_compile",

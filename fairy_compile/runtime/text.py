@@ -36,6 +36,10 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return self._fast.get_vocab_size()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return token -> id, added tokens included."""
+        return self._fast.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of ``text``.
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from fairy_compile.artifact.files import hash_files
 from fairy_compile.artifact.tokenizer_files import TokenizerFiles
+from fairy_compile.documents import data_files, documents
 from fairy_compile.errors import FairyError
-from fairy_compile.train.text import data_files, documents
 
 _DTYPE = np.dtype("<u4")
 _BATCH = 64
@@ -76,7 +76,7 @@ def write_tokens(
     """Tokenise ``data`` into the file ``path``, or reuse the file of the same data.
 
     Args:
-        data: see `fairy_compile.train.text`.
+        data: see `fairy_compile.documents`.
         tokenizer: directory with tokenizer.json.
         path: file to write; ``<path>.json`` beside it says what it was made of.
         eos: token to put after every document; None for none.

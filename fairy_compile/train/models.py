@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,16 @@ def model_directory(model: str, *, scratch: bool = False) -> Path:
     return path
 
 
-def load_model(directory: Path, *, scratch: bool = False) -> Any:
+_HINT = "; --from-scratch starts from random weights"
+
+
+def load_model(directory: Path, *, scratch: bool = False, hint: str = _HINT) -> Any:
     """Return a float32 causal language model.
 
     Args:
         directory: with config.json and, unless ``scratch``, weights.
         scratch: random weights; seed PyTorch before.
+        hint: end of the error where weights cannot be read.
 
     Raises:
         FairyError: transformers cannot read it, or weights are missing.
@@ -87,9 +93,8 @@ def load_model(directory: Path, *, scratch: bool = False) -> Any:
             directory, config=config, dtype=torch.float32, output_loading_info=True
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        hint = "" if scratch else "; --from-scratch starts from random weights"
         raise FairyError(
-            f"transformers cannot load {directory}: {_first_line(error)}{hint}"
+            f"transformers cannot load {directory}: {_first_line(error)}{'' if scratch else hint}"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise FairyError(
@@ -97,6 +102,22 @@ def load_model(directory: Path, *, scratch: bool = False) -> Any:
             "checkpoint is damaged, or its config.json is another model's"
         )
     return model
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing bars and notes into ours."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ import transformers
 from transformers import TrainingArguments
 
 from fairy_compile.artifact.staging import check_output
+from fairy_compile.documents import data_files
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.files import read_config
 from fairy_compile.qat.export import export
@@ -31,16 +32,14 @@ from fairy_compile.train.inputs import (
     with_block,
 )
 from fairy_compile.train.metrics import CSV, EVENTS, PLOT, MetricsLog, plot_losses, read_metrics
-from fairy_compile.train.models import load_model, model_directory
+from fairy_compile.train.models import load_model, model_directory, quiet_transformers
 from fairy_compile.train.rundir import exclusive, last_checkpoint, open_run
-from fairy_compile.train.text import data_files
 from fairy_compile.train.trainer import (
     Diverged,
     Progress,
     QatTrainer,
     Report,
     WeightDecay,
-    quiet_transformers,
 )
 
 SUMMARY = "train.json"

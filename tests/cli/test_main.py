@@ -22,6 +22,7 @@ def test_help_lists_the_verbs_and_only_those(cli):
         "run",
         "chat",
         "bench",
+        "eval",
         "inspect",
         "verify",
         "train",

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from fairy_compile import FairyError
-from fairy_compile.train import text as text_module
+from fairy_compile import documents as documents_module
 from fairy_compile.train.blocks import check_vocabulary, split, write_tokens
 
 
@@ -21,7 +21,7 @@ def test_documents_are_joined_with_the_end_token(model, tmp_path):
 
 
 def test_tokens_before_a_text_come_once_a_document(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_PIECE_BYTES", 8)
+    monkeypatch.setattr(documents_module, "_PIECE_BYTES", 8)
     table = json.loads((model / "tokenizer.json").read_text())
     table["post_processor"] = {
         "type": "TemplateProcessing",

@@ -1,14 +1,27 @@
-"""Documents out of text, jsonl and parquet files, directories of them, and saved datasets."""
+"""Documents out of text, jsonl, parquet and arrow files, directories of them, saved datasets.
+
+Text and jsonl files need nothing but Python. JSON lines may be compressed (``.jsonl.gz``,
+``.json.gz``), as those of C4 are.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fairy_compile.errors import FairyError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+TEXT = (".txt", ".md", ".py", ".raw")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
+TABLES = (".parquet", ".arrow")
+SUFFIXES = (*TEXT, *JSON_LINES, *TABLES)
+DESCRIPTIONS = (".md", ".py")
+"""What a dataset's directory says of itself, README.md and its loading script: no data there."""
+
 _PIECE_BYTES = 1 << 22
 
 Document = Iterator[str]  # pieces that join to the document's text
@@ -30,7 +43,9 @@ def data_files(data: str | Path) -> list[Path]:
         )
     if _is_saved_dataset(path):
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    if any(p.name.endswith(TABLES) or p.suffix == ".gz" for p in files):
+        files = [p for p in files if p.suffix not in DESCRIPTIONS]
     if not files:
         raise FairyError(
             f"{path} holds no data: no file ends in {', '.join(SUFFIXES)}, and it is no dataset "
@@ -40,27 +55,37 @@ def data_files(data: str | Path) -> list[Path]:
 
 
 def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def documents(file: Path, field: str = "text") -> Iterator[Document]:
+def documents(
+    file: Path, field: str = "text", *, split: str = "train", keep_empty: bool = False
+) -> Iterator[Document]:
     """Yield the documents of one of `data_files`.
 
     Args:
-        file: a file; one that ends in neither ``.jsonl`` nor ``.parquet`` is one document.
+        file: a file; one that ends in none of `JSON_LINES` and `TABLES` is one document.
         field: key or column of the text.
+        split: which split of a saved dataset that has several.
+        keep_empty: yield the empty rows of tables too.
 
     Raises:
-        FairyError: a file is not UTF-8, a line is not JSON, or there is no such key or column.
+        FairyError: a file is not UTF-8, a line is not JSON, or there is no such key, column or
+            split.
     """
     if file.is_dir():
-        yield from _saved_dataset(file, field)
-    elif file.suffix == ".parquet":
-        yield from _parquet(file, field)
-    elif file.suffix == ".jsonl":
+        rows = _saved_dataset(file, field, split)
+    elif file.suffix in TABLES:
+        rows = _parquet(file, field) if file.suffix == ".parquet" else _arrow(file, field)
+    elif file.name.endswith(JSON_LINES):
         yield from _jsonl(file, field)
+        return
     else:
         yield _pieces(file)
+        return
+    for text in rows:
+        if text or keep_empty:
+            yield iter((str(text or ""),))
 
 
 def _pieces(file: Path) -> Iterator[str]:
@@ -78,7 +103,7 @@ def _pieces(file: Path) -> Iterator[str]:
 
 def _jsonl(file: Path, field: str) -> Iterator[Document]:
     try:
-        with file.open(encoding="utf-8") as stream:
+        with _open_lines(file) as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue
@@ -95,27 +120,52 @@ def _jsonl(file: Path, field: str) -> Iterator[Document]:
                 yield iter((entry[field],))
     except UnicodeDecodeError as error:
         raise FairyError(f"{file} is not UTF-8 text: {error.reason}; convert it") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise FairyError(f"{file} is not a whole gzip file: {error}; download it again") from error
 
 
-def _parquet(file: Path, field: str) -> Iterator[Document]:
+def _open_lines(file: Path) -> Any:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    return file.open(encoding="utf-8")
+
+
+def _pyarrow(file: Path) -> Any:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        import pyarrow
     except ModuleNotFoundError as error:
         raise FairyError(
             f"reading {file} needs pyarrow; install it with pip install 'fairy_compile[train]'"
         ) from error
+    return pyarrow
+
+
+def _arrow(file: Path, field: str) -> Iterator[str | None]:
+    """Yield a column of an Arrow stream, what the datasets library keeps in its cache."""
+    pyarrow = _pyarrow(file)
+    try:
+        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+            _check_column(str(file), field, stream.schema.names)
+            for batch in stream:
+                yield from batch.column(field).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise FairyError(f"{file} is not a readable Arrow stream: {error}") from error
+
+
+def _parquet(file: Path, field: str) -> Iterator[str | None]:
+    ArrowInvalid = _pyarrow(file).ArrowInvalid
+    from pyarrow import parquet
+
     try:
         table = parquet.ParquetFile(file)
     except (ArrowInvalid, OSError) as error:
         raise FairyError(f"{file} is not a readable parquet file: {error}") from error
     _check_column(str(file), field, table.schema_arrow.names)
     for batch in table.iter_batches(columns=[field]):
-        for text in batch.column(0).to_pylist():
-            if text:
-                yield iter((str(text),))
+        yield from batch.column(0).to_pylist()
 
 
-def _saved_dataset(directory: Path, field: str) -> Iterator[Document]:
+def _saved_dataset(directory: Path, field: str, split: str) -> Iterator[str | None]:
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -125,16 +175,15 @@ def _saved_dataset(directory: Path, field: str) -> Iterator[Document]:
         ) from error
     loaded = datasets.load_from_disk(str(directory))
     if isinstance(loaded, datasets.DatasetDict):
-        if "train" not in loaded:
+        if split not in loaded:
             raise FairyError(
-                f"the dataset {directory} has the splits {', '.join(loaded)}, none called 'train'; "
-                "give the directory of one of them"
+                f"the dataset {directory} has the splits {', '.join(loaded)}, none called "
+                f"{split!r}; give the directory of one of them"
             )
-        loaded = loaded["train"]
+        loaded = loaded[split]
     _check_column(str(directory), field, loaded.column_names)
     for entry in loaded.select_columns([field]):
-        if entry[field]:
-            yield iter((str(entry[field]),))
+        yield entry[field]
 
 
 def _check_column(what: str, field: str, names: list[str]) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
 
 from fairy_compile import FairyError
-from fairy_compile.train import text
-from fairy_compile.train.text import data_files, documents
+from fairy_compile import documents as module
+from fairy_compile.documents import data_files, documents
 
 
 def read(path, field="text"):
@@ -23,7 +24,7 @@ def test_text_files_of_a_directory_in_order(tmp_path):
 
 
 def test_a_long_file_comes_in_pieces_that_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_PIECE_BYTES", 10)
+    monkeypatch.setattr(module, "_PIECE_BYTES", 10)
     content = "".join(f"line {i}\r\n" for i in range(20)) + "end"
     (tmp_path / "long.txt").write_text(content, newline="")
     (document,) = documents(tmp_path / "long.txt")
@@ -42,6 +43,8 @@ def test_parquet_and_saved_datasets(tmp_path):
     datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "dict"))
     assert read(tmp_path / "dict", "body") == ["one", "two"]
     datasets.DatasetDict(test=dataset).save_to_disk(str(tmp_path / "test_only"))
+    rows = documents(tmp_path / "test_only", "body", split="test", keep_empty=True)
+    assert ["".join(row) for row in rows] == ["one", "", "two"]
     for path, words in (
         ("saved", "body, other"),
         ("d.parquet", "body, other"),
@@ -49,6 +52,30 @@ def test_parquet_and_saved_datasets(tmp_path):
     ):
         with pytest.raises(FairyError, match=words):
             read(tmp_path / path)
+
+
+def test_arrow_streams_as_the_datasets_cache_holds_them(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["one", None, "two"]})
+    with pyarrow.ipc.new_stream(tmp_path / "w-test.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert read(tmp_path) == ["one", "two"]
+
+
+def test_compressed_json_lines(tmp_path):
+    with gzip.open(tmp_path / "c4-validation.json.gz", "wt") as out:
+        out.write('{"text": "one"}\n{"text": "two"}\n')
+    assert read(tmp_path) == ["one", "two"]
+
+
+def test_what_describes_a_dataset_is_not_its_text(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "loader.py").write_text("pass")
+    assert read(tmp_path) == ["about", "pass"]
+    with gzip.open(tmp_path / "data.jsonl.gz", "wt") as out:
+        out.write('{"text": "data"}\n')
+    assert read(tmp_path) == ["data"]
 
 
 @pytest.mark.parametrize(
@@ -59,11 +86,14 @@ def test_parquet_and_saved_datasets(tmp_path):
         ("a.jsonl", json.dumps({"body": "x"}).encode(), "no text under 'text'; it has body"),
         ("a.jsonl", b"[1]", "it has no keys"),
         ("a.jsonl", b'{"text": 3}', "no text under"),
+        ("a.jsonl.gz", b"plain", "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], "not a whole gzip file"),
         ("a.parquet", b"PAR1", "not a readable parquet file"),
+        ("a.arrow", b"ARROW1", "not a readable Arrow stream"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, words):
-    if name.endswith("parquet"):
+    if name.endswith(("parquet", "arrow")):
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FairyError, match=words) as caught:
