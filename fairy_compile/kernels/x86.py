@@ -19,6 +19,10 @@ single stage pairs U with W instead, whose sums and differences are the entries 
 
     re += (RU + RW).a + (IW - IU).b,  im += (IU + IW).a + (RU - RW).b
 
+AVX2 takes three instructions for a dot product, so for T = 2 it combines more: in mode ``combined``
+the look-ups of U and W are integers of one unit for each axis, whose sums and differences are the
+entries above, again for half of the dot products.
+
 int16 activations are two int8 digits, 256 hi + lo, with a dot product for each.
 
 Batches of 9 rows and more decode the codes first, as `x86_panels` describes, with table modes of
@@ -175,7 +179,8 @@ class X86Codebook:
 
     Knobs:
         tables: ``joint`` (with tensor scales, and T >= 2 or both terms; elsewhere the same as
-            ``split``) or ``split``, for few tokens.
+            ``split``) or ``split``, for few tokens; with AVX2 also ``combined`` (with tensor
+            scales, T = 2 and both terms; elsewhere the same as ``joint``).
         panels: ``combined``, ``joint`` (with tensor scales and T >= 2) or ``split``, for many.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
         tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
@@ -185,9 +190,13 @@ class X86Codebook:
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
         self.name = f"x86.codebook.{isa.name}"
-        self.layout = PanelLayout(isa.rows, isa.joint_limit, isa.combined_limit)
+        # With a dot product instruction, two more of them cost as much as combining look-ups.
+        combined = ("combined",) if isa.dot is None else ()
+        self.layout = PanelLayout(
+            isa.rows, isa.joint_limit, isa.combined_limit, combined_tables=bool(combined)
+        )
         self.knobs: Mapping[str, Sequence[Any]] = {
-            "tables": ("joint", "split"),
+            "tables": (*combined, "joint", "split"),
             "panels": ("combined", "joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
             "tokens": (4, 2, 1),
@@ -218,6 +227,8 @@ class X86Codebook:
         """
         single = batch == "single"
         mode: TableMode = self._choose(knobs)["tables" if single else "panels"]
+        if single and mode == "combined" and not self.layout.has_combined_tables(spec):
+            mode = "joint"
         joint = self.layout.has_joint(spec) if single else has_joint(spec)
         return "split" if mode == "joint" and not joint else mode
 
@@ -229,7 +240,12 @@ class X86Codebook:
         demands = {}
         joint = self.layout.has_joint(spec)
         if joint and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
-            joint, demands["tables"] = False, "split"
+            joint = False
+        if self.layout.has_combined_tables(spec):
+            if combined_error(parts, self.isa.joint_limit) > combined_limit:
+                demands["tables"] = "joint" if joint else "split"
+        elif self.layout.has_joint(spec) and not joint:
+            demands["tables"] = "split"
         if combined_error(parts, self.isa.combined_limit) > combined_limit:
             demands["panels"] = "joint" if joint and has_joint(spec) else "split"
         return demands
@@ -265,7 +281,7 @@ class X86Codebook:
             layout=self.layout,
             spec=spec,
             batch=batch,
-            joint=self.table_mode(spec, "single", knobs) == "joint",
+            tables=self.table_mode(spec, "single", knobs),
             tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch == "many" else 1,
             prefetch=chosen["prefetch"],
             panels=panels,

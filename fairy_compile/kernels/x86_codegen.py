@@ -12,11 +12,13 @@ from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.x86_activations import Activations, Tokens, join_digits, span, store
 from fairy_compile.kernels.x86_layout import BLOCK, X86Layout
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
+from fairy_compile.kernels.x86_panel_layout import TableMode
 from fairy_compile.kernels.x86_tables import (
     SPLIT_OFFSET,
     Lookup,
     Unit,
     blocks_per_step,
+    combined_codebook,
     joint_offset,
     split_codebook,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from fairy_compile.kernels.x86_amx import TileMultiply
     from fairy_compile.kernels.x86_panel_dot import DotMultiply
 
+_SCALES = {"combined": "combined_table_scales", "joint": "joint_scales", "split": "scales"}
 _PREFETCH_L2 = 2  # LLVM's temporal locality: 3 is L1, 2 is L2
 
 
@@ -47,16 +50,20 @@ class CodebookFunction:
         layout: X86Layout,
         spec: PhaseSpec,
         batch: Batch,
-        joint: bool,
+        tables: TableMode,
         tokens: int,
         prefetch: int,
         panels: Callable[..., DotMultiply | TileMultiply] | None = None,
     ) -> None:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
-        self.joint, self.tokens, self.prefetch = joint, tokens, prefetch
+        self.tables, self.tokens, self.prefetch = tables, tokens, prefetch
         self.panels = panels
-        split = split_codebook(spec.terms, spec.stages)
-        self.book = layout.joint_codebook(spec) if joint else split
+        if tables == "combined":
+            self.book = combined_codebook()
+        elif tables == "joint":
+            self.book = layout.joint_codebook(spec)
+        else:
+            self.book = split_codebook(spec.terms, spec.stages)
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
 
@@ -73,7 +80,7 @@ class CodebookFunction:
                 for name, a in self.layout.arrays(spec).items()
             }
             self.y = T.arg("y", T.buffer((rows, spec.out_features), "float32"))
-            modes = ["joint" if self.joint else "split"]
+            modes: list[str] = [self.tables]
             if self.panels is None:
                 self._emit_codebook()
             else:
@@ -122,7 +129,7 @@ class CodebookFunction:
     def _load_table(self, tile: Expr, look: Lookup) -> Expr:
         """Return a table of 16 repeated over a vector; equal ones are merged by LLVM."""
         if self.book.units[look.unit].joint:
-            table = self.arrays["joint_tables"][tile, look.table, span(0, 16)]
+            table = self.arrays[f"{self.tables}_tables"][tile, look.table, span(0, 16)]
         else:
             table = self.arrays["tables"][look.table, span(0, 16)]
         width = self.isa.width
@@ -165,7 +172,8 @@ class CodebookFunction:
             ]
             for u in units
         }
-        used = [look for look in self.book.lookups if look.unit in units]
+        used = [entry for entry in self.book.entries if entry.unit in units]
+        lookups = sorted({i for entry in used for i in entry.lookups})
         flush_steps = self.flush // (BLOCK * self.step_blocks)
         with T.serial(0, flush_steps) as i:
             step = T.bind(flush * flush_steps + i)
@@ -176,21 +184,31 @@ class CodebookFunction:
                     self._activation_word(tokens, step * self.step_blocks + b, t, half, digit)
                     for digit in digits
                 ]
-                for b in sorted({look.block for look in used})
+                for b in sorted({entry.block for entry in used})
                 for t in range(tokens.count)
                 for half in sorted({p.half for unit in products.values() for p in unit})
             }
-            nibbles = sorted({look.nibble for look in used})
+            nibbles = sorted({self.book.lookups[k].nibble for k in lookups})
             indices = {n: self._index(tile, step, n) for n in nibbles}
-            for look in used:
-                args = (tables[look], indices[look.nibble])
-                entries = T.call_llvm_pure_intrin(f"int8x{self.isa.width}", self.isa.shuffle, *args)
-                entries = T.bind(entries)
-                for t, totals in enumerate(sums[look.unit]):
-                    met = [w for p in products[look.unit] for w in words[look.block, t, p.half]]
+            # A look-up of one entry stands right before its products, so that it needs a register
+            # for a short while only.
+            found: dict[int, Expr] = {}
+            for entry in used:
+                for k in entry.lookups:
+                    if k not in found:
+                        found[k] = self._look_up(self.book.lookups[k], tables, indices)
+                value, *more = (found[k] for k in entry.lookups)
+                for other in more:
+                    value = T.bind(value - other if entry.minus else value + other)
+                for t, totals in enumerate(sums[entry.unit]):
+                    met = [w for p in products[entry.unit] for w in words[entry.block, t, p.half]]
                     for total, word in zip(totals, met, strict=True):
-                        self._add_dot(self.book.units[look.unit], total, entries, word)
+                        self._add_dot(self.book.units[entry.unit], total, value, word)
         return sums
+
+    def _look_up(self, look: Lookup, tables: dict[Lookup, Expr], indices: dict[int, Expr]) -> Expr:
+        args = (tables[look], indices[look.nibble])
+        return T.bind(T.call_llvm_pure_intrin(f"int8x{self.isa.width}", self.isa.shuffle, *args))
 
     def _prefetch(self, tile: Expr, step: Expr) -> None:
         """Prefetch codes of this or a later row tile; past the end it does nothing.
@@ -276,7 +294,7 @@ class CodebookFunction:
         rows, unit = self.isa.rows, self.book.units[index]
         at, (lanes, dtype) = span(0, rows), self._sum_type(unit)
         table_offset = joint_offset(self.isa.joint_limit) if unit.joint else SPLIT_OFFSET
-        scales = self.arrays["joint_scales" if self.joint else "scales"]
+        scales = self.arrays[_SCALES[self.tables]]
         if self.spec.scale == "row":
             scale = scales[tile, 0, index, at]
         else:

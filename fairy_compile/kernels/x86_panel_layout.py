@@ -24,6 +24,7 @@ import numpy as np
 
 from fairy_compile.kernels.base import ArraySpec
 from fairy_compile.kernels.x86_layout import X86Layout
+from fairy_compile.kernels.x86_tables import combined_arrays
 from fairy_compile.op import PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
@@ -77,7 +78,7 @@ def combine_scales(
 
     Args:
         scales: float (vectors, k), not negative.
-        limit: `BYTE_LIMIT` or `WORD_LIMIT`.
+        limit: `BYTE_LIMIT` or less, or `WORD_LIMIT`.
 
     Returns:
         integers int8, or int16 for `WORD_LIMIT`, (vectors, k), units float32 (vectors,), errors
@@ -97,7 +98,7 @@ def combined_dtype(limit: int) -> str:
 
 def _combine(scales: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     count = scales.shape[1]
-    if limit == BYTE_LIMIT:
+    if limit <= BYTE_LIMIT:
         totals = np.arange(limit // 3, limit + _UNIT_STEP / 2, _UNIT_STEP)
     else:
         totals = np.linspace(limit * 0.9, limit, _UNITS)
@@ -140,16 +141,26 @@ def _by_axis(scales: np.ndarray) -> np.ndarray:
 
 
 class PanelLayout(X86Layout):
-    """`X86Layout` with two more arrays, of the shapes of ``scales`` but for the units' dimension:
+    """`X86Layout` with more arrays. Of the shapes of ``scales`` but for the units' dimension:
 
     - ``combined_weights`` int8, or int16 where ``combined_limit`` asks for it: an integer for each
       unit, i.e. (term, stage, axis);
     - ``combined_scales`` float32: the unit of each axis, 2.
+
+    And where `has_combined_tables`, those of `combined_arrays` with ``joint_limit``:
+
+    - ``combined_tables`` uint8 (tiles, 4, 16) and ``combined_table_scales`` float32 (tiles, 1, 4).
     """
 
-    def __init__(self, rows: int, joint_limit: int, combined_limit: int = BYTE_LIMIT) -> None:
+    def __init__(
+        self,
+        rows: int,
+        joint_limit: int,
+        combined_limit: int = BYTE_LIMIT,
+        combined_tables: bool = False,
+    ) -> None:
         super().__init__(rows, joint_limit, pair_terms=True)
-        self.combined_limit = combined_limit
+        self.combined_limit, self._combined_tables = combined_limit, combined_tables
         self.name += f"P{8 * np.dtype(combined_dtype(combined_limit)).itemsize}"
 
     def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:
@@ -158,7 +169,15 @@ class PanelLayout(X86Layout):
         shape = arrays["scales"].shape
         arrays["combined_weights"] = ArraySpec(shape, combined_dtype(self.combined_limit))
         arrays["combined_scales"] = ArraySpec((*shape[:2], 2, *shape[3:]), "float32")
+        if self.has_combined_tables(spec):
+            arrays["combined_tables"] = ArraySpec((shape[0], 4, 16), "uint8")
+            arrays["combined_table_scales"] = ArraySpec((shape[0], 1, 4), "float32")
         return arrays
+
+    def has_combined_tables(self, spec: PhaseSpec) -> bool:
+        """Tell whether there are combined tables: with tensor scales, U and W, and two stages."""
+        two = spec.stages == 2 and len(spec.terms) == 2
+        return self._combined_tables and two and spec.scale == "tensor"
 
     def pack(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> dict[str, np.ndarray]:
         """See `Layout.pack`."""
@@ -173,4 +192,17 @@ class PanelLayout(X86Layout):
         weights = np.moveaxis(weights.reshape(vectors.shape), -1, 2)
         packed["combined_weights"] = np.ascontiguousarray(weights.reshape(scales.shape))
         packed["combined_scales"] = axis_units.reshape(vectors.shape[:-1])
+        if self.has_combined_tables(spec):
+            self._pack_combined_tables(packed, vectors[:, 0])
         return packed
+
+    def _pack_combined_tables(self, packed: dict[str, np.ndarray], vectors: np.ndarray) -> None:
+        """Fill the tables from the scales of (tile, axis, (term, stage))."""
+        unique, inverse = np.unique(vectors, axis=0, return_inverse=True)
+        for i, scales in enumerate(unique):
+            weights, units, _ = combine_scales(scales, self.joint_limit)
+            by_term = weights.reshape(2, 2, 2).transpose(1, 2, 0)  # term, stage, axis
+            tables, table_scales = combined_arrays(by_term, units, self.joint_limit)
+            tiles = inverse.reshape(-1) == i
+            packed["combined_tables"][tiles] = tables
+            packed["combined_table_scales"][tiles, 0] = table_scales

@@ -104,12 +104,12 @@ def _term_unit(term: Term, axis: int, joint: bool) -> Unit:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One table look-up of a step, whose result is multiplied into one unit's sums.
+    """One table look-up of a step.
 
     Attributes:
         nibble: index into `nibbles`.
         block: column block of the step whose activations it meets.
-        table: index into the packed ``tables``, or ``joint_tables`` where its unit is joint.
+        table: index into the packed ``tables``, or those of the codebook where its unit is joint.
         unit: index of the unit it adds to.
     """
 
@@ -120,11 +120,33 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What is multiplied into one unit's sums: a look-up, or the sum or difference of two.
+
+    Attributes:
+        unit: index of the unit.
+        block: column block of the step whose activations it meets.
+        lookups: indices of one or two look-ups.
+        minus: the second one is subtracted.
+    """
+
+    unit: int
+    block: int
+    lookups: tuple[int, ...]
+    minus: bool = False
+
+
+@dataclass(frozen=True)
 class Codebook:
-    """How a step becomes sums: the units, and the look-ups that feed them."""
+    """How a step becomes sums: the units, and the entries made of look-ups that feed them.
+
+    ``tables`` names the packed arrays that look-ups of joint units and the units' scales are in.
+    """
 
     units: tuple[Unit, ...]
     lookups: tuple[Lookup, ...]
+    entries: tuple[Entry, ...]
+    tables: Literal["joint", "combined", "split"]
 
 
 @cache
@@ -139,7 +161,11 @@ def split_codebook(terms: tuple[Term, ...], stages: int) -> Codebook:
         for slot, code in enumerate(pair)
         for axis in (0, 1)
     )
-    return Codebook(tuple(units), lookups)
+    return Codebook(tuple(units), lookups, _alone(lookups), "split")
+
+
+def _alone(lookups: Sequence[Lookup]) -> tuple[Entry, ...]:
+    return tuple(Entry(look.unit, look.block, (i,)) for i, look in enumerate(lookups))
 
 
 @cache
@@ -162,7 +188,7 @@ def joint_codebook(terms: tuple[Term, ...], stages: int) -> Codebook:
             for slot, code in enumerate((low, high)):
                 unit = joint_units + 2 * code.term + axis
                 lookups.append(Lookup(i, code.block, 2 * slot + axis, unit))
-    return Codebook(tuple(units), tuple(lookups))
+    return Codebook(tuple(units), tuple(lookups), _alone(lookups), "joint")
 
 
 @cache
@@ -180,7 +206,35 @@ def pair_codebook() -> Codebook:
         for i, (low, _) in enumerate(nibbles(2, 1))
         for unit in range(len(units))
     )
-    return Codebook(units, lookups)
+    return Codebook(units, lookups, _alone(lookups), "joint")
+
+
+@cache
+def combined_codebook() -> Codebook:
+    """Return the codebook of combined tables, for U and W of two stages.
+
+    The nibbles of U and W each look up both axes, and their sums and differences are entries of the
+    real 2 x 2 block, which meet one half of x each: half of the dot products of `joint_codebook`,
+    for scales of an axis that share a unit. U's tables have the offset that makes entries unsigned,
+    so the upper right one, Im W - Im U, is had as Im U - Im W and subtracted.
+    """
+    units = tuple(
+        Unit("UW", axis, True, (product,))
+        for axis, product in (
+            (0, Product(0, 0)),
+            (0, Product(1, 1)),
+            (1, Product(0, 1)),
+            (1, Product(1, 0, negative=True)),
+        )
+    )
+    # Nibbles are (u1 u2), (w1 w2); tables those of `combined_arrays`: Re U, Im U, Re W, Im W.
+    lookups = tuple(
+        Lookup(term, 0, 2 * term + axis, 2 * axis) for term in (0, 1) for axis in (0, 1)
+    )
+    entries = tuple(
+        Entry(unit, 0, (unit // 2, 2 + unit // 2), minus=bool(unit % 2)) for unit in range(4)
+    )
+    return Codebook(units, lookups, entries, "combined")
 
 
 def split_tables() -> np.ndarray:
@@ -270,6 +324,30 @@ def pair_arrays(part: PhaseTensor, limit: int) -> tuple[np.ndarray, np.ndarray]:
         tables += [u + w, u - w if values is _RE else w - u]
         scales += [(p * u_scale + q * w_scale) / (p * p + q * q)] * 2
     return (np.stack(tables) + joint_offset(limit)).astype(np.uint8), np.array(scales, np.float32)
+
+
+def combined_arrays(
+    weights: np.ndarray, units: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tables and scales of `combined_codebook`.
+
+    Args:
+        weights: int (2 terms, 2 stages, 2 axes), the integers that codes stand for; those of an
+            axis add up to ``limit`` at most.
+        units: float (2 axes), what they are multiples of.
+        limit: see `joint_offset`.
+
+    Returns:
+        uint8 (4, 16), Re U, Im U, Re W, Im W for the nibble of two stages' codes, those of U plus
+        offset and those of W in two's complement; float32 (4,), the scales of the units.
+    """
+    index, tables = np.arange(16), []
+    for term in (0, 1):
+        for values, (p, q) in zip((_RE, _IM), weights[term].T.tolist(), strict=True):
+            table = p * values[index & 3].astype(np.int16) + q * values[index >> 2]
+            tables.append(table + (0 if term else joint_offset(limit)))
+    scales = np.repeat(np.asarray(units, np.float32), 2)
+    return np.stack(tables).astype(np.int16).astype(np.uint8), scales
 
 
 def joint_arrays(part: PhaseTensor, limit: int) -> tuple[np.ndarray, np.ndarray]:

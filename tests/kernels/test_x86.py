@@ -23,6 +23,7 @@ from tests.kernels.x86_cases import (
     run,
 )
 
+KERNEL_AVX2 = X86Codebook(AVX2)
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
 
 
@@ -38,8 +39,33 @@ def test_single_matches_reference(kernel, stages, scale):
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_joint_tables_stay_within_the_ratio_bound(kernel, stages):
     spec = make_spec(stages=stages)
-    assert kernel.table_mode(spec, "single", {}) == "joint"
-    check(kernel, spec, make_parts(spec), make_x(spec), "single")
+    assert kernel.table_mode(spec, "single", {"tables": "joint"}) == "joint"
+    check(kernel, spec, make_parts(spec), make_x(spec), "single", tables="joint")
+
+
+def test_combined_tables():
+    """AVX2 alone has them; with int16 activations, too, where weights are near enough."""
+    for act in ("int8", "int16"):
+        spec = make_spec(act=act)
+        assert KERNEL_AVX2.table_mode(spec, "single", {}) == "combined"
+        for batch in (1, 2, 5, 8):
+            x = make_x(spec, batch)
+            check(KERNEL_AVX2, spec, make_parts(spec), x, "single" if batch == 1 else "many")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_combined_sums_do_not_overflow(code):
+    spec = make_spec()
+    parts = make_parts(spec, code=code)
+    for signs in ((1, 1), (1, -1), (-1, 1)):
+        x = np.repeat(np.array([signs], np.float32), spec.m, axis=1)
+        check(KERNEL_AVX2, spec, parts, x, "single", tables="combined")
+
+
+def test_combined_tables_need_two_stages_of_both_terms():
+    for spec in (make_spec(stages=3), make_spec(terms=ONLY_W), make_spec(scale="row")):
+        assert KERNEL_AVX2.table_mode(spec, "single", {}) != "combined"
+    assert X86Codebook(AVX512_VBMI).table_mode(make_spec(), "single", {}) == "joint"
 
 
 @each_isa
@@ -180,7 +206,8 @@ def test_unknown_knob_is_refused():
 
 
 def test_function_is_marked_as_scheduled():
-    function = HERE[0].build(make_spec(), make_target(HERE[0]), "single", {})
+    knobs = {"tables": "joint"}
+    function = HERE[0].build(make_spec(), make_target(HERE[0]), "single", knobs)
     assert function.attrs["tirx.is_scheduled"]
     assert function.attrs["tirx.noalias"]
     name = f"phase_gemm_{HERE[0].isa.name}_n70_9_m200_t2_uw_tensor_joint_int8_single"

@@ -107,11 +107,14 @@ def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
 
 
 def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
-    """Compare with the reference: where panels are decoded, that of the weights they hold."""
+    """Compare with the reference, where panels or combined tables do, of the weights they hold."""
     got = run(kernel, spec, parts, x, batch, **knobs)
     panels = batch == "many" and len(x) >= MIN_TOKENS
     mode = kernel.table_mode(spec, "many" if panels else "single", knobs)
-    stored = as_stored(kernel.isa, parts, mode) if panels else parts
+    stored = parts
+    if panels or mode == "combined":
+        limit = kernel.isa.combined_limit if panels else kernel.isa.joint_limit
+        stored = as_stored(kernel.isa, parts, mode, limit)
     want = phase_gemm_reference(x, stored, spec.act)
     joint = mode == "joint" and not panels
     worst = np.max(np.abs(got - want) - tolerance(kernel, spec, stored, x, joint))
@@ -129,19 +132,22 @@ def check_extremes(kernel, code: int) -> None:
                 check(kernel, spec, parts, value, panels=panels, tokens=1)
 
 
-def as_stored(isa: Isa, parts: list[PhaseTensor], mode: str) -> list[PhaseTensor]:
-    """Return the layers with the scales that panels of a table mode round theirs to."""
+def as_stored(
+    isa: Isa, parts: list[PhaseTensor], mode: str, limit: int | None = None
+) -> list[PhaseTensor]:
+    """Return the layers with the scales that a table mode rounds theirs to; limit: of combined."""
+    limit = limit or isa.combined_limit
     return [
-        PhaseTensor.from_codes(p.unpack(), _rounded(isa, p.scales, mode), p.terms, p.scale)
+        PhaseTensor.from_codes(p.unpack(), _rounded(isa, p.scales, mode, limit), p.terms, p.scale)
         for p in parts
     ]
 
 
-def _rounded(isa: Isa, scales: np.ndarray, mode: str) -> np.ndarray:
+def _rounded(isa: Isa, scales: np.ndarray, mode: str, limit: int) -> np.ndarray:
     if mode == "combined":
         vectors = np.moveaxis(scales.reshape(-1, *scales.shape[2:]), 0, -1)
         flat = vectors.reshape(-1, vectors.shape[-1])
-        weights, units, _ = combine_scales(flat, isa.combined_limit)
+        weights, units, _ = combine_scales(flat, limit)
         near = (weights * units[:, None]).reshape(vectors.shape)
         return np.moveaxis(near, -1, 0).reshape(scales.shape)
     near = scales.copy()
