@@ -26,8 +26,9 @@ import tvm
 import typer
 
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS, ArmCodebook
-from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
-from fairy_compile.kernels.x86_tables import blocks_per_step, split_codebook
+from fairy_compile.kernels.arm_codegen import codebook
+from fairy_compile.kernels.arm_layout import BLOCK, ROWS
+from fairy_compile.kernels.x86_tables import blocks_per_step
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 from fairy_compile.targets import Target
 
@@ -200,8 +201,7 @@ def estimates(kernel: ArmCodebook, stages: int, tables: str) -> Iterator[Estimat
     opcode = MULTIPLY[kernel.isa.name]
     text = assembly(kernel, spec, tables=tables)
     loops, around = inner_loops(text, opcode), around_inner_loops(text, opcode)
-    joint = kernel.uses_joint(spec, {"tables": tables})
-    book = ARM_LAYOUT.joint_codebook(spec) if joint else split_codebook(spec.terms, stages)
+    book = codebook(spec, kernel.table_mode(spec, {"tables": tables}), kernel.isa.terms)
     # Two rows a look-up; each instruction takes 1, 2 or 4 of them to make two products.
     products = sum(len(book.units[look.unit].products) for look in book.lookups)
     expected = products * ROWS // 2 * kernel.isa.sums_per_quad // 4
@@ -281,8 +281,9 @@ def main(
     modes = [
         (kernel, stages, tables)
         for kernel in CODEBOOK_KERNELS
-        for stages, tables in ((1, "joint"), (1, "split"), (2, "joint"), (2, "split"))
-        if tables == "split" or kernel.uses_joint(_spec(stages), {"tables": tables})
+        for stages in (1, 2)
+        for tables in ("combined", "joint", "split")
+        if kernel.table_mode(_spec(stages), {"tables": tables}) == tables
     ]
     ours = [estimate for mode in modes for estimate in estimates(*mode)]
     loops = list(ggml_loops(ggml)) if ggml is not None else []
