@@ -14,11 +14,7 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels.arm_activations import Activations, Form
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
 from fairy_compile.kernels.arm_sums import QUAD, IntegerSums, halves, neon, vectors
-from fairy_compile.kernels.arm_tables import (
-    CombinedCodebook,
-    combined_codebook,
-    has_signs,
-)
+from fairy_compile.kernels.arm_tables import CombinedCodebook, combined_codebook, has_signs
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.x86_activations import Tokens, span, store
 from fairy_compile.kernels.x86_tables import (
@@ -60,7 +56,7 @@ class CodebookFunction:
     ) -> None:
         self.isa, self.spec, self.batch = isa, spec, batch
         self.mode, self.tokens = mode, tokens
-        self.sums = IntegerSums(isa)
+        self.sums = IntegerSums(isa, floats=mode == "combined" and isa.name == "i8mm")
         self.book = codebook(spec, mode, isa.terms)
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
@@ -83,8 +79,8 @@ class CodebookFunction:
                 self.activations.quantize_row(x)
             else:
                 self.activations.quantize_rows(x, self.tokens)
-            self.flush_steps = T.alloc_buffer((1,), "int32")
-            store(self.flush_steps, 0, T.int32(self.flush // (BLOCK * self.step_blocks)))
+            self.flush_steps = T.alloc_buffer((1,), "int64")
+            store(self.flush_steps, 0, T.int64(self.flush // (BLOCK * self.step_blocks)))
             self._multiply()
         return ir.get()
 
@@ -135,7 +131,7 @@ class CodebookFunction:
         else:
             out = {at: vectors(2, QUAD, "float32") for at in every_quad}
         flushes = self.activations.groups * ACT_GROUP // self.flush
-        with T.serial(0, flushes) as flush:
+        with T.serial(0, T.int64(flushes)) as flush:
             for walk in self._passes(tokens.count):
                 sums = self._sum(tile, walk, tables, tokens, flush)
                 for (unit, quad), by_token in sums.items():
@@ -159,7 +155,8 @@ class CodebookFunction:
         # Units of one product have half the sums, but as many look-ups in flight.
         fit = max(1, self.isa.sums // (self.isa.sums_per_quad * tokens))
         some_units = min(fit, units)
-        some_quads = max(1, min(fit // some_units, quads))
+        # Of combined units, one: the float totals of both quads want registers, too.
+        some_quads = 1 if self.mode == "combined" else max(1, min(fit // some_units, quads))
         return [
             Pass(range(u, min(u + some_units, units)), range(q, q + some_quads))
             for q in range(0, quads, some_quads)
@@ -171,13 +168,14 @@ class CodebookFunction:
     ) -> dict[tuple[int, int], list[list[Buffer]]]:
         """Return (unit, quad) -> [token] -> integer sums over the columns of a flush."""
         sums = {
-            (unit, quad): [self.sums.zeros(self.book.units[unit]) for _ in range(tokens.count)]
+            (unit, quad): [self.sums.start(self.book.units[unit]) for _ in range(tokens.count)]
             for unit, quad in itertools.product(walk.units, walk.quads)
         }
         used = [look for look in self.book.lookups if look.unit in walk.units]
         # Out of memory, where LLVM cannot see that it is 16 or less: it would unroll the loop whole
-        # and then run out of registers, which cost a quarter to a half of the speed.
-        flush_steps = T.bind(self.flush_steps[0])
+        # and then run out of registers, which cost a quarter to a half of the speed. It may see
+        # that the loop is never empty, though, and needs no code for that case.
+        flush_steps = T.bind(T.max(self.flush_steps[0], T.int64(1)))
         with T.serial(0, flush_steps) as i:
             step = T.bind(flush * flush_steps + i)
             operands = {
@@ -216,8 +214,7 @@ class CodebookFunction:
         if has_signs(self.spec) and self.mode != "combined":
             # The signs of a term, see `sign_bytes`: the low two bits with the high two, for U.
             if nibble == 0:
-                args = (codes, shifted(6), T.int32(2))
-                index = neon("uint8x16", "vsli.v16i8", *args)
+                index = neon("uint8x16", "vsli.v16i8", codes, shifted(6), T.int32(2))
             else:
                 index = masked(shifted(2), 15)
         else:

@@ -29,19 +29,25 @@ if TYPE_CHECKING:
 
     from fairy_compile.kernels.arm import Isa
 
+# Floats of this size are 1 apart, so that adding an integer below 2^22 to the bits adds it to the
+# float. Sums that start from its bits become floats by a subtraction, which any vector pipe can do;
+# conversions take some cores four times as long. Two entries of 127 times 127, 128 times, fit.
+_ONES = 1.5 * 2**23
+_ONES_BITS = 0x4B400000
+
 QUAD = 4  # rows of a float32 vector of outputs: two registers of codes, of two rows each
 
 
 class IntegerSums:
     """Emits the sums of one instruction set."""
 
-    def __init__(self, isa: Isa) -> None:
-        self.isa = isa
+    def __init__(self, isa: Isa, floats: bool) -> None:
+        self.isa, self.floats = isa, floats
 
-    def zeros(self, unit: Unit) -> list[Buffer]:
+    def start(self, unit: Unit) -> list[Buffer]:
         """Return the accumulators of a quad, for one unit and token."""
         count = self.isa.sums_per_quad * len(unit.products) // 2
-        return vectors(count, *self._sum_type(unit))
+        return vectors(count, *self._sum_type(unit), _ONES_BITS if self.floats else 0)
 
     def operand(
         self, activations: Activations, tokens: Tokens, block: Expr, token: int
@@ -86,6 +92,9 @@ class IntegerSums:
         """Return `by_row`; with i8mm [row: re, im | row: re, im], one for each pair of rows."""
         lanes, dtype = self._sum_type(unit)
         values = [total[span(0, lanes)] for total in sums]
+        if self.floats:
+            ones = T.broadcast(T.float32(_ONES), QUAD)
+            return [T.reinterpret("float32x4", value) - ones for value in values]
         if self.isa.name == "i8mm":
             return values
         if dtype == "int16":
@@ -124,9 +133,9 @@ def halves(values: list[Expr]) -> list[Expr]:
     return [T.Shuffle(values, [half, half + 2, half + 4, half + 6]) for half in (0, 1)]
 
 
-def vectors(count: int, lanes: int, dtype: str) -> list[Buffer]:
-    """Return ``count`` vectors of zeros."""
+def vectors(count: int, lanes: int, dtype: str, value: int = 0) -> list[Buffer]:
+    """Return ``count`` vectors, all lanes of which are ``value``."""
     made = [T.alloc_buffer((lanes,), dtype) for _ in range(count)]
     for vector in made:
-        store(vector, span(0, lanes), T.broadcast(getattr(T, dtype)(0), lanes))
+        store(vector, span(0, lanes), T.broadcast(getattr(T, dtype)(value), lanes))
     return made
