@@ -11,21 +11,22 @@ R, I a term's real and imaginary tables and a, b = Re x, Im x:
     U x:       re += R.a - I.b,  im += R.b + I.a
     W conj x:  re += R.a + I.b,  im += I.a - R.b
 
-Two table modes share the packed bytes: ``split`` and ``joint``, as described in `x86`. All
-instruction sets share the packed bytes, too. Joint tables of U and W (T = 1) meet one half of x
-each, which halves the dot products of sdot; where nothing is saved, tables stay split and exact.
+Three table modes share the packed bytes: ``split`` and ``joint``, as described in `x86`, and
+``combined``, with half the multiplies of joint tables for T = 2, or of split ones for T = 1, see
+`arm_tables`. All instruction sets share the packed bytes, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fairy_compile.errors import FairyError
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT
+from fairy_compile.kernels.arm_tables import APART, TOGETHER, combined_error, has_combined
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86 import MAX_JOINT_ERROR
+from fairy_compile.kernels.x86 import MAX_COMBINED_ERROR, MAX_JOINT_ERROR
 from fairy_compile.kernels.x86_layout import has_joint
 from fairy_compile.kernels.x86_tables import joint_ratio_error
 from fairy_compile.op import PhaseSpec
@@ -51,29 +52,34 @@ class Isa:
             smull one for each half and row.
         sums: accumulators to keep in registers at a time. Of 32, the others hold tables, outputs
             and look-ups in flight; smmla's wide sums leave it with more of the latter.
-        pairs: it gains by joint tables of U and W. smmla multiplies with both halves of x whether
-            they are wanted or not, and smull's products of joint entries need to be widened one by
-            one, so that neither would do with fewer instructions.
+        terms: the set of combined tables it reads. smmla multiplies with both halves of x whether
+            they are wanted or not, and so looks up U and W apart.
+        one_stage: it gains by combined tables of one stage. smull's products of their entries need
+            to be widened one by one, those of split tables do not.
     """
 
     name: str
     features: tuple[str, ...]
     sums_per_quad: int
     sums: int
-    pairs: bool = False
+    terms: int = TOGETHER
+    one_stage: bool = True
 
 
-I8MM = Isa("i8mm", ("neon", "i8mm"), sums_per_quad=2, sums=8)
-DOTPROD = Isa("dotprod", ("neon", "dotprod"), sums_per_quad=4, sums=16, pairs=True)
-NEON = Isa("neon", ("neon",), sums_per_quad=8, sums=16)
+I8MM = Isa("i8mm", ("neon", "i8mm"), sums_per_quad=2, sums=8, terms=APART)
+DOTPROD = Isa("dotprod", ("neon", "dotprod"), sums_per_quad=4, sums=16)
+NEON = Isa("neon", ("neon",), sums_per_quad=8, sums=16, one_stage=False)
+
+TableMode = Literal["combined", "joint", "split"]
 
 
 class ArmCodebook:
     """Codebook kernel for one instruction set; implements `PhaseKernel`.
 
     Knobs:
-        tables: ``joint`` (where the spec has tensor scales and T >= 2, or both terms and the
-            instruction set gains by `Isa.pairs`; elsewhere the same as ``split``) or ``split``.
+        tables: ``combined`` (where `has_combined` and the instruction set gains; elsewhere the same
+            as ``joint``), ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the
+            same as ``split``) or ``split``.
         tokens: rows of x that share a look-up in batch ``many``, as many as registers allow.
     """
 
@@ -83,7 +89,10 @@ class ArmCodebook:
         self.isa = isa
         self.name = f"arm.codebook.{isa.name}"
         tokens = tuple(t for t in (4, 2, 1) if t * isa.sums_per_quad <= isa.sums)
-        self.knobs: Mapping[str, Sequence[Any]] = {"tables": ("joint", "split"), "tokens": tokens}
+        self.knobs: Mapping[str, Sequence[Any]] = {
+            "tables": ("combined", "joint", "split"),
+            "tokens": tokens,
+        }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
         """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
@@ -99,16 +108,25 @@ class ArmCodebook:
             return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
         return None
 
-    def uses_joint(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> bool:
-        """Tell whether `build` with these knobs reads the joint tables."""
-        return self._choose(knobs)["tables"] == "joint" and self._has_joint(spec)
+    def table_mode(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> TableMode:
+        """Return the tables that `build` with these knobs reads."""
+        mode: TableMode = self._choose(knobs)["tables"]
+        if mode == "combined" and not self._has_combined(spec):
+            mode = "joint"
+        return "split" if mode == "joint" and not has_joint(spec) else mode
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
-        """Return ``tables: split`` where joint tables would miss a ratio of scales by too much."""
-        if not self._has_joint(spec):
-            return {}
-        error = joint_ratio_error(parts, self.layout.joint_limit)
-        return {"tables": "split"} if error > MAX_JOINT_ERROR else {}
+        """Return the fastest ``tables`` that are accurate enough, if not the default."""
+        if self._has_combined(spec):
+            # With one stage, combined tables are as good as joint ones of two.
+            limit = MAX_JOINT_ERROR if spec.stages == 1 else MAX_COMBINED_ERROR
+            if combined_error(parts, self.isa.terms) <= limit:
+                return {}
+        if not has_joint(spec):
+            return {"tables": "split"} if self._has_combined(spec) else {}
+        if joint_ratio_error(parts, self.layout.joint_limit) > MAX_JOINT_ERROR:
+            return {"tables": "split"}
+        return {"tables": "joint"} if self._has_combined(spec) else {}
 
     def build(
         self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
@@ -128,12 +146,12 @@ class ArmCodebook:
             isa=self.isa,
             spec=spec,
             batch=batch,
-            joint=self.uses_joint(spec, knobs),
+            mode=self.table_mode(spec, knobs),
             tokens=chosen["tokens"] if batch == "many" else 1,
         ).emit()
 
-    def _has_joint(self, spec: PhaseSpec) -> bool:
-        return self.layout.has_joint(spec) if self.isa.pairs else has_joint(spec)
+    def _has_combined(self, spec: PhaseSpec) -> bool:
+        return has_combined(spec) and (spec.stages > 1 or self.isa.one_stage)
 
     def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         for knob, value in knobs.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tvm.tirx.script import builder as T
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer
 
+Form = Literal["halves", "conjugate", "twice"]
+"""What a word of activations is stored with, see `Activations`."""
+
 _LANES = 16  # floats handled at a time; LLVM splits them into vectors of four
 
 
@@ -24,34 +27,53 @@ class Activations:
     - ``scale`` float32, the scale of a group of 128 columns.
 
     The scratch of a block of tokens begins where that of the rows before it ends, and interleaves
-    the block's tokens and the halves of x: [item][token][re, im]. The sixteen bytes of a column
-    block and token are what smmla multiplies with.
+    the block's tokens and the halves of x: [item][token][re, im]. Of ``q``, these are the sixteen
+    bytes of a column block and token that smmla multiplies with. Its other forms are
+
+    - ``conjugate``: [item][token][re, im, re, -im];
+    - ``twice``: [item][token][re, re, im, im], two vectors that meet two rows each. A plain load
+      is cheaper than one that repeats what it loads, which takes a vector pipe, too.
     """
 
-    def __init__(self, spec: PhaseSpec, rows: Expr | int) -> None:
-        self.m, self.rows = spec.m, rows
+    def __init__(self, spec: PhaseSpec, rows: Expr | int, form: Form = "halves") -> None:
+        self.m, self.rows, self.form = spec.m, rows, form
+        self._words = 2 if form == "halves" else 4  # of q, for a column block and token
         self.groups = -(-spec.m // ACT_GROUP)
         self._blocks = self.groups * ACT_GROUP // BLOCK
-        self._q = T.alloc_buffer((2 * rows * self._blocks,), "int64")
+        self._q = T.alloc_buffer((self._words * rows * self._blocks,), "int64")
         self._scale = T.alloc_buffer((2 * rows * self.groups,), "float32")
 
     def half(self, tokens: Tokens, block: Expr, lane: int, half: int) -> Expr:
         """Return int8x8: the activations of a column block; half 0 is re and 1 im."""
-        return T.reinterpret("int8x8", self._q[_slot(tokens, self._blocks, block, lane, half)])
+        return T.reinterpret("int8x8", self._q[self._word(tokens, block, lane) + half])
 
     def half_twice(self, tokens: Tokens, block: Expr, lane: int, half: int) -> Expr:
         """Return int8x16: the activations of a column block, for two rows."""
-        word = self._q[_slot(tokens, self._blocks, block, lane, half)]
-        return T.reinterpret("int8x16", T.broadcast(word, 2))
-
-    def both_halves(self, tokens: Tokens, block: Expr, lane: int) -> Expr:
-        """Return int8x16: the activations of a column block, re then im."""
-        words = self._q[span(_slot(tokens, self._blocks, block, lane, 0), 2)]
+        first = self._word(tokens, block, lane)
+        if self.form == "twice":
+            words = self._q[span(first + 2 * half, 2)]
+        else:
+            words = T.broadcast(self._q[first + half], 2)
         return T.reinterpret("int8x16", words)
+
+    def both_halves(self, tokens: Tokens, block: Expr, lane: int, conjugate: bool) -> Expr:
+        """Return int8x16: the activations of a column block, re then im or -im."""
+        first = self._word(tokens, block, lane) + (2 if conjugate else 0)
+        return T.reinterpret("int8x16", self._q[span(first, 2)])
 
     def scale(self, tokens: Tokens, group: Expr, lane: int, half: int) -> Expr:
         """Return the scale of a group."""
-        return self._scale[_slot(tokens, self.groups, group, lane, half)]
+        return self._scale[_slot(tokens, self.groups, group, lane) * 2 + half]
+
+    def both_scales(self, tokens: Tokens, group: Expr, lane: int) -> Expr:
+        """Return float32x4: the scales of the halves of a group, twice."""
+        first = _slot(tokens, self.groups, group, lane) * 2
+        pair = T.reinterpret("int64", self._scale[span(first, 2)])
+        return T.reinterpret("float32x4", T.broadcast(pair, 2))
+
+    def _word(self, tokens: Tokens, block: Expr, lane: Expr | int) -> Expr:
+        """Return the index of the first word of a column block and token."""
+        return _slot(tokens, self._blocks, block, lane) * self._words
 
     def quantize_row(self, x: Buffer) -> None:
         """Quantise the only row of x."""
@@ -74,18 +96,23 @@ class Activations:
             self._copy_group(values, x, row, half, group)
             vectors = [values[span(i * _LANES, _LANES)] for i in range(ACT_GROUP // _LANES)]
             peak = T.bind(_peak(vectors))
-            at = _slot(tokens, self.groups, group, lane, half)
+            at = _slot(tokens, self.groups, group, lane) * 2 + half
             store(self._scale, at, peak * T.float32(1 / 127))
             inverse = T.if_then_else(peak > T.float32(0), T.float32(127) / peak, T.float32(0))
             inverse = T.broadcast(T.bind(inverse), _LANES)
             for i, vector in enumerate(vectors):
                 # nearbyint rounds ties to even, as rint does.
                 q = T.cast(T.nearbyint(vector * inverse), f"int32x{_LANES}")
-                packed = T.reinterpret(f"int64x{per_vector}", T.cast(q, f"int8x{_LANES}"))
-                store(words, span(i * per_vector, per_vector), packed)
+                store(words, span(i * per_vector, per_vector), _pack_bytes(q))
             with T.serial(0, group_blocks) as i:
-                block = group * group_blocks + i
-                store(self._q, _slot(tokens, self._blocks, block, lane, half), words[i])
+                first = self._word(tokens, group * group_blocks + i, lane)
+                if self.form == "twice":
+                    store(self._q, span(first + 2 * half, 2), T.broadcast(words[i], 2))
+                else:
+                    store(self._q, first + half, words[i])
+                if self.form == "conjugate":
+                    last = T.if_then_else(half == 0, words[i], _negate(words[i]))
+                    store(self._q, first + 2 + half, last)
 
     def _copy_group(self, values: Buffer, x: Buffer, row: Expr, half: Expr, group: Expr) -> None:
         """Copy a group of half a row of x, with zeros past the end of the half."""
@@ -117,6 +144,17 @@ def _peak(vectors: list[Expr]) -> Expr:
     return T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", T.bind(largest))
 
 
-def _slot(tokens: Tokens, per_token: int, item: Expr, lane: Expr | int, half: Expr | int) -> Expr:
-    """Return the scratch index of an item of the token ``lane`` of a block."""
-    return (tokens.first * per_token + item * tokens.count + lane) * 2 + half
+def _pack_bytes(q: Expr) -> Expr:
+    """Return the bytes of int32 lanes, eight in a word."""
+    return T.reinterpret(f"int64x{_LANES // BLOCK}", T.cast(q, f"int8x{_LANES}"))
+
+
+def _negate(word: Expr) -> Expr:
+    """Return a word of eight int8, none of them -128, negated."""
+    zeros = T.broadcast(T.int8(0), BLOCK)
+    return T.reinterpret("int64", zeros - T.reinterpret(f"int8x{BLOCK}", word))
+
+
+def _slot(tokens: Tokens, per_token: int, item: Expr, lane: Expr | int) -> Expr:
+    """Return the place of an item of the token ``lane`` of a block."""
+    return tokens.first * per_token + item * tokens.count + lane

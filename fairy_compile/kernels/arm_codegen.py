@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.arm_activations import Activations
+from fairy_compile.kernels.arm_activations import Activations, Form
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
+from fairy_compile.kernels.arm_sums import QUAD, IntegerSums, halves, neon, vectors
+from fairy_compile.kernels.arm_tables import CombinedCodebook, combined_codebook, has_signs
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.x86_activations import Tokens, span, store
 from fairy_compile.kernels.x86_tables import (
+    Codebook,
     Lookup,
-    Unit,
     blocks_per_step,
+    joint_codebook,
     split_codebook,
 )
 from fairy_compile.op import ACT_GROUP, PhaseSpec
@@ -26,9 +31,8 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer, PrimFunc
 
-    from fairy_compile.kernels.arm import Isa
+    from fairy_compile.kernels.arm import Isa, TableMode
 
-_QUAD = 4  # rows of a float32 vector of outputs: two registers of codes, of two rows each
 _REGISTER = 16  # bytes
 
 
@@ -47,11 +51,13 @@ class CodebookFunction:
     float32 outputs: 64 for tile64 scales, else 128, the group of the activations.
     """
 
-    def __init__(self, isa: Isa, spec: PhaseSpec, batch: Batch, joint: bool, tokens: int) -> None:
+    def __init__(
+        self, isa: Isa, spec: PhaseSpec, batch: Batch, mode: TableMode, tokens: int
+    ) -> None:
         self.isa, self.spec, self.batch = isa, spec, batch
-        self.joint, self.tokens = joint, tokens
-        split = split_codebook(spec.terms, spec.stages)
-        self.book = ARM_LAYOUT.joint_codebook(spec) if joint else split
+        self.mode, self.tokens = mode, tokens
+        self.sums = IntegerSums(isa, floats=mode == "combined" and isa.name == "i8mm")
+        self.book = codebook(spec, mode, isa.terms)
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
 
@@ -68,22 +74,27 @@ class CodebookFunction:
                 for name, a in ARM_LAYOUT.arrays(spec).items()
             }
             self.y = T.arg("y", T.buffer((self.rows, spec.out_features), "float32"))
-            self.activations = Activations(spec, self.rows)
+            self.activations = Activations(spec, self.rows, self._form())
             if self.batch == "single":
                 self.activations.quantize_row(x)
             else:
                 self.activations.quantize_rows(x, self.tokens)
-            self.flush_steps = T.alloc_buffer((1,), "int32")
-            store(self.flush_steps, 0, T.int32(self.flush // (BLOCK * self.step_blocks)))
+            self.flush_steps = T.alloc_buffer((1,), "int64")
+            store(self.flush_steps, 0, T.int64(self.flush // (BLOCK * self.step_blocks)))
             self._multiply()
         return ir.get()
+
+    def _form(self) -> Form:
+        if self.isa.name == "i8mm":
+            return "conjugate" if self.mode == "combined" else "halves"
+        # Blocks of tokens had rather keep more of them in the L1 cache.
+        return "twice" if self.isa.name == "dotprod" and self.batch == "single" else "halves"
 
     def _name(self) -> str:
         spec = self.spec
         return (
             f"phase_gemm_{self.isa.name}_n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
-            f"_{''.join(spec.terms).lower()}_{spec.scale}_{'joint' if self.joint else 'split'}"
-            f"_{self.batch}"
+            f"_{''.join(spec.terms).lower()}_{spec.scale}_{self.mode}_{self.batch}"
         )
 
     def _multiply(self) -> None:
@@ -103,28 +114,49 @@ class CodebookFunction:
 
     def _load_table(self, tile: Expr, look: Lookup) -> Expr:
         """Return a table; equal ones are merged by LLVM."""
+        if self.mode == "combined":
+            tables = self.arrays["combined_tables"]
+            return T.bind(tables[tile, self.isa.terms, look.table, span(0, 16)])
         if self.book.units[look.unit].joint:
             return T.bind(self.arrays["joint_tables"][tile, look.table, span(0, 16)])
         return T.bind(self.arrays["tables"][look.table, span(0, 16)])
 
     def _multiply_tokens(self, tile: Expr, tables: dict[Lookup, Expr], tokens: Tokens) -> None:
-        quads = ROWS // _QUAD
-        out = [[_vectors(2, _QUAD, "float32") for _ in range(quads)] for _ in range(tokens.count)]
+        every_quad = [(t, quad) for t in range(tokens.count) for quad in range(ROWS // QUAD)]
+        if self.mode == "combined":
+            totals = {
+                (*at, unit): vectors(2 if self.isa.name == "i8mm" else 1, QUAD, "float32")
+                for at, unit in itertools.product(every_quad, range(len(self.book.units)))
+            }
+        else:
+            out = {at: vectors(2, QUAD, "float32") for at in every_quad}
         flushes = self.activations.groups * ACT_GROUP // self.flush
-        with T.serial(0, flushes) as flush:
+        with T.serial(0, T.int64(flushes)) as flush:
             for walk in self._passes(tokens.count):
                 sums = self._sum(tile, walk, tables, tokens, flush)
                 for (unit, quad), by_token in sums.items():
-                    self._scale_sums(tile, unit, quad, by_token, tokens, flush, out)
-        self._store(tile, tokens, out)
+                    for t, of_token in enumerate(by_token):
+                        if self.mode == "combined":
+                            total = totals[t, quad, unit]
+                            self._add_total(unit, of_token, tokens, t, flush, total)
+                        else:
+                            of_quad = out[t, quad]
+                            self._scale_sums(tile, unit, quad, of_token, tokens, t, flush, of_quad)
+        at = span(0, QUAD)
+        if self.mode == "combined":
+            values = {(t, quad): self._share(tile, totals, t, quad) for t, quad in every_quad}
+        else:
+            values = {key: [vector[at] for vector in pair] for key, pair in out.items()}
+        self._store(tile, tokens, values)
 
     def _passes(self, tokens: int) -> list[Pass]:
         """Split units and quads into passes whose sums fit the registers; codes stay in L1."""
-        units, quads = len(self.book.units), ROWS // _QUAD
+        units, quads = len(self.book.units), ROWS // QUAD
         # Units of one product have half the sums, but as many look-ups in flight.
         fit = max(1, self.isa.sums // (self.isa.sums_per_quad * tokens))
         some_units = min(fit, units)
-        some_quads = max(1, min(fit // some_units, quads))
+        # Of combined units, one: the float totals of both quads want registers, too.
+        some_quads = 1 if self.mode == "combined" else max(1, min(fit // some_units, quads))
         return [
             Pass(range(u, min(u + some_units, units)), range(q, q + some_quads))
             for q in range(0, quads, some_quads)
@@ -136,17 +168,20 @@ class CodebookFunction:
     ) -> dict[tuple[int, int], list[list[Buffer]]]:
         """Return (unit, quad) -> [token] -> integer sums over the columns of a flush."""
         sums = {
-            (unit, quad): [self._zero_sums(self.book.units[unit]) for _ in range(tokens.count)]
+            (unit, quad): [self.sums.start(self.book.units[unit]) for _ in range(tokens.count)]
             for unit, quad in itertools.product(walk.units, walk.quads)
         }
         used = [look for look in self.book.lookups if look.unit in walk.units]
         # Out of memory, where LLVM cannot see that it is 16 or less: it would unroll the loop whole
-        # and then run out of registers, which cost a quarter to a half of the speed.
-        flush_steps = T.bind(self.flush_steps[0])
+        # and then run out of registers, which cost a quarter to a half of the speed. It may see
+        # that the loop is never empty, though, and needs no code for that case.
+        flush_steps = T.bind(T.max(self.flush_steps[0], T.int64(1)))
         with T.serial(0, flush_steps) as i:
             step = T.bind(flush * flush_steps + i)
             operands = {
-                (block, t): self._operand(tokens, step * self.step_blocks + block, t)
+                (block, t): self.sums.operand(
+                    self.activations, tokens, step * self.step_blocks + block, t
+                )
                 for block in sorted({look.block for look in used})
                 for t in range(tokens.count)
             }
@@ -155,142 +190,120 @@ class CodebookFunction:
                 nibbles = sorted({look.nibble for look in used})
                 indices = {n: self._index(tile, step, n, register) for n in nibbles}
                 for look in used:
-                    entries = T.bind(_tbl(tables[look], indices[look.nibble]))
+                    entries = T.bind(
+                        neon("int8x16", "tbl1.v16i8", tables[look], indices[look.nibble])
+                    )
                     for t, accumulators in enumerate(sums[look.unit, quad]):
                         operand = operands[look.block, t]
-                        self._add(self.book.units[look.unit], accumulators, pair, entries, operand)
+                        self.sums.add(
+                            self.book.units[look.unit], look, accumulators, pair, entries, operand
+                        )
         return sums
 
     def _index(self, tile: Expr, step: Expr, nibble: int, register: int) -> Expr:
         """Return a nibble of a register of codes, as tbl's index."""
+
+        def shifted(bits: int) -> Expr:
+            return T.shift_right(codes, T.broadcast(T.uint8(bits), _REGISTER))
+
+        def masked(value: Expr, mask: int) -> Expr:
+            return T.bitwise_and(value, T.broadcast(T.uint8(mask), _REGISTER))
+
         at = span(register * _REGISTER, _REGISTER)
         codes = self.arrays["codes"][tile, step, nibble // 2, at]
-        if nibble % 2:
-            codes = T.shift_right(codes, T.broadcast(T.uint8(4), _REGISTER))
+        if has_signs(self.spec) and self.mode != "combined":
+            # The signs of a term, see `sign_bytes`: the low two bits with the high two, for U.
+            if nibble == 0:
+                index = neon("uint8x16", "vsli.v16i8", codes, shifted(6), T.int32(2))
+            else:
+                index = masked(shifted(2), 15)
         else:
-            codes = T.bitwise_and(codes, T.broadcast(T.uint8(15), _REGISTER))
-        return T.bind(T.reinterpret("int8x16", codes))
+            index = shifted(4) if nibble % 2 else masked(codes, 15)
+        return T.bind(T.reinterpret("int8x16", index))
 
-    # Integer sums of a quad, by instruction set, p being the pair of rows (register) of the quad:
-    #
-    #   i8mm     sums[p]                     int32 [row 2p: re, im | row 2p + 1: re, im]
-    #   dotprod  sums[2 * k + p]             int32 [row 2p: two sums | row 2p + 1: two sums]
-    #   neon     sums[4 * k + 2 * p + r]     row 2p + r; four int32 sums, or eight int16 ones
-    #
-    # where re and im are sums of products with Re x and Im x, and k counts the products of the
-    # unit; smmla always makes two. Without a dot product, a product of bytes is int16. Split
-    # entries are -1, 0, 1 and a lane meets one column of each of the 16 blocks of a group, so a sum
-    # is at most 16 * 127 = 2032 and stays int16. Joint ones, up to 127 * 127 each, are widened at
-    # once.
+    # Sums to outputs
 
-    def _sum_count(self, unit: Unit) -> int:
-        """Return how many accumulators a quad takes, for one unit and token."""
-        return self.isa.sums_per_quad * len(unit.products) // 2
-
-    def _zero_sums(self, unit: Unit) -> list[Buffer]:
-        """Return the accumulators of a quad, for one unit and token."""
-        return _vectors(self._sum_count(unit), *self._sum_type(unit))
-
-    def _sum_type(self, unit: Unit) -> tuple[int, str]:
-        """Return (lanes, dtype) of an accumulator."""
-        return (8, "int16") if self.isa.name == "neon" and not unit.joint else (4, "int32")
-
-    def _operand(self, tokens: Tokens, block: Expr, token: int) -> list[Expr]:
-        """Return the activations of a column block as the instruction set wants them."""
-        args, halves = (tokens, block, token), (0, 1)
-        if self.isa.name == "i8mm":
-            return [T.bind(self.activations.both_halves(*args))]
-        if self.isa.name == "dotprod":
-            return [T.bind(self.activations.half_twice(*args, half)) for half in halves]
-        return [T.bind(self.activations.half(*args, half)) for half in halves]
-
-    def _add(
-        self, unit: Unit, sums: list[Buffer], pair: int, entries: Expr, operand: list[Expr]
+    def _add_total(
+        self,
+        index: int,
+        sums: list[Buffer],
+        tokens: Tokens,
+        token: int,
+        flush: Expr,
+        totals: list[Buffer],
     ) -> None:
-        """Add the products of entries of two rows and activations to the sums of a quad."""
-        if self.isa.name == "neon":
-            self._add_products(unit, sums, pair, entries, operand)
-            return
-        if self.isa.name == "i8mm":
-            name, met = "smmla.v4i32.v16i8", operand
-        else:
-            name, met = "sdot.v4i32.v16i8", [operand[p.half] for p in unit.products]
-        for number, activations in enumerate(met):
-            total = sums[2 * number + pair]
-            args = (total[span(0, 4)], entries, activations)
-            store(total, span(0, 4), _neon("int32x4", name, *args))
+        """Add a combined unit's sums, times the scales of activations, to its float totals."""
+        unit, at = self.book.units[index], span(0, QUAD)
+        for number, value in enumerate(self.sums.by_register(unit, sums)):
+            if self.isa.name == "i8mm":
+                scale = self.activations.both_scales(tokens, flush, token)
+            else:
+                half = unit.products[number].half
+                scale = T.broadcast(self.activations.scale(tokens, flush, token, half), QUAD)
+            total = totals[number]
+            store(total, at, total[at] + T.cast(value, "float32x4") * scale)
 
-    def _add_products(
-        self, unit: Unit, sums: list[Buffer], pair: int, entries: Expr, operand: list[Expr]
-    ) -> None:
-        for row in (0, 1):
-            of_row = T.bind(T.Shuffle([entries], list(range(8 * row, 8 * row + 8))))
-            for number, product in enumerate(unit.products):
-                total = sums[4 * number + 2 * pair + row]
-                value = _neon("int16x8", "smull.v8i16", of_row, operand[product.half])
-                if unit.joint:
-                    value = _neon("int32x4", "saddlp.v4i32.v8i16", value)
-                at = span(0, self._sum_type(unit)[0])
-                store(total, at, total[at] + value)
-
-    def _quad_sums(self, unit: Unit, sums: list[Buffer]) -> list[Expr]:
-        """Return int32x4 sums of the quad's rows, one for each product of the unit."""
-        lanes, dtype = self._sum_type(unit)
-        values = [total[span(0, lanes)] for total in sums]
-        if self.isa.name == "i8mm":
-            return [T.Shuffle(values, [half, half + 2, half + 4, half + 6]) for half in (0, 1)]
-        if dtype == "int16":
-            values = [_neon("int32x4", "saddlp.v4i32.v8i16", value) for value in values]
-        # Neighbours in a vector, then the vectors' rows side by side.
-        while len(values) > len(unit.products):
-            values = [_neon("int32x4", "addp.v4i32", *two) for two in _pairs(values)]
-        return values
+    def _share(
+        self, tile: Expr, totals: dict[tuple[int, int, int], list[Buffer]], token: int, quad: int
+    ) -> list[Expr]:
+        """Return a quad's re and im outputs, from the totals of combined units."""
+        scales = self.arrays["combined_scales"]
+        outputs = [[], []]
+        for index, unit in enumerate(self.book.units):
+            values = [total[span(0, QUAD)] for total in totals[token, quad, index]]
+            values = halves(values) if self.isa.name == "i8mm" else values
+            for number, value in zip(range(len(unit.products)), values, strict=True):
+                for share in self.book.shares[index, number]:
+                    scale = scales[tile, self.isa.terms, share.scale]
+                    scale = T.broadcast(-scale if share.negative else scale, QUAD)
+                    outputs[share.output].append(value * scale)
+        return [T.bind(functools.reduce(operator.add, terms)) for terms in outputs]
 
     def _scale_sums(
         self,
         tile: Expr,
         index: int,
         quad: int,
-        by_token: list[list[Buffer]],
+        sums: list[Buffer],
         tokens: Tokens,
+        token: int,
         flush: Expr,
-        out: list[list[list[Buffer]]],
+        out: list[Buffer],
     ) -> None:
         """Add a unit's sums, scaled, to the outputs of a quad of rows."""
-        unit, at = self.book.units[index], span(0, _QUAD)
-        scales = self.arrays["joint_scales" if self.joint else "scales"]
+        unit, at = self.book.units[index], span(0, QUAD)
+        scales = self.arrays["joint_scales" if self.mode == "joint" else "scales"]
         if self.spec.scale == "row":
-            scale = scales[tile, 0, index, span(quad * _QUAD, _QUAD)]
+            scale = scales[tile, 0, index, span(quad * QUAD, QUAD)]
         else:
             column_tile = flush if self.spec.scale == "tile64" else 0
-            scale = T.broadcast(scales[tile, column_tile, index], _QUAD)
+            scale = T.broadcast(scales[tile, column_tile, index], QUAD)
         group = T.floordiv(flush, ACT_GROUP // self.flush)
-        for t, sums in enumerate(by_token):
-            for product, total in zip(unit.products, self._quad_sums(unit, sums), strict=True):
-                q_scale = self.activations.scale(tokens, group, t, product.half)
-                value = T.cast(total, "float32x4") * (scale * T.broadcast(q_scale, _QUAD))
-                target = out[t][quad][product.output]
-                store(target, at, target[at] - value if product.negative else target[at] + value)
+        for product, total in zip(unit.products, self.sums.by_row(unit, sums), strict=True):
+            q_scale = self.activations.scale(tokens, group, token, product.half)
+            value = T.cast(total, "float32x4") * (scale * T.broadcast(q_scale, QUAD))
+            target = out[product.output]
+            store(target, at, target[at] - value if product.negative else target[at] + value)
 
     # Outputs
 
-    def _store(self, tile: Expr, tokens: Tokens, out: list[list[list[Buffer]]]) -> None:
+    def _store(self, tile: Expr, tokens: Tokens, values: dict[tuple[int, int], list[Expr]]) -> None:
         """Store a row tile: as vectors, or row by row where an uneven part ends in a quad."""
         re, im, left = (T.bind(v) for v in self._position(tile))
         whole_tiles = all(n % ROWS == 0 for n in self.spec.parts)
-        for t, quads in enumerate(out):
-            token = tokens.first + t
-            for quad, pair in enumerate(quads):
-                row = quad * _QUAD
-                for first, vector in zip((re, im), pair, strict=True):
-                    if whole_tiles:
-                        store(self.y, (token, span(first + row, _QUAD)), vector[span(0, _QUAD)])
-                        continue
-                    with T.If(left >= row + _QUAD):
-                        with T.Then():
-                            store(self.y, (token, span(first + row, _QUAD)), vector[span(0, _QUAD)])
-                        with T.Else(), T.serial(0, T.max(left - row, 0)) as i:
-                            store(self.y, (token, first + row + i), vector[i])
+        for (t, quad), pair in values.items():
+            token, row = tokens.first + t, quad * QUAD
+            for first, value in zip((re, im), pair, strict=True):
+                if whole_tiles:
+                    store(self.y, (token, span(first + row, QUAD)), value)
+                    continue
+                vector = T.alloc_buffer((QUAD,), "float32")
+                store(vector, span(0, QUAD), value)
+                with T.If(left >= row + QUAD):
+                    with T.Then():
+                        store(self.y, (token, span(first + row, QUAD)), vector[span(0, QUAD)])
+                    with T.Else(), T.serial(0, T.max(left - row, 0)) as i:
+                        store(self.y, (token, first + row + i), vector[i])
 
     def _position(self, tile: Expr) -> tuple[Expr, Expr, Expr]:
         """Return a tile's first Re and Im output features, and the rows left in its part."""
@@ -307,21 +320,9 @@ class CodebookFunction:
         return position
 
 
-def _neon(dtype: str, name: str, *args: Expr) -> Expr:
-    return T.call_llvm_pure_intrin(dtype, f"llvm.aarch64.neon.{name}", *args)
-
-
-def _tbl(table: Expr, index: Expr) -> Expr:
-    return _neon("int8x16", "tbl1.v16i8", table, index)
-
-
-def _pairs(values: list[Expr]) -> list[tuple[Expr, Expr]]:
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
-def _vectors(count: int, lanes: int, dtype: str) -> list[Buffer]:
-    """Return ``count`` vectors of zeros."""
-    vectors = [T.alloc_buffer((lanes,), dtype) for _ in range(count)]
-    for vector in vectors:
-        store(vector, span(0, lanes), T.broadcast(getattr(T, dtype)(0), lanes))
-    return vectors
+def codebook(spec: PhaseSpec, mode: TableMode, terms: int) -> Codebook | CombinedCodebook:
+    """Return the codebook of a table mode, and of combined tables ``terms``."""
+    if mode == "combined":
+        return combined_codebook(spec, terms)
+    book = joint_codebook if mode == "joint" else split_codebook
+    return book(spec.terms, spec.stages)

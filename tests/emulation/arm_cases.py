@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fairy_compile.kernels.arm import TableMode
 from fairy_compile.kernels.arm_layout import JOINT_LIMIT
+from fairy_compile.kernels.arm_tables import combined_weights
 from fairy_compile.kernels.x86_tables import joint_ratio_error
 from fairy_compile.op import PhaseSpec, dequantize_activations, quantize_activations
 from fairy_compile.phase import PhaseTensor, tile_shape
@@ -37,15 +39,27 @@ def make_x(spec: PhaseSpec, batch=1, seed=1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch, 2 * spec.m)).astype(np.float32)
 
 
+def computed(parts: list[PhaseTensor], mode: TableMode, terms: int) -> list[PhaseTensor]:
+    """Return the parts that a kernel computes with: combined tables replace scales."""
+    if mode != "combined":
+        return parts
+    replaced = []
+    for part in parts:
+        weights, units, _ = combined_weights(part, terms)
+        scales = (weights * units)[..., None, None].astype(np.float32)
+        replaced.append(PhaseTensor.from_codes(part.unpack(), scales, part.terms, part.scale))
+    return replaced
+
+
 def tolerance(spec: PhaseSpec, parts, x, joint: bool) -> np.ndarray:
-    """Bound on |y - reference|, (b, 2n).
+    """Bound on |y - reference|, (b, 2n), of the parts that the kernel computes with.
 
     Let S be the sum of |x| times the scales that the codes select, which bounds every partial sum.
     A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
-    are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
-    the joint units are rounded once more, and the reference's weights once a stage, so at most
-    8 eps S. A joint table moves the weights of a pair of stages, or of U and W of a single stage,
-    by sqrt(2) error |(s1, s2)|.
+    are one per flush (128 or 64 columns), unit and half of x, and fewer of combined units. The
+    scales of dequantised x and of the joint units are rounded once more, and the reference's
+    weights once a stage, so at most 8 eps S. A joint table moves the weights of a pair of stages by
+    sqrt(2) error |(s1, s2)|.
     """
     a, b = np.split(np.abs(dequantize_activations(*quantize_activations(x))), 2, axis=1)
     flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
@@ -58,11 +72,8 @@ def tolerance(spec: PhaseSpec, parts, x, joint: bool) -> np.ndarray:
         bound = (products + 11) * 2.0**-24 * ((a + b) @ largest.T)
         if joint:
             error = np.sqrt(2) * joint_ratio_error([part], JOINT_LIMIT)
-            if part.stages == 1:  # (1, 1, axis)
-                pairs = np.hypot(*part.scales[0, :, :, 0, 0])[None, None]
-            else:
-                scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
-                pairs = np.hypot(scales[::2], scales[1::2])
+            scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
+            pairs = np.hypot(scales[::2], scales[1::2])
             bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
         bounds += [bound, bound]
     return np.concatenate(bounds, axis=1)

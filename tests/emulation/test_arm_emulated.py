@@ -11,7 +11,15 @@ import fairy_compile as fc
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS
 from fairy_compile.op import phase_gemm_reference, quantize_activations
 from tests.emulation import arm_rig
-from tests.emulation.arm_cases import BOTH, ONLY_W, make_parts, make_spec, make_x, tolerance
+from tests.emulation.arm_cases import (
+    BOTH,
+    ONLY_W,
+    computed,
+    make_parts,
+    make_spec,
+    make_x,
+    tolerance,
+)
 from tests.tiny_models import save_model
 
 missing = arm_rig.missing_tools()
@@ -53,8 +61,11 @@ def run(programs, machine, spec, parts, x, batch="many", **knobs) -> np.ndarray:
 
 def check(programs, machine, spec, parts, x, batch="many", **knobs) -> None:
     got = run(programs, machine, spec, parts, x, batch, **knobs)
+    kernel = kernel_of(machine)
+    mode = kernel.table_mode(spec, knobs)
+    parts = computed(parts, mode, kernel.isa.terms)
     want = phase_gemm_reference(x, parts, "int8")
-    allowed = tolerance(spec, parts, x, kernel_of(machine).uses_joint(spec, knobs))
+    allowed = tolerance(spec, parts, x, mode == "joint")
     worst = np.max(np.abs(got - want) - allowed)
     assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
 
@@ -73,15 +84,20 @@ def test_single_matches_reference(programs, machine, stages, terms, scale):
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_joint_tables_stay_within_the_ratio_bound(programs, machine, stages, terms):
     spec = make_spec(stages=stages, terms=terms)
-    assert kernel_of(machine).uses_joint(spec, {})
-    check(programs, machine, spec, make_parts(spec), make_x(spec), "single")
+    knobs = {"tables": "joint"}
+    assert kernel_of(machine).table_mode(spec, knobs) == "joint"
+    check(programs, machine, spec, make_parts(spec), make_x(spec), "single", **knobs)
+    for batch in (1, 17):
+        check(programs, machine, spec, make_parts(spec), make_x(spec, batch), **knobs)
 
 
 @each_machine
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2, 17])
-def test_joint_tables_of_both_terms(programs, machine, batch):
-    spec = make_spec(stages=1)
-    assert kernel_of(machine).uses_joint(spec, {}) == (machine.isa == "dotprod")
+def test_combined_tables(programs, machine, stages, batch):
+    spec = make_spec(stages=stages)
+    combined = stages == 2 or machine.isa != "neon"
+    assert kernel_of(machine).table_mode(spec, {}) == ("combined" if combined else "split")
     check(programs, machine, spec, make_parts(spec), make_x(spec, batch))
     check(programs, machine, spec, make_parts(spec), make_x(spec), "single")
 
@@ -124,9 +140,10 @@ def test_equal_codes_and_equal_activations(programs, machine, stages, code):
     """Every product of a group has one sign and full size: what would overflow int16 sums."""
     spec = make_spec(parts=(12,), stages=stages)
     parts = make_parts(spec, code=code)
+    parts[0].scales[:] = 0.02  # so that the tables of both terms are as large as can be
     for value in (1.0, -3.0):
         x = np.full((1, 2 * spec.m), value, np.float32)
-        for tables in ("split", "joint"):
+        for tables in ("combined", "joint", "split"):
             check(programs, machine, spec, parts, x, "single", tables=tables)
 
 

@@ -103,19 +103,47 @@ def test_function_is_marked_as_scheduled(kernel):
     function = kernel.build(make_spec(), make_target(), "single", {})
     assert function.attrs["tirx.is_scheduled"]
     assert function.attrs["tirx.noalias"]
-    name = f"phase_gemm_{kernel.isa.name}_n70_9_m200_t2_uw_tensor_joint_single"
+    name = f"phase_gemm_{kernel.isa.name}_n70_9_m200_t2_uw_tensor_combined_single"
     assert function.attrs["global_symbol"] == name
 
 
-def test_inaccurate_ratios_demand_split_tables():
-    kernel, spec = CODEBOOK_KERNELS[0], make_spec()
+@each_isa
+def test_demands_name_the_fastest_accurate_tables(kernel):
+    spec = make_spec()
     parts = make_parts(spec)
     for part in parts:
         part.scales[0], part.scales[1] = 2.0, 1.0
     assert kernel.demands(parts, spec) == {}
-    parts[1].scales[1] = 2.0 * np.tan(0.5 / 126)  # half-way between 1:0 and its neighbour 126:1
+    parts[1].scales[:, :, 1] *= 0.9  # the axes stay proportional
+    assert kernel.demands(parts, spec) == {}
+    parts[1].scales[1, 0, 1] *= 1.1
+    assert kernel.demands(parts, spec) == {"tables": "joint"}
+    # The imaginary axis half-way between 1:0 and its neighbour 126:1.
+    parts[1].scales[:, :, 1] = 2.0
+    parts[1].scales[1, :, 1] *= np.tan(0.5 / 126)
     assert kernel.demands(parts, spec) == {"tables": "split"}
     assert kernel.demands(parts, make_spec(scale="row")) == {}
+
+
+def test_demands_of_one_stage():
+    spec = make_spec(stages=1)
+    parts = make_parts(spec)
+    parts[0].scales[:], parts[1].scales[:] = 2.0, 1.0
+    assert [k.demands(parts, spec) for k in CODEBOOK_KERNELS] == [{}, {}, {}]
+    parts[1].scales[0, 1] = np.tan(0.5 / 126)
+    demands = [k.demands(parts, spec) for k in CODEBOOK_KERNELS]
+    assert demands == [{"tables": "split"}, {"tables": "split"}, {}]
+
+
+def test_table_mode_falls_back_where_there_are_no_such_tables():
+    i8mm, _, neon = CODEBOOK_KERNELS
+    assert i8mm.table_mode(make_spec(), {}) == "combined"
+    assert i8mm.table_mode(make_spec(stages=1), {}) == "combined"
+    assert neon.table_mode(make_spec(stages=1), {}) == "split"
+    assert i8mm.table_mode(make_spec(stages=3), {}) == "joint"
+    assert i8mm.table_mode(make_spec(terms=ONLY_W), {}) == "joint"
+    assert i8mm.table_mode(make_spec(scale="row"), {}) == "split"
+    assert i8mm.table_mode(make_spec(stages=1), {"tables": "joint"}) == "split"
 
 
 # Layout
@@ -136,7 +164,7 @@ def test_unpack_undoes_pack(terms, scale, stages):
 
 
 def test_register_holds_two_rows_of_eight_columns():
-    spec = make_spec(parts=(40,))
+    spec = make_spec(parts=(40,), scale="row")
     (part,) = make_parts(spec)
     packed, codes = ARM_LAYOUT.pack([part], spec)["codes"], part.unpack()
     registers = packed.reshape(*packed.shape[:3], 4, 2, 8)
@@ -146,8 +174,22 @@ def test_register_holds_two_rows_of_eight_columns():
         assert byte == u1 | u2 << 2 | w1 << 4 | w2 << 6
 
 
-def test_tables_are_signed():
+def test_bytes_of_signs():
+    signs = {0: (0, 0), 1: (1, 0), 2: (1, 1), 3: (0, 1)}  # 1 is minus; code c is (s + t) / 2 ...
     spec = make_spec(parts=(40,))
+    (part,) = make_parts(spec)
+    packed, codes = ARM_LAYOUT.pack([part], spec)["codes"], part.unpack()
+    registers = packed.reshape(*packed.shape[:3], 4, 2, 8)
+    for row, column in [(0, 0), (17, 5), (39, 129)]:
+        (u1, w1), (u2, w2) = ([signs[c] for c in of_term] for of_term in codes[:, :, row, column])
+        byte = registers[row // 8, column // 8, 0, row % 8 // 2, row % 2, column % 8]
+        low = [u1[0], u2[0], w1[0], w2[0]]
+        high = [w1[1], w2[1], u1[1], u2[1]]
+        assert byte == sum(bit << i for i, bit in enumerate(low + high))
+
+
+def test_tables_are_signed():
+    spec = make_spec(parts=(40,), stages=3)
     (part,) = make_parts(spec)
     arrays = ARM_LAYOUT.pack([part], spec)
     assert arrays["tables"].dtype == arrays["joint_tables"].dtype == np.int8
@@ -156,6 +198,22 @@ def test_tables_are_signed():
     want = unsigned.astype(int) - joint_offset(JOINT_LIMIT)
     np.testing.assert_array_equal(arrays["joint_tables"], np.broadcast_to(want, (5, 4, 16)))
     np.testing.assert_array_equal(arrays["joint_scales"][0, 0], scales)
+
+
+def test_tables_of_signs_hold_the_entries_of_the_codes():
+    spec = make_spec(parts=(40,))
+    (part,) = make_parts(spec)
+    arrays = ARM_LAYOUT.pack([part], spec)
+    s, t = np.array([1, -1, -1, 1]), np.array([1, 1, -1, -1])  # of codes 0..3
+    for first, second in np.ndindex(4, 4):
+        bits = [v[c] < 0 for v in (s, t) for c in (first, second)]
+        index = sum(int(bit) << i for i, bit in enumerate(bits))
+        code = first | second << 2
+        np.testing.assert_array_equal(
+            arrays["tables"][:, index], split_tables()[:, code].astype(int) - 1
+        )
+        want = joint_arrays(part, JOINT_LIMIT)[0][:, code].astype(int) - joint_offset(JOINT_LIMIT)
+        np.testing.assert_array_equal(arrays["joint_tables"][0, :, index], want)
 
 
 # Instructions
@@ -174,7 +232,7 @@ def test_inner_loops_look_up_and_multiply_without_leaving_registers(kernel, batc
         assert stack_accesses(body) <= 6
         others = [op for name, op in MULTIPLY.items() if name != isa]
         assert not any(count(body, op) for op in others)
-    sums = spec.stages * 2 * 4 * kernel.isa.sums_per_quad // 2
+    sums = 2 * 4 * kernel.isa.sums_per_quad // 2 * (2 if isa == "i8mm" else 1)
     if batch == "single":
         assert sum(count(body, MULTIPLY[isa]) for body in loops) == sums
 
