@@ -30,21 +30,40 @@ from fairy_compile.phase.tensor import TILE
 
 DAMPING = 0.01
 _BLOCK_PAIRS = 64
+_MEASURED_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer quantised by `quantize_gptq`.
+    """A layer as codes and scales, and how far it is from the exact one.
 
     Attributes:
         tensor: its codes and scales.
         nmse: ||A - A'||^2 / ||A||^2 of the weight.
         output_error: E|(A - A') x|^2 / E|A x|^2 on the calibration inputs.
+        loss: estimate of what it adds to the loss, nats a token, see `calibrate.fisher`; None
+            where the Fisher information is not known.
     """
 
     tensor: PhaseTensor
     nmse: float
     output_error: float
+    loss: float | None = None
+
+    @classmethod
+    def measure(
+        cls,
+        weight: np.ndarray,
+        gram: torch.Tensor,
+        tensor: PhaseTensor,
+        fisher: np.ndarray | None = None,
+    ) -> Solved:
+        """Measure a layer's phase form; arguments as those of `quantize_gptq`."""
+        lost, power = _row_powers(weight, gram, tensor)
+        (nmse, output_error), loss = (_share(lost, power, k) for k in range(2)), None
+        if fisher is not None:
+            loss = float(fisher.astype(np.float64) @ lost[1]) / 2
+        return cls(tensor, nmse, output_error, loss)
 
 
 def quantize_gptq(
@@ -54,6 +73,7 @@ def quantize_gptq(
     scale: Granularity = "tensor",
     *,
     damping: float = DAMPING,
+    fisher: np.ndarray | None = None,
 ) -> Solved:
     """Quantise a layer so that its outputs on calibration inputs change least.
 
@@ -67,6 +87,7 @@ def quantize_gptq(
         stages: T.
         scale: granularity of the scales.
         damping: share of the mean diagonal that is added to the diagonal.
+        fisher: float32 (2n,), see `calibrate.fisher`; for the loss estimate.
     """
     start = quantize(weight, stages, scale=scale, method="alternating")
     a = torch.from_numpy(np.array(weight, np.float32)).to(gram.device)
@@ -78,7 +99,8 @@ def quantize_gptq(
     tensor = refit_scales(
         a, damped, PhaseTensor.from_codes(codes, start.scales, start.terms, scale)
     )
-    return Solved(tensor, *errors(a, gram, tensor))
+    del a, damped
+    return Solved.measure(weight, gram, tensor, fisher)
 
 
 def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[float, float]:
@@ -89,10 +111,31 @@ def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[fl
         gram: float32 (2m, 2m).
         tensor: its phase form.
     """
-    lost = a - torch.from_numpy(tensor.dequantize()).to(a.device)
-    plain = float(lost.square().sum() / a.square().sum().clamp(min=1e-30))
-    output = float(((lost @ gram) * lost).sum() / ((a @ gram) * a).sum().clamp(min=1e-30))
-    return plain, output
+    solved = Solved.measure(a.cpu().numpy(), gram, tensor)
+    return solved.nmse, solved.output_error
+
+
+def _row_powers(
+    weight: np.ndarray, gram: torch.Tensor, tensor: PhaseTensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squares of every row of A - A' and of A: float64 (2, 2n) each.
+
+    Row 0 is the square itself, row 1 the one under the Gram matrix. Some rows at a time, since
+    output heads are large.
+    """
+    out = np.empty((2, 2, len(weight)))
+    near = tensor.dequantize()
+    for first in range(0, len(weight), _MEASURED_ROWS):
+        rows = slice(first, first + _MEASURED_ROWS)
+        exact = torch.from_numpy(np.array(weight[rows], np.float32)).to(gram.device)
+        for k, part in enumerate((exact - torch.from_numpy(near[rows]).to(gram.device), exact)):
+            out[k, 0, rows] = part.square().sum(dim=1).cpu().numpy()
+            out[k, 1, rows] = ((part @ gram) * part).sum(dim=1).cpu().numpy()
+    return out[0], out[1]
+
+
+def _share(lost: np.ndarray, power: np.ndarray, kind: int) -> float:
+    return float(lost[kind].sum() / max(power[kind].sum(), 1e-30))
 
 
 def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
