@@ -4,9 +4,9 @@
 
 What happens, in the order of the files: `config` says what is asked for, `windows` cuts the text
 into windows of tokens, `skeleton` holds the model with the weights of one decoder layer at a time,
-`stream` runs the windows through it and gathers what every linear layer gets to see, `fisher` how
-much its outputs matter, `gptq` and `refit` make codes and scales, `run` strings these together and
-resumes, `tune` fits scales to the whole model.
+`stream` runs the windows through it and gathers what every linear layer gets to see, `gptq` and
+`refit` make codes and scales of that, `sensitivity` estimates what they cost, `run` strings these
+together and resumes, `tune` fits scales to the whole model.
 """
 
 from __future__ import annotations

@@ -41,29 +41,17 @@ class Solved:
         tensor: its codes and scales.
         nmse: ||A - A'||^2 / ||A||^2 of the weight.
         output_error: E|(A - A') x|^2 / E|A x|^2 on the calibration inputs.
-        loss: estimate of what it adds to the loss, nats a token, see `calibrate.fisher`; None
-            where the Fisher information is not known.
     """
 
     tensor: PhaseTensor
     nmse: float
     output_error: float
-    loss: float | None = None
 
     @classmethod
-    def measure(
-        cls,
-        weight: np.ndarray,
-        gram: torch.Tensor,
-        tensor: PhaseTensor,
-        fisher: np.ndarray | None = None,
-    ) -> Solved:
+    def measure(cls, weight: np.ndarray, gram: torch.Tensor, tensor: PhaseTensor) -> Solved:
         """Measure a layer's phase form; arguments as those of `quantize_gptq`."""
-        lost, power = _row_powers(weight, gram, tensor)
-        (nmse, output_error), loss = (_share(lost, power, k) for k in range(2)), None
-        if fisher is not None:
-            loss = float(fisher.astype(np.float64) @ lost[1]) / 2
-        return cls(tensor, nmse, output_error, loss)
+        lost, power = _powers(weight, gram, tensor)
+        return cls(tensor, *(float(part) for part in lost / power.clip(min=1e-30)))
 
 
 def quantize_gptq(
@@ -73,7 +61,6 @@ def quantize_gptq(
     scale: Granularity = "tensor",
     *,
     damping: float = DAMPING,
-    fisher: np.ndarray | None = None,
 ) -> Solved:
     """Quantise a layer so that its outputs on calibration inputs change least.
 
@@ -87,7 +74,6 @@ def quantize_gptq(
         stages: T.
         scale: granularity of the scales.
         damping: share of the mean diagonal that is added to the diagonal.
-        fisher: float32 (2n,), see `calibrate.fisher`; for the loss estimate.
     """
     start = quantize(weight, stages, scale=scale, method="alternating")
     a = torch.from_numpy(np.array(weight, np.float32)).to(gram.device)
@@ -100,7 +86,7 @@ def quantize_gptq(
         a, damped, PhaseTensor.from_codes(codes, start.scales, start.terms, scale)
     )
     del a, damped
-    return Solved.measure(weight, gram, tensor, fisher)
+    return Solved.measure(weight, gram, tensor)
 
 
 def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[float, float]:
@@ -115,27 +101,21 @@ def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[fl
     return solved.nmse, solved.output_error
 
 
-def _row_powers(
+def _powers(
     weight: np.ndarray, gram: torch.Tensor, tensor: PhaseTensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the squares of every row of A - A' and of A: float64 (2, 2n) each.
+    """Return the squares of A - A' and of A, float64 (2,) each: plain, and under the Gram matrix.
 
-    Row 0 is the square itself, row 1 the one under the Gram matrix. Some rows at a time, since
-    output heads are large.
+    Some rows at a time, since output heads are large.
     """
-    out = np.empty((2, 2, len(weight)))
+    out = np.zeros((2, 2))
     near = tensor.dequantize()
     for first in range(0, len(weight), _MEASURED_ROWS):
         rows = slice(first, first + _MEASURED_ROWS)
         exact = torch.from_numpy(np.array(weight[rows], np.float32)).to(gram.device)
         for k, part in enumerate((exact - torch.from_numpy(near[rows]).to(gram.device), exact)):
-            out[k, 0, rows] = part.square().sum(dim=1).cpu().numpy()
-            out[k, 1, rows] = ((part @ gram) * part).sum(dim=1).cpu().numpy()
+            out[k] += float(part.square().sum()), float(((part @ gram) * part).sum())
     return out[0], out[1]
-
-
-def _share(lost: np.ndarray, power: np.ndarray, kind: int) -> float:
-    return float(lost[kind].sum() / max(power[kind].sum(), 1e-30))
 
 
 def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ import torch
 
 from fairy_compile.artifact.files import human_bytes
 from fairy_compile.bench.machine import peak_resident_bytes
-from fairy_compile.calibrate.fisher import output_fisher
 from fairy_compile.calibrate.gptq import Solved, quantize_gptq
+from fairy_compile.calibrate.sensitivity import Losses, estimate_losses
 from fairy_compile.calibrate.skeleton import Skeleton
 from fairy_compile.calibrate.solutions import Solutions
 from fairy_compile.calibrate.stream import Grams, HiddenStates, run_layer
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 Solution = dict[int, tuple[Solved, str]]  # T -> (solution, how)
 
 _STATE = "state.json"
-_FISHER = "fisher.npz"
+_LOSSES = "losses.json"
 
 
 def device() -> torch.device:
@@ -75,7 +75,7 @@ def solve_model(
     *,
     by_budget: bool = False,
     progress: Progress | None = None,
-) -> Solutions:
+) -> tuple[Solutions, Losses]:
     """Solve all linear layers of a model, or those that are left.
 
     Args:
@@ -85,8 +85,11 @@ def solve_model(
         work: directory for files; one that a killed call left, with the same arguments, is gone
             on in.
         by_budget: solve for every T from 1 to 4 where ``quant.stages_for`` does not name a layer,
-            and estimate losses.
+            and estimate the losses of all candidates.
         progress: called before every part with words, number and how many there are.
+
+    Returns:
+        The solutions, and layer -> T -> estimated loss, empty unless ``by_budget``.
 
     Raises:
         FairyError: a weight is missing, misshapen or not finite.
@@ -95,7 +98,7 @@ def solve_model(
     work.mkdir(exist_ok=True)
     run = _Run(source, quant, windows, work, by_budget, progress)
     run.go()
-    return run.solutions
+    return run.solutions, run.losses() if by_budget else {}
 
 
 class _Run:
@@ -121,7 +124,6 @@ class _Run:
 
     def go(self) -> None:
         """Solve what is not solved yet."""
-        fisher = self._fisher() if self.by_budget else {}
         done = self._done()
         for part in range(done):
             self.solutions.load(part)
@@ -138,14 +140,13 @@ class _Run:
             for leader, layers in grams.groups().items():
                 gram = grams.take(leader)
                 for layer in layers:
-                    solved |= self._solve(layer, gram, fisher)
+                    solved |= self._solve(layer, gram)
                 del gram
             self._finish(part, solved)
         if done <= count:
             self.clock.step("output head")
             name = self.skeleton.name(self.skeleton.head)
-            self._finish(count, self._solve(name, self._head_gram(), fisher))
-        self.clock.step("checkpoint")
+            self._finish(count, self._solve(name, self._head_gram()))
 
     def _states(self, part: int) -> Path:
         return self.work / f"hidden-{part}.f32"
@@ -162,18 +163,18 @@ class _Run:
         partial.replace(self.work / _STATE)
         self._states(part).unlink(missing_ok=True)
 
-    def _fisher(self) -> dict[str, np.ndarray]:
-        path = self.work / _FISHER
-        if path.is_file():
-            for _ in range(2 * len(self.skeleton.layers) + 1):
-                self.clock.skip()
-        else:
-            found = output_fisher(self.skeleton, self.windows, self.work, self.clock.step)
-            partial = self.work / f"partial-{_FISHER}"
-            np.savez(partial, **found)
+    def losses(self) -> Losses:
+        """Estimate the losses of all candidates, or read what was estimated before."""
+        path = self.work / _LOSSES
+        if not path.is_file():
+            found = estimate_losses(
+                self.skeleton, self.solutions, self.windows, self.work, self.clock.step
+            )
+            partial = self.work / f"{_LOSSES}.partial"
+            partial.write_text(json.dumps(found) + "\n")
             partial.replace(path)
-        with np.load(path) as stored:
-            return {name: stored[name] for name in stored.files}
+        stored = json.loads(path.read_text())
+        return {name: {int(t): loss for t, loss in by.items()} for name, by in stored.items()}
 
     def _run(self, part: int, context: dict) -> Grams:
         """Run a decoder layer over all windows; write its hidden states, return its Grams."""
@@ -197,22 +198,20 @@ class _Run:
                 gram.addmm_(x.T, x)
         return gram.div_(self.windows.size)
 
-    def _solve(
-        self, layer: str, gram: torch.Tensor, fisher: dict[str, np.ndarray]
-    ) -> dict[str, Solution]:
+    def _solve(self, layer: str, gram: torch.Tensor) -> dict[str, Solution]:
         """Return {layer: its solutions}, empty for a layer that stays dense."""
         if not self.source.plan(layer, self.quant).phase:
             return {}
         weight = self.source.dense(f"{layer}.weight")
-        planned, own = self.quant.stages(layer), fisher.get(layer)
+        planned = self.quant.stages(layer)
         baked = recover_layer(weight, layer, self.quant)
         if baked is not None:
-            return {layer: {planned: (Solved.measure(weight, gram, baked, own), RECOVERED)}}
+            return {layer: {planned: (Solved.measure(weight, gram, baked), RECOVERED)}}
         free = self.by_budget and not self.quant.names_stages(layer)
         return {
             layer: {
                 stages: (
-                    quantize_gptq(weight, gram, stages, self.quant.scale, fisher=own),
+                    quantize_gptq(weight, gram, stages, self.quant.scale),
                     method_words(self.quant, stages),
                 )
                 for stages in (range(1, MAX_STAGES + 1) if free else (planned,))

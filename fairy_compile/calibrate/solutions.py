@@ -25,14 +25,12 @@ class Candidate:
         reason: how its codes were made.
         nmse: see `Solved`.
         output_error: see `Solved`.
-        loss: see `Solved`.
     """
 
     stages: int
     reason: str
     nmse: float
     output_error: float
-    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ class Solutions:
                 tensor = solution.tensor
                 arrays[f"{layer}@{stages}.codes"] = tensor.codes
                 arrays[f"{layer}@{stages}.scales"] = tensor.scales
-                candidate = Candidate(
-                    stages, reason, solution.nmse, solution.output_error, solution.loss
-                )
+                candidate = Candidate(stages, reason, solution.nmse, solution.output_error)
                 place = {"layer": layer, "n": tensor.n, "m": tensor.m, "scale": tensor.scale}
                 table.append(place | asdict(candidate))
         partial = self.path(part).with_suffix(".partial")

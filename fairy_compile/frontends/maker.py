@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from fairy_compile.config import MAX_STAGES, QuantConfig
-from fairy_compile.frontends.budget import choose_stages, make_groups, weight_errors
+from fairy_compile.frontends.budget import HEAD_WEIGHT, choose_stages, make_groups, weight_errors
+from fairy_compile.frontends.method import HEAD
 from fairy_compile.frontends.plan import is_linear, quantize_layer
 from fairy_compile.frontends.source import LayerPlan, ModelSource
 from fairy_compile.phase import PhaseTensor
 
 if TYPE_CHECKING:
     from fairy_compile.calibrate import Calibration
+    from fairy_compile.calibrate.sensitivity import Losses
     from fairy_compile.calibrate.solutions import Solutions
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +87,9 @@ class Direct:
             pinned = self._quant.names_stages(layer)
             stages = [self._quant.stages(layer)] if pinned else range(1, MAX_STAGES + 1)
             weight = self._source.dense(f"{layer}.weight")
-            errors[layer] = weight_errors(weight, stages, self._quant.scale, method)
+            found = weight_errors(weight, stages, self._quant.scale, method)
+            more = HEAD_WEIGHT if layer == HEAD else 1
+            errors[layer] = {t: more * error for t, error in found.items()}
         self._quant = with_budget(self._source, self._quant, errors, self._bits)
         return self._quant
 
@@ -123,12 +127,13 @@ class Calibrated:
         self._source, self._quant, self._bits = source, quant, bits
         self._calibration, self._windows = calibration, windows
         self._solutions: Solutions | None = None
+        self._losses: Losses = {}
 
     def prepare(self, work: Path, progress: Progress | None) -> QuantConfig:
         """Run the model over the text and solve its layers; choose T under the budget."""
         from fairy_compile.calibrate.run import solve_model
 
-        self._solutions = solve_model(
+        self._solutions, self._losses = solve_model(
             self._source,
             self._quant,
             self._windows,
@@ -137,11 +142,7 @@ class Calibrated:
             progress=progress,
         )
         if self._bits is not None:
-            errors = {
-                layer: {t: c.loss or 0.0 for t, c in self._solutions.candidates(layer).items()}
-                for layer in self._solutions.layers()
-            }
-            self._quant = with_budget(self._source, self._quant, errors, self._bits)
+            self._quant = with_budget(self._source, self._quant, self._losses, self._bits)
         return self._quant
 
     def make(self, layer: str, weight: np.ndarray) -> tuple[PhaseTensor, Made]:
@@ -154,11 +155,12 @@ class Calibrated:
             return tensor, Made(reason, relative_error(weight, tensor))
         stages = self._quant.stages(layer)
         found = self._solutions.candidates(layer)[stages]
+        loss = self._losses.get(layer, {}).get(stages)
         reason = found.reason
         if self._bits is not None:
             reason += f"; T by the budget of {self._bits:g} bits (estimated loss)"
         tensor = self._solutions.tensor(layer, stages)
-        return tensor, Made(reason, found.nmse, found.output_error, found.loss)
+        return tensor, Made(reason, found.nmse, found.output_error, loss)
 
     def dense(self, name: str, array: np.ndarray) -> np.ndarray:
         """Keep it."""
