@@ -44,13 +44,19 @@ def device() -> torch.device:
 
 
 def resume_key(
-    source: ModelSource, quant: QuantConfig, windows: np.ndarray, *, by_budget: bool
+    source: ModelSource,
+    quant: QuantConfig,
+    windows: np.ndarray,
+    *,
+    by_budget: bool,
+    tune: int = 0,
 ) -> str:
     """Return what decides the result: an interrupted conversion goes on only with the same."""
     facts = [
         source.sha256(),
         quant.to_json(),
         by_budget,
+        tune,
         list(windows.shape),
         hashlib.sha256(windows.tobytes()).hexdigest(),
         str(device()),

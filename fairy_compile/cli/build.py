@@ -26,6 +26,7 @@ def build(
     calibrate_tokens: options.CalibrateTokens = None,
     calibrate_window: options.CalibrateWindow = None,
     text_field: options.TextField = None,
+    tune: options.Tune = 0,
     act: options.Act = "int8",
     kv_dtype: options.KvDtype = None,
     output: options.Output = None,
@@ -59,7 +60,7 @@ def build(
             method=method,
             scale=scale,
             calibrate=options.parse_calibration(
-                calibrate, calibrate_tokens, calibrate_window, text_field
+                calibrate, calibrate_tokens, calibrate_window, text_field, tune
             ),
             bits=bits,
             act=act,

@@ -25,6 +25,7 @@ def convert(
     calibrate_tokens: options.CalibrateTokens = None,
     calibrate_window: options.CalibrateWindow = None,
     text_field: options.TextField = None,
+    tune: options.Tune = 0,
     act: options.Act = "int8",
     output: options.Output = None,
     force: options.Force = False,
@@ -55,7 +56,7 @@ def convert(
         stages_for=options.parse_layer_quant(layer_quant),
     )
     calibration = options.parse_calibration(
-        calibrate, calibrate_tokens, calibrate_window, text_field
+        calibrate, calibrate_tokens, calibrate_window, text_field, tune
     )
     with progress_bar() as progress:
         report = convert_model(

@@ -138,9 +138,18 @@ TextField = Annotated[
     typer.Option("--text-field", help="Key or column of the text  [default: text]"),
 ]
 
+Tune = Annotated[
+    int,
+    typer.Option(
+        "--tune",
+        metavar="STEPS",
+        help="Then tune scales and norm gains on the text; holds the model in memory twice.",
+    ),
+]
+
 
 def parse_calibration(
-    text: str | None, tokens: int | None, window: int | None, field: str | None
+    text: str | None, tokens: int | None, window: int | None, field: str | None, tune: int = 0
 ) -> Calibration | None:
     """Return the `Calibration` of the options, None without ``--calibrate``.
 
@@ -151,11 +160,18 @@ def parse_calibration(
 
     given = {"tokens": tokens, "window": window, "text_field": field}
     given = {key: value for key, value in given.items() if value is not None}
+    if tune:
+        given["tune"] = tune
     if text is not None:
         return Calibration(text, **given)
     if given:
-        flags = {"tokens": "--calibrate-tokens", "window": "--calibrate-window"}
-        flag = flags.get(next(iter(given)), "--text-field")
+        flags = {
+            "tokens": "--calibrate-tokens",
+            "window": "--calibrate-window",
+            "text_field": "--text-field",
+            "tune": "--tune",
+        }
+        flag = flags[next(iter(given))]
         raise FairyError(f"{flag} is given without text; add --calibrate TEXT")
     return None
 

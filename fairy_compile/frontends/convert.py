@@ -204,6 +204,7 @@ def convert(
         with staged as staging:
             work = staging / _WORK
             config = maker.prepare(work, progress)
+            notes += maker.notes
             plan = _Plan(source, config, dense_dtype)
             _write(source, staging, config, plan, maker, made, progress)
             shutil.rmtree(work, ignore_errors=True)
@@ -297,7 +298,11 @@ def _calibrated(
         f"calibrated on {windows.size:,} tokens of {calibrate.text}, in {len(windows)} windows of "
         f"{windows.shape[1]}, on {run.device()}"
     )
-    key = run.resume_key(source, quant, windows, by_budget=by_budget)
+    if calibrate.tune:
+        from fairy_compile.calibrate.tune import check_memory
+
+        check_memory(source)
+    key = run.resume_key(source, quant, windows, by_budget=by_budget, tune=calibrate.tune)
     return maker, key, run.work_bytes(source, windows, by_budget=by_budget)
 
 

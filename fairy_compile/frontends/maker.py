@@ -41,7 +41,13 @@ class Made:
 
 
 class Maker(Protocol):
-    """Makes the phase layers of a model."""
+    """Makes the phase layers of a model.
+
+    Attributes:
+        notes: sentences on what `prepare` did.
+    """
+
+    notes: list[str]
 
     def prepare(self, work: Path, progress: Progress | None) -> QuantConfig:
         """Do what comes before single layers, files in ``work``; return with T of every layer."""
@@ -73,6 +79,7 @@ class Direct:
 
     def __init__(self, source: ModelSource, quant: QuantConfig, bits: float | None) -> None:
         self._source, self._quant, self._bits = source, quant, bits
+        self.notes: list[str] = []
 
     def prepare(self, work: Path, progress: Progress | None) -> QuantConfig:
         """Choose T under the budget, reading every weight once."""
@@ -128,6 +135,9 @@ class Calibrated:
         self._calibration, self._windows = calibration, windows
         self._solutions: Solutions | None = None
         self._losses: Losses = {}
+        self._tuned: dict[str, PhaseTensor] = {}
+        self._gains: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
 
     def prepare(self, work: Path, progress: Progress | None) -> QuantConfig:
         """Run the model over the text and solve its layers; choose T under the budget."""
@@ -143,7 +153,24 @@ class Calibrated:
         )
         if self._bits is not None:
             self._quant = with_budget(self._source, self._quant, self._losses, self._bits)
+        if self._calibration.tune:
+            self._tune(progress)
         return self._quant
+
+    def _tune(self, progress: Progress | None) -> None:
+        from fairy_compile.calibrate.run import device
+        from fairy_compile.calibrate.tune import tune
+
+        found = self._solutions
+        tensors = {n: found.tensor(n, self._quant.stages(n)) for n in found.layers()}
+        steps = self._calibration.tune
+        tuned = tune(self._source, tensors, self._windows, steps, device(), progress)
+        self._tuned, self._gains = tuned.tensors, tuned.dense
+        did = "tuned in" if tuned.tensors else "left as they were, for nothing was gained in"
+        self.notes.append(
+            f"scales and norm gains {did} {steps} steps: divergence from the floating-point model "
+            f"on text kept aside {tuned.before:.4f} before, {tuned.after:.4f} after, nats a token"
+        )
 
     def make(self, layer: str, weight: np.ndarray) -> tuple[PhaseTensor, Made]:
         """Return a layer solved before."""
@@ -159,12 +186,15 @@ class Calibrated:
         reason = found.reason
         if self._bits is not None:
             reason += f"; T by the budget of {self._bits:g} bits (estimated loss)"
+        if (tensor := self._tuned.get(layer)) is not None:
+            reason += "; scales tuned"
+            return tensor, Made(reason, relative_error(weight, tensor), loss=loss)
         tensor = self._solutions.tensor(layer, stages)
         return tensor, Made(reason, found.nmse, found.output_error, loss)
 
     def dense(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Keep it."""
-        return array
+        """Return the tuned gains of a norm, anything else as it is."""
+        return self._gains.get(name, array)
 
 
 def with_budget(
