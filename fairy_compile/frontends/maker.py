@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from fairy_compile.config import MAX_STAGES, QuantConfig
-from fairy_compile.frontends.budget import HEAD_WEIGHT, choose_stages, make_groups, weight_errors
+from fairy_compile.frontends.budget import (
+    HEAD_WEIGHT,
+    choose_stages,
+    make_groups,
+    uniform_stages,
+    weight_errors,
+)
 from fairy_compile.frontends.method import HEAD
 from fairy_compile.frontends.plan import is_linear, quantize_layer
 from fairy_compile.frontends.source import LayerPlan, ModelSource
@@ -86,13 +92,15 @@ class Direct:
         if self._bits is None:
             return self._quant
         plans = {n: p for n, p in phase_plans(self._source, self._quant).items() if p.phase}
+        shapes = {layer: self._source.shape(f"{layer}.weight") for layer in plans}
+        pinned = {n: p.stages for n, p in plans.items() if self._quant.names_stages(n)}
+        least = uniform_stages(shapes, pinned, self._quant.scale, self._bits)
         method = "alternating" if self._quant.method == "alternating" else "phase"
         errors = {}
         for done, layer in enumerate(plans):
             if progress is not None:
                 progress(f"sensitivity: {layer}", done, len(plans))
-            pinned = self._quant.names_stages(layer)
-            stages = [self._quant.stages(layer)] if pinned else range(1, MAX_STAGES + 1)
+            stages = [pinned[layer]] if layer in pinned else range(least, MAX_STAGES + 1)
             weight = self._source.dense(f"{layer}.weight")
             found = weight_errors(weight, stages, self._quant.scale, method)
             more = HEAD_WEIGHT if layer == HEAD else 1

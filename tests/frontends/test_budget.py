@@ -96,6 +96,7 @@ def test_convert_without_text(make_model, tmp_path, tensors):
     report = convert(model, tmp_path / "p", bits=2.4, quant=QuantConfig(exempt=("*odd*",)))
     coded = [layer for layer in report.layers if layer.phase]
     weights = sum(np.prod(layer.shape) for layer in coded)
+    assert min(layer.stages for layer in coded) == 2
     assert 2 < sum(8 * layer.nbytes for layer in coded) / weights <= 2.4
     assert {layer.name: layer.stages for layer in coded}["lm_head"] >= 3
     assert "budget of 2.4 bits" in coded[0].reason
