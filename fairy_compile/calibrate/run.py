@@ -23,7 +23,7 @@ import torch
 from fairy_compile.artifact.files import human_bytes
 from fairy_compile.bench.machine import peak_resident_bytes
 from fairy_compile.calibrate.gptq import Solved, quantize_gptq
-from fairy_compile.calibrate.sensitivity import Losses, estimate_losses
+from fairy_compile.calibrate.sensitivity import Losses, estimate_losses, state_tokens
 from fairy_compile.calibrate.skeleton import Skeleton
 from fairy_compile.calibrate.solutions import Solutions
 from fairy_compile.calibrate.stream import Grams, HiddenStates, run_layer
@@ -67,10 +67,13 @@ def resume_key(
 
 def work_bytes(source: ModelSource, windows: np.ndarray, *, by_budget: bool) -> int:
     """Return an estimate of the disk space `solve_model` needs."""
-    hidden = int(source.config["hidden_size"])
+    hidden, layers = (
+        int(source.config.get(key) or 0) for key in ("hidden_size", "num_hidden_layers")
+    )
     weights = sum(int(np.prod(source.shape(name))) for name in source.names())
     bits = sum(range(1, MAX_STAGES + 1)) if by_budget else MAX_STAGES
-    return 2 * 4 * windows.size * hidden + weights * bits // 8
+    states = max(2 * windows.size, state_tokens(windows) * (layers + 1) if by_budget else 0)
+    return 4 * hidden * states + weights * bits // 8
 
 
 def solve_model(

@@ -31,6 +31,11 @@ _LENGTH = 256
 Losses = dict[str, dict[int, float]]  # layer -> T -> nats a token
 
 
+def state_tokens(windows: np.ndarray) -> int:
+    """Return of how many tokens `estimate_losses` keeps all hidden states on disk."""
+    return min(len(windows), _WINDOWS) * min(windows.shape[1], _LENGTH)
+
+
 def estimate_losses(
     skeleton: Skeleton,
     solutions: Solutions,

@@ -298,6 +298,12 @@ def _calibrated(
         f"calibrated on {windows.size:,} tokens of {calibrate.text}, in {len(windows)} windows of "
         f"{windows.shape[1]}, on {run.device()}"
     )
+    widest = max((p.shape[1] for p in _Plan(source, quant, None).layers.values()), default=0)
+    if windows.size < widest:
+        notes.append(
+            f"{windows.size:,} tokens are few for layers with up to {widest:,} inputs: codes will "
+            "be fitted to this text more than to the model's use; give more text"
+        )
     if calibrate.tune:
         from fairy_compile.calibrate.tune import check_memory
 

@@ -45,6 +45,9 @@ def test_outputs_are_nearer_than_without_text(checkpoint, reference, text, tmp_p
     assert "method gptq, with calibration text" in report.notes[0]
     assert "2,048 tokens" in report.notes[1]
     assert "peak memory" in report.notes[2]
+    few = calibration(text, tokens=2 * WINDOW)
+    notes = convert(checkpoint, tmp_path / "few", calibrate=few).notes
+    assert any("128 tokens are few for layers with up to 160 inputs" in note for note in notes)
     assert {layer.stages for layer in report.layers if layer.name != "lm_head"} == {2}
     assert next(la for la in report.layers if la.name == "lm_head").stages == 3
     # Hidden states of the exact model through layers of both kinds, on other text of the sort.
