@@ -43,11 +43,7 @@ def test_build_with_text_and_budget(checkpoint, reference, text, tmp_path, monke
     assert len({layer.stages for layer in report.layers}) > 1
     want = dequantised_logits(reference(checkpoint), packed)
 
-    # From the packed checkpoint.
-    fc.build(packed, output=tmp_path / "from-packed", act="float")
-    assert relative_error(fc.load(tmp_path / "from-packed").logits(TOKENS), want) < 1e-4
-
-    # In one go, interrupted after the conversion, which is then not repeated.
+    # Interrupted after the conversion, which leaves a packed checkpoint and is not repeated.
     output = tmp_path / "direct"
     monkeypatch.setattr(build_module, "write_params", _interrupt)
     with pytest.raises(KeyboardInterrupt):
