@@ -16,7 +16,7 @@ Term = Literal["U", "W"]
 QUANTS = {"w1": 1, "w2": 2, "w3": 3, "w4": 4}
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "tile64")
 ACT_CONTRACTS: tuple[ActContract, ...] = ("int8", "int16", "float")
-METHODS = ("auto", "phase", "alternating")
+METHODS = ("auto", "phase", "alternating", "gptq")
 MAX_STAGES = 4
 
 
@@ -43,8 +43,9 @@ class QuantConfig:
             columns, see `op.reference.quantize_activations`) or ``float``.
         method: how codes are chosen. ``"phase"`` is the papers' rule, which weights trained for it
             need; ``"alternating"`` fits codes and scales to each other, which serves ordinary
-            weights better. ``"auto"`` picks by what the checkpoint says of itself, see
-            `frontends.method`.
+            weights better; ``"gptq"`` also looks at what calibration text makes of them and is
+            better still. ``"auto"`` picks by what the checkpoint says of itself and whether there
+            is text, see `frontends.method`.
         exempt: glob patterns of layer names that stay dense, e.g. ``("lm_head",)``.
         stages_for: glob pattern -> T, overriding ``quant`` for single layers; first match wins.
 

@@ -39,7 +39,7 @@ def test_json_round_trip() -> None:
         ({"quant": "W2"}, "Did you mean w2"),
         ({"scale": "column"}, "tensor, row, tile64"),
         ({"act": "int4"}, "int8, int16, float"),
-        ({"method": "gptq"}, "auto, phase"),
+        ({"method": "awq"}, "auto, phase"),
         ({"terms": ("W", "U")}, "terms"),
         ({"stages_for": {"x": 5}}, r"stages_for\['x'\] is 5"),
         ({"stages_for": {"x": True}}, "allowed"),

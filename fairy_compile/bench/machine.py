@@ -49,7 +49,7 @@ class Machine:
             cpu=_cpu_name(),
             cores=default_threads(),
             logical_cpus=os.cpu_count() or 1,
-            memory_bytes=_memory_bytes(),
+            memory_bytes=memory_bytes(),
             system=f"{platform.system()} {platform.machine()}",
             load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         )
@@ -93,7 +93,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """Return the machine's memory, 0 where it is not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows, or a name the system lacks

@@ -30,11 +30,12 @@ from fairy_compile.phase.tensor import TILE
 
 DAMPING = 0.01
 _BLOCK_PAIRS = 64
+_MEASURED_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer quantised by `quantize_gptq`.
+    """A layer as codes and scales, and how far it is from the exact one.
 
     Attributes:
         tensor: its codes and scales.
@@ -45,6 +46,12 @@ class Solved:
     tensor: PhaseTensor
     nmse: float
     output_error: float
+
+    @classmethod
+    def measure(cls, weight: np.ndarray, gram: torch.Tensor, tensor: PhaseTensor) -> Solved:
+        """Measure a layer's phase form; arguments as those of `quantize_gptq`."""
+        lost, power = _powers(weight, gram, tensor)
+        return cls(tensor, *(float(part) for part in lost / power.clip(min=1e-30)))
 
 
 def quantize_gptq(
@@ -78,7 +85,8 @@ def quantize_gptq(
     tensor = refit_scales(
         a, damped, PhaseTensor.from_codes(codes, start.scales, start.terms, scale)
     )
-    return Solved(tensor, *errors(a, gram, tensor))
+    del a, damped
+    return Solved.measure(weight, gram, tensor)
 
 
 def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[float, float]:
@@ -89,10 +97,25 @@ def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[fl
         gram: float32 (2m, 2m).
         tensor: its phase form.
     """
-    lost = a - torch.from_numpy(tensor.dequantize()).to(a.device)
-    plain = float(lost.square().sum() / a.square().sum().clamp(min=1e-30))
-    output = float(((lost @ gram) * lost).sum() / ((a @ gram) * a).sum().clamp(min=1e-30))
-    return plain, output
+    solved = Solved.measure(a.cpu().numpy(), gram, tensor)
+    return solved.nmse, solved.output_error
+
+
+def _powers(
+    weight: np.ndarray, gram: torch.Tensor, tensor: PhaseTensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squares of A - A' and of A, float64 (2,) each: plain, and under the Gram matrix.
+
+    Some rows at a time, since output heads are large.
+    """
+    out = np.zeros((2, 2))
+    near = tensor.dequantize()
+    for first in range(0, len(weight), _MEASURED_ROWS):
+        rows = slice(first, first + _MEASURED_ROWS)
+        exact = torch.from_numpy(np.array(weight[rows], np.float32)).to(gram.device)
+        for k, part in enumerate((exact - torch.from_numpy(near[rows]).to(gram.device), exact)):
+            out[k] += float(part.square().sum()), float(((part @ gram) * part).sum())
+    return out[0], out[1]
 
 
 def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:

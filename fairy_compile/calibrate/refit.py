@@ -33,7 +33,7 @@ def refit_scales(a: torch.Tensor, hessian: torch.Tensor, tensor: PhaseTensor) ->
     """
     step = -(-tensor.n // _SAMPLE_ROWS) if tensor.scale == "tensor" else 1
     rows = torch.arange(0, tensor.n, step, device=a.device)
-    problem = _Problem(tensor, rows)
+    problem = ScaleMap(tensor, rows)
     want = a[torch.cat([rows, tensor.n + rows])]
     before = torch.from_numpy(tensor.scales.astype(np.float32)).to(a.device)
     scales = before.clone()
@@ -64,7 +64,7 @@ def refit_scales(a: torch.Tensor, hessian: torch.Tensor, tensor: PhaseTensor) ->
     return dataclasses.replace(tensor, scales=scales.cpu().numpy())
 
 
-class _Problem:
+class ScaleMap:
     """The linear map from scales to the real matrix, its adjoint, and sums over blocks.
 
     Scales have the shape (T, terms, 2, n_tiles, m_tiles). A block is a row of tiles: no scale of it

@@ -21,6 +21,12 @@ def build(
     method: options.Method = "auto",
     scale: options.Scale = None,
     layer_quant: options.LayerQuant = None,
+    bits: options.Bits = None,
+    calibrate: options.Calibrate = None,
+    calibrate_tokens: options.CalibrateTokens = None,
+    calibrate_window: options.CalibrateWindow = None,
+    text_field: options.TextField = None,
+    tune: options.Tune = 0,
     act: options.Act = "int8",
     kv_dtype: options.KvDtype = None,
     output: options.Output = None,
@@ -53,6 +59,10 @@ def build(
             quant=QuantConfig(quant, stages_for=options.parse_layer_quant(layer_quant)),
             method=method,
             scale=scale,
+            calibrate=options.parse_calibration(
+                calibrate, calibrate_tokens, calibrate_window, text_field, tune
+            ),
+            bits=bits,
             act=act,
             kv_dtype=kv_dtype,
             output=output,

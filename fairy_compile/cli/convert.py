@@ -20,6 +20,12 @@ def convert(
     method: options.Method = "auto",
     scale: options.Scale = None,
     layer_quant: options.LayerQuant = None,
+    bits: options.Bits = None,
+    calibrate: options.Calibrate = None,
+    calibrate_tokens: options.CalibrateTokens = None,
+    calibrate_window: options.CalibrateWindow = None,
+    text_field: options.TextField = None,
+    tune: options.Tune = 0,
     act: options.Act = "int8",
     output: options.Output = None,
     force: options.Force = False,
@@ -49,11 +55,16 @@ def convert(
         exempt=tuple(exempt or ()),
         stages_for=options.parse_layer_quant(layer_quant),
     )
+    calibration = options.parse_calibration(
+        calibrate, calibrate_tokens, calibrate_window, text_field, tune
+    )
     with progress_bar() as progress:
         report = convert_model(
             model,
             output,
             quant=config,
+            calibrate=calibration,
+            bits=bits,
             force=force,
             dry_run=dry_run,
             dense_dtype=dense_dtype,
@@ -66,11 +77,22 @@ def convert(
         _print_report(report)
 
 
+_TITLES = {"nmse": "weight error", "output_error": "output error", "loss": "est. loss"}
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}" if value < 0.001 else f"{value:.4f}"
+
+
 def _print_report(report: ConvertReport) -> None:
     from fairy_compile.artifact import human_bytes
 
+    optional = ("nmse", "output_error", "loss")
+    shown = [key for key in optional if any(getattr(r, key) is not None for r in report.layers)]
+    if not any(layer.output_error is not None for layer in report.layers):
+        shown = []  # errors of weights alone, of which a summary says enough
     print_layers(
-        ("shape", "T", "bits", "bytes"),
+        ("shape", "T", "bits", "bytes", *(_TITLES[key] for key in shown)),
         (
             (
                 layer.name,
@@ -79,14 +101,15 @@ def _print_report(report: ConvertReport) -> None:
                     str(layer.stages or "-"),
                     f"{layer.bits_per_weight:.2f}",
                     human_bytes(layer.nbytes),
+                    *(_figure(getattr(layer, key)) for key in shown),
                 ),
                 layer.reason,
             )
             for layer in report.layers
         ),
     )
-    if report.note:
-        typer.echo(f"note: {report.note}")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
     errors = [layer.nmse for layer in report.layers if layer.nmse is not None]
     if errors:
         typer.echo(

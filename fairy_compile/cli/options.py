@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from fairy_compile.config import ACT_CONTRACTS, GRANULARITIES, METHODS, QUANTS
 from fairy_compile.errors import FairyError
+
+if TYPE_CHECKING:
+    from fairy_compile.calibrate import Calibration
 
 # Optional[] and not "| None": typer reads these annotations at run time.
 
@@ -105,6 +108,72 @@ LayerQuant = Annotated[
         help="Another T for some layers, e.g. lm_head=w3; may be repeated.",
     ),
 ]
+
+
+Bits = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--bits", help="Mean bits a weight; chooses T for every layer, e.g. 2.2."),
+]
+Calibrate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--calibrate",
+        metavar="TEXT",
+        help="Text to look at: text, jsonl or parquet file, a directory of them, or a dataset.",
+    ),
+]
+CalibrateTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--calibrate-tokens", help="Tokens of it to use  [default: 65536]"),
+]
+CalibrateWindow = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--calibrate-window",
+        help="Tokens seen at a time  [default: the model's context, 2048 max]",
+    ),
+]
+TextField = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--text-field", help="Key or column of the text  [default: text]"),
+]
+
+Tune = Annotated[
+    int,
+    typer.Option(
+        "--tune",
+        metavar="STEPS",
+        help="Then tune scales and norm gains on the text; holds the model in memory twice.",
+    ),
+]
+
+
+def parse_calibration(
+    text: str | None, tokens: int | None, window: int | None, field: str | None, tune: int = 0
+) -> Calibration | None:
+    """Return the `Calibration` of the options, None without ``--calibrate``.
+
+    Raises:
+        FairyError: an option that needs ``--calibrate`` is given without it.
+    """
+    from fairy_compile.calibrate import Calibration
+
+    given = {"tokens": tokens, "window": window, "text_field": field}
+    given = {key: value for key, value in given.items() if value is not None}
+    if tune:
+        given["tune"] = tune
+    if text is not None:
+        return Calibration(text, **given)
+    if given:
+        flags = {
+            "tokens": "--calibrate-tokens",
+            "window": "--calibrate-window",
+            "text_field": "--text-field",
+            "tune": "--tune",
+        }
+        flag = flags[next(iter(given))]
+        raise FairyError(f"{flag} is given without text; add --calibrate TEXT")
+    return None
 
 
 def parse_layer_quant(entries: list[str] | None) -> dict[str, int]:

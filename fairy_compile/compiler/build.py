@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fairy_compile.artifact import check_output, staged_directory
 from fairy_compile.compiler.export import check_linker, export_library
@@ -16,11 +18,15 @@ from fairy_compile.compiler.report import BuildReport, describe_call
 from fairy_compile.compiler.write import Work, param_nbytes, write_configs, write_params
 from fairy_compile.config import Granularity, QuantConfig, check_choice
 from fairy_compile.errors import FairyError
+from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.source import open_source
 from fairy_compile.models import DecoderConfig, parse_config
 from fairy_compile.models.config import KV_DTYPES
 from fairy_compile.targets import load_target
 from fairy_compile.tvm_pair import check_tvm_pair
+
+if TYPE_CHECKING:
+    from fairy_compile.calibrate import Calibration
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
@@ -35,6 +41,8 @@ def build(
     quant: str | QuantConfig = "w2",
     method: str = "auto",
     scale: Granularity | None = None,
+    calibrate: Calibration | str | Path | None = None,
+    bits: float | None = None,
     act: str | None = None,
     kv_dtype: str | None = None,
     output: str | Path | None = None,
@@ -57,6 +65,8 @@ def build(
             and exempt layers unless they are given here.
         method: how codes are chosen; see `QuantConfig`.
         scale: granularity of scales.
+        calibrate: text to calibrate on, see `convert`; needs the extra ``train``.
+        bits: mean bits a weight under which T is chosen for every layer, see `convert`.
         act: activation contract, ``int8``, ``int16`` or ``float``.
         kv_dtype: dtype of cached keys and values, ``float16`` or ``float32``; default float32 with
             float activations, else float16.
@@ -82,7 +92,10 @@ def build(
     compile_for = load_target(target)
     with clock("read headers"):
         source = open_source(model)
-        config_quant, quant_note = source.settle(config_quant)
+        asked = config_quant
+        config_quant, quant_note = source.settle(
+            asked, calibrated=calibrate is not None, by_budget=bits is not None
+        )
         decoder = parse_config(source.config)
         decoder = replace(decoder, kv_dtype=_kv_dtype(kv_dtype, config_quant.act))
         sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
@@ -94,6 +107,27 @@ def build(
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
     name = source.directory.resolve().name if Path(model).is_dir() else str(model)
+    if source.quant is not None:
+        notes.append("the checkpoint is packed: its own stages and scales were kept")
+    converted = None
+    if bits is not None and dry_run:
+        refuse_dry_run()
+    if (calibrate is not None or bits is not None) and not dry_run:
+        with clock("convert"):
+            converted = converted_path(Path(output))
+            done = convert(
+                model,
+                converted,
+                quant=asked,
+                calibrate=calibrate,
+                bits=bits,
+                force=True,
+                progress=progress,
+                reuse=True,
+            )
+        notes += done.notes[1:]  # the first is the one of `settle`
+        source = open_source(converted)
+        config_quant, _ = source.settle(asked)
     work = Work(name, source, config_quant, compile_for, decoder, sizes)
     with clock("define"):
         work.define()
@@ -123,9 +157,17 @@ def build(
             export_library(executable, compile_for, directory)
         with clock("finish"):
             write_configs(work, directory, written, report)
+    if converted is not None:
+        shutil.rmtree(converted, ignore_errors=True)
     report.output = str(output)
     report.seconds = clock.seconds
     return report
+
+
+def converted_path(output: Path) -> Path:
+    """Return where the packed checkpoint lies between conversion and the end of a build."""
+    output = output.expanduser()
+    return output.with_name(f".{output.name}.converted")
 
 
 class _Clock:
@@ -199,8 +241,6 @@ def _report(work: Work, notes: list[str]) -> BuildReport:
     dense = [layer for layer in layers if not layer.stages]
     if dense:
         notes.append(f"{len(dense)} of {len(layers)} linear calls stay dense; see their reasons")
-    if work.source.quant is not None:
-        notes.append("the checkpoint is packed: its own stages and scales were kept")
     return BuildReport(
         model=work.name,
         family=work.decoder.model_type,

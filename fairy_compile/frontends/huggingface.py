@@ -10,7 +10,7 @@ import numpy as np
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.files import ModelDirectory, tied_tensors
-from fairy_compile.frontends.method import latents_reason, method_note, resolve
+from fairy_compile.frontends.method import check_method, latents_reason, method_note, resolve
 from fairy_compile.frontends.plan import LayerPlan, plan_weight, quantize_layer
 from fairy_compile.frontends.quant_json import read_quant, settle_own
 from fairy_compile.frontends.store import TensorStore
@@ -64,12 +64,13 @@ class HuggingFaceSource(ModelDirectory):
         check_finite(array, name)
         return array
 
-    def settle(self, asked: QuantConfig) -> tuple[QuantConfig, str | None]:
+    def settle(
+        self, asked: QuantConfig, *, calibrated: bool = False, by_budget: bool = False
+    ) -> tuple[QuantConfig, str | None]:
         """Decide the method; master weights that tell what they were trained for decide more."""
-        if self.trained is not None:
-            used = resolve(settle_own(self.trained, asked), self.latents)
-        else:
-            used = resolve(asked, self.latents)
+        own = asked if self.trained is None else settle_own(self.trained, asked)
+        used = resolve(own, self.latents, calibrated=calibrated, by_budget=by_budget)
+        check_method(used, self.latents, calibrated=calibrated, by_budget=by_budget)
         return used, method_note(asked, used, self.latents)
 
     def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:

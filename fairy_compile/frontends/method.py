@@ -11,7 +11,7 @@ itself, and says what it took it for:
 2. Its hub id, its directory, ``_name_or_path`` in config.json or the title of its README.md names
    Fairy2i, as the published W2 checkpoint's do, which is stored as ordinary Llama weights:
    ``phase``.
-3. Anything else is an ordinary checkpoint: ``alternating``.
+3. Anything else is an ordinary checkpoint: ``gptq`` with calibration text, else ``alternating``.
 
 Master weights without a sign of it are then quantised by a method that is not theirs; whoever has
 such a checkpoint says ``--method phase``. Weights that already hold phase values are taken apart
@@ -26,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.config import QUANTS, QuantConfig
-from fairy_compile.errors import UnsupportedError
+from fairy_compile.errors import FairyError, UnsupportedError
 
 LATENT_QUANT_METHOD = "fairy2i"
 HEAD = "lm_head"
 HEAD_STAGES = 3
-TRAINING_FREE = ("alternating",)
+TRAINING_FREE = ("alternating", "gptq")
 
 _FAIRY2I = re.compile(r"fairy2i", re.IGNORECASE)
 _README_BYTES = 4096
+_TEXT = {"alternating": "", "gptq": ", with calibration text"}
 
 
 def latents_reason(directory: Path, config: dict[str, Any]) -> str | None:
@@ -83,7 +84,13 @@ def _names(directory: Path, config: dict[str, Any]) -> list[str]:
     return names
 
 
-def resolve(quant: QuantConfig, latents: str | None) -> QuantConfig:
+def resolve(
+    quant: QuantConfig,
+    latents: str | None,
+    *,
+    calibrated: bool = False,
+    by_budget: bool = False,
+) -> QuantConfig:
     """Return ``quant`` with ``auto`` decided and the output head's T filled in.
 
     Methods without training give the output head (``lm_head``) T = 3 where less was asked for: a
@@ -93,15 +100,51 @@ def resolve(quant: QuantConfig, latents: str | None) -> QuantConfig:
     Args:
         quant: what was asked for; already resolved ones come back unchanged.
         latents: see `latents_reason`.
+        calibrated: there is calibration text.
+        by_budget: T is chosen under a budget of bits, the head's too.
     """
     method = quant.method
     if method == "auto":
-        method = "phase" if latents else "alternating"
+        method = "phase" if latents else "gptq" if calibrated else "alternating"
     stages_for = dict(quant.stages_for)
     raises_head = method in TRAINING_FREE and QUANTS[quant.quant] < HEAD_STAGES
-    if raises_head and not (quant.names_stages(HEAD) or quant.is_exempt(HEAD)):
+    if raises_head and not by_budget and not (quant.names_stages(HEAD) or quant.is_exempt(HEAD)):
         stages_for[HEAD] = HEAD_STAGES
     return dataclasses.replace(quant, method=method, stages_for=stages_for)
+
+
+def check_method(
+    used: QuantConfig, latents: str | None, *, calibrated: bool, by_budget: bool
+) -> None:
+    """Check that the method fits what else was asked for.
+
+    Args:
+        used: after `resolve`.
+        latents: see `latents_reason`.
+        calibrated: there is calibration text.
+        by_budget: T is chosen under a budget of bits.
+
+    Raises:
+        FairyError: the method needs calibration text, or has no use for it or for a budget.
+    """
+    if used.method == "gptq" and not calibrated:
+        raise FairyError(
+            "--method gptq looks at calibration text; give some with --calibrate PATH, or use "
+            "--method alternating"
+        )
+    if used.method == "phase" and latents and (calibrated or by_budget):
+        flag = "--calibrate" if calibrated else "--bits"
+        raise FairyError(
+            f"{flag} does not go with master weights of quantisation-aware training, which need "
+            f"the very codes of the published rule, and these are some, since {latents}; leave "
+            f"{flag} out, or add --method {'gptq' if calibrated else 'alternating'} if they are "
+            "ordinary weights"
+        )
+    if calibrated and used.method != "gptq":
+        raise FairyError(
+            f"--method {used.method} looks at no calibration text; leave --calibrate or --method "
+            "out, or use --method gptq"
+        )
 
 
 def method_note(asked: QuantConfig, used: QuantConfig, latents: str | None) -> str:
@@ -121,8 +164,9 @@ def method_note(asked: QuantConfig, used: QuantConfig, latents: str | None) -> s
         )
     else:
         note = (
-            f"method {used.method}: nothing says that the weights were trained for the phase rule; "
-            "if they are master weights of quantisation-aware training, use --method phase"
+            f"method {used.method}{_TEXT[used.method]}: nothing says that the weights were trained "
+            "for the phase rule; if they are master weights of quantisation-aware training, use "
+            "--method phase"
         )
     if HEAD in used.stages_for and HEAD not in asked.stages_for:
         t = QUANTS[used.quant]

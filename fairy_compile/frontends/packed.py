@@ -197,8 +197,15 @@ class PackedSource(ModelDirectory):
         super().__init__(directory, self._store.files)
         self._check_tensors(table)
 
-    def settle(self, asked: QuantConfig) -> tuple[QuantConfig, str | None]:
+    def settle(
+        self, asked: QuantConfig, *, calibrated: bool = False, by_budget: bool = False
+    ) -> tuple[QuantConfig, str | None]:
         """Return how the checkpoint was made, with the activations and exempt layers asked for."""
+        if calibrated or by_budget:
+            raise FairyError(
+                f"{self.directory} is a packed checkpoint, whose codes are fixed; give the model "
+                "it was made from, or leave --calibrate and --bits out"
+            )
         return settle_own(self.quant, asked), None
 
     def _check_tensors(self, table: dict[str, Any]) -> None:

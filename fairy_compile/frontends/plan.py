@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from fairy_compile.config import QUANTS, Granularity, QuantConfig, Term
-from fairy_compile.errors import UnsupportedError
+from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.baked import recover_baked
 from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor, quantize
 
@@ -20,6 +20,7 @@ BY_RULE = "quantised by the phase rule"
 BY_METHOD = {
     "phase": BY_RULE,
     "alternating": "codes and scales fitted to each other (alternating)",
+    "gptq": "codes and scales by the errors of outputs on calibration text (gptq)",
 }
 RECOVERED = "recovered from a weight that holds phase values"
 
@@ -93,7 +94,7 @@ def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> Layer
 
 def method_words(quant: QuantConfig, stages: int) -> str:
     """Return how codes are made, in words; with one stage, alternating is the rule itself."""
-    words = BY_METHOD["phase" if stages == 1 else _method(quant)]
+    words = BY_METHOD["phase" if stages == 1 or quant.method == "auto" else quant.method]
     if stages != QUANTS[quant.quant]:
         words += f"; T = {stages} for this layer"
     return words
@@ -146,5 +147,10 @@ def quantize_layer(weight: np.ndarray, layer: str, quant: QuantConfig) -> tuple[
     baked = recover_layer(weight, layer, quant)
     if baked is not None:
         return baked, RECOVERED
+    if quant.method == "gptq":
+        raise FairyError(
+            f"{layer} is to be quantised by its outputs on calibration text (gptq), which takes "
+            "the whole model: use `fairy_compile convert --calibrate`, or --method alternating"
+        )
     words = method_words(quant, quant.stages(layer))
     return quantize(weight, quant, method=_method(quant), name=layer), words

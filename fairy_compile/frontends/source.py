@@ -56,12 +56,22 @@ class ModelSource(Protocol):
             ModelFileError: its file is damaged.
         """
 
-    def settle(self, asked: QuantConfig) -> tuple[QuantConfig, str | None]:
+    def settle(
+        self, asked: QuantConfig, *, calibrated: bool = False, by_budget: bool = False
+    ) -> tuple[QuantConfig, str | None]:
         """Return what a request means for this model, and a sentence on it where there is a choice.
 
         A method ``"auto"`` comes back decided. A checkpoint made by quantisation-aware training or
         `convert` brings its own settings, whatever was asked for, but for activations and exempt
         layers.
+
+        Args:
+            asked: the request.
+            calibrated: there is calibration text.
+            by_budget: T is chosen under a budget of bits.
+
+        Raises:
+            FairyError: the method does not go with the rest of the request.
         """
 
     def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:

@@ -107,13 +107,46 @@ def write_tokens(
                 out.write(ids.tobytes())
                 count += len(ids)
         if not count:
-            raise FairyError(
-                f"the data {data} is empty: its {len(files)} files hold no text; give files with "
-                "text in them"
-            )
+            raise _no_text(data, files)
         partial.replace(path)
         label.write_text(json.dumps({"key": key, "tokens": count}) + "\n")
     return np.memmap(path, _DTYPE, mode="r")
+
+
+def read_tokens(
+    data: str | Path, tokenizer: Path, *, eos: int | None, field: str, limit: int
+) -> np.ndarray:
+    """Return the first ``limit`` tokens of ``data``, or all where it has fewer: uint32 (tokens,).
+
+    Args:
+        data: see `fairy_compile.train.text`.
+        tokenizer: directory with tokenizer.json.
+        eos: token to put after every document; None for none.
+        field: key or column of the text.
+        limit: text behind so many tokens is not read.
+
+    Raises:
+        FairyError: the data holds no token, or `data_files` and `documents` refuse it.
+    """
+    files = data_files(data)
+    encoder, before = _load(tokenizer), TokenizerFiles.read(tokenizer).prefix_ids()
+    parts: list[np.ndarray] = []
+    count = 0
+    for ids in _encoded(files, field, encoder, before, [] if eos is None else [eos]):
+        parts.append(ids)
+        count += len(ids)
+        if count >= limit:
+            break
+    if not count:
+        raise _no_text(data, files)
+    return np.concatenate(parts)[:limit]
+
+
+def _no_text(data: str | Path, files: list[Path]) -> FairyError:
+    return FairyError(
+        f"the data {data} is empty: its {len(files)} files hold no text; give files with text in "
+        "them"
+    )
 
 
 def _identity(files: list[Path], tokenizer: Path, eos: int | None, field: str) -> str:

@@ -22,7 +22,7 @@ def read_blocks(
     Raises:
         FairyError: see `fairy_compile.train.blocks`.
     """
-    eos = _end_token(directory, tokenizer)
+    eos = end_token(directory, tokenizer)
     options = {"eos": eos, "field": config.text_field, "resuming": resuming}
     tokens = write_tokens(config.data, tokenizer, run / "train.tokens", **options)
     if config.eval_data is None:
@@ -33,7 +33,7 @@ def read_blocks(
     return trained, held
 
 
-def _end_token(directory: Path, tokenizer: Path) -> int | None:
+def end_token(directory: Path, tokenizer: Path) -> int | None:
     """Return the token that ends a text: the tokenizer's, else the first of config.json."""
     if (token := TokenizerFiles.read(tokenizer).token_id("eos_token")) is not None:
         return token

@@ -101,7 +101,7 @@ def test_other_tables_are_refused(make_model, table, error, words):
 
 def test_convert_uses_and_tells_the_method(make_model, tmp_path):
     report = convert(make_model(), tmp_path / "packed", quant="w2")
-    assert report.note.startswith("method alternating")
+    assert report.notes[0].startswith("method alternating")
     layers = {layer.name: layer for layer in report.layers}
     assert "alternating" in layers["model.layers.0.self_attn.q_proj"].reason
     assert layers["lm_head"].stages == 3
