@@ -119,7 +119,7 @@ def read_tokens(
     """Return the first ``limit`` tokens of ``data``, or all where it has fewer: uint32 (tokens,).
 
     Args:
-        data: see `fairy_compile.train.text`.
+        data: see `fairy_compile.documents`.
         tokenizer: directory with tokenizer.json.
         eos: token to put after every document; None for none.
         field: key or column of the text.
