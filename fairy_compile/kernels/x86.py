@@ -35,19 +35,18 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fairy_compile.errors import FairyError
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.x86_layout import BLOCK, has_joint
 from fairy_compile.kernels.x86_panel_layout import (
-    BYTE_LIMIT,
     WORD_LIMIT,
     PanelLayout,
     TableMode,
     combined_error,
 )
-from fairy_compile.kernels.x86_tables import joint_ratio_error
+from fairy_compile.kernels.x86_tables import joint_offset, joint_ratio_error
 from fairy_compile.op import ACT_LEVELS, PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
@@ -74,9 +73,6 @@ class Isa:
         joint_limit: largest p + q of a joint table. 127 is what a byte holds. pmaddubsw saturates
             at int16: with entries up to 2 * 63 + 1, a pair is at most 2 * 127 * 127 = 32258.
         sums: accumulators to keep in registers at a time.
-        panel: entries of decoded panels: ``uint8`` with vpdpbusd, ``int8`` with AMX. pmaddubsw
-            would saturate with entries up to 127, so AVX2 has ``int16`` and pmaddwd, which makes
-            combined panels as good as exact.
         block: rows of x that meet a panel's vectors in registers; two sums each.
         amx: AMX tiles serve batches of `x86_amx.MIN_TOKENS` and more.
     """
@@ -89,7 +85,6 @@ class Isa:
     dot: str | None
     joint_limit: int
     sums: int
-    panel: Literal["int8", "uint8", "int16"]
     block: int
     amx: bool = False
 
@@ -99,14 +94,16 @@ class Isa:
         return BLOCK * self.rows
 
     @property
-    def unsigned_panel(self) -> bool:
-        """Entries of panels have `x86_panels.UNSIGNED_OFFSET` added."""
-        return self.panel == "uint8"
+    def panel_offset(self) -> int:
+        """What makes the entries of panels unsigned; AMX multiplies signed ones."""
+        return 0 if self.amx else joint_offset(self.joint_limit)
 
     @property
-    def combined_limit(self) -> int:
-        """Largest sum of the integers of a combined panel."""
-        return WORD_LIMIT if self.panel == "int16" else BYTE_LIMIT
+    def words(self) -> bool:
+        """Panels may be of int16, which costs a third more than bytes where those cost three
+        instructions, and four times as much as a dot product instruction.
+        """
+        return self.dot is None
 
 
 AVX512_VBMI = Isa(
@@ -118,14 +115,12 @@ AVX512_VBMI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.512",
     joint_limit=127,
     sums=16,
-    panel="uint8",
     block=12,
 )
 AVX512_AMX = replace(
     AVX512_VBMI,
     name="avx512amx",
     features=(*AVX512_VBMI.features, "amx-int8", "amx-tile"),
-    panel="int8",
     amx=True,
 )
 AVX512_VNNI = Isa(
@@ -137,7 +132,6 @@ AVX512_VNNI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.512",
     joint_limit=127,
     sums=16,
-    panel="uint8",
     block=12,
 )
 AVX_VNNI = Isa(
@@ -149,7 +143,6 @@ AVX_VNNI = Isa(
     dot="llvm.x86.avx512.vpdpbusd.256",  # LLVM selects the VEX form where there is no AVX512
     joint_limit=127,
     sums=8,
-    panel="uint8",
     block=6,
 )
 AVX2 = Isa(
@@ -161,8 +154,7 @@ AVX2 = Isa(
     dot=None,
     joint_limit=63,
     sums=8,
-    panel="int16",
-    block=6,
+    block=5,
 )
 
 
@@ -181,7 +173,8 @@ class X86Codebook:
         tables: ``joint`` (with tensor scales, and T >= 2 or both terms; elsewhere the same as
             ``split``) or ``split``, for few tokens; with AVX2 also ``combined`` (with tensor
             scales, T = 2 and both terms; elsewhere the same as ``joint``).
-        panels: ``combined``, ``joint`` (with tensor scales and T >= 2) or ``split``, for many.
+        panels: ``combined``, ``joint`` (with tensor scales and T >= 2) or ``split``, for many
+            tokens; with AVX2 also ``words``.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
         tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
         columns: columns to decode to panels at a time.
@@ -192,12 +185,17 @@ class X86Codebook:
         self.name = f"x86.codebook.{isa.name}"
         # With a dot product instruction, two more of them cost as much as combining look-ups.
         combined = ("combined",) if isa.dot is None else ()
+        words = ("words",) if isa.words else ()
         self.layout = PanelLayout(
-            isa.rows, isa.joint_limit, isa.combined_limit, combined_tables=bool(combined)
+            isa.rows,
+            isa.joint_limit,
+            isa.joint_limit,
+            words=isa.words,
+            combined_tables=bool(combined),
         )
         self.knobs: Mapping[str, Sequence[Any]] = {
             "tables": (*combined, "joint", "split"),
-            "panels": ("combined", "joint", "split"),
+            "panels": ("combined", *words, "joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
             "tokens": (4, 2, 1),
             "columns": (256, 128, 512, 1024),
@@ -246,8 +244,11 @@ class X86Codebook:
                 demands["tables"] = "joint" if joint else "split"
         elif self.layout.has_joint(spec) and not joint:
             demands["tables"] = "split"
-        if combined_error(parts, self.isa.combined_limit) > combined_limit:
-            demands["panels"] = "joint" if joint and has_joint(spec) else "split"
+        if combined_error(parts, self.isa.joint_limit) > combined_limit:
+            if self.isa.words and combined_error(parts, WORD_LIMIT) <= joint_limit:
+                demands["panels"] = "words"
+            else:
+                demands["panels"] = "joint" if joint and has_joint(spec) else "split"
         return demands
 
     def build(

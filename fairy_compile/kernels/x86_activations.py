@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer
 
+    from fairy_compile.kernels.x86 import Isa
+
 _LANES = 16  # floats handled at a time; LLVM splits them where vectors are shorter
 
 DIGITS: dict[ActContract, int] = {"int8": 1, "int16": 2}
@@ -157,6 +159,31 @@ class Activations:
                 total = reduce("add", "int32", quantized.q[f * per_flush : (f + 1) * per_flush])
                 at = _slot(tokens, self.flushes, group * group_flushes + f, lane, half)
                 store(self._sum, at, total)
+
+
+def dot(isa: Isa, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """Return int32 sums plus the dot products of four unsigned and four signed bytes each.
+
+    pmaddubsw saturates int16 sums of two products, so unsigned bytes are 127 at most where there is
+    no dot product instruction.
+    """
+    rows = isa.rows
+    if isa.dot:
+        return T.call_llvm_pure_intrin(f"int32x{rows}", isa.dot, total, unsigned, signed)
+    pairs = multiply_pairs(isa, unsigned, signed)
+    return total + add_neighbours(isa, pairs)
+
+
+def multiply_pairs(isa: Isa, unsigned: Expr, signed: Expr) -> Expr:
+    """Return int16 sums of two products of an unsigned and a signed byte each."""
+    kind = f"int16x{2 * isa.rows}"
+    return T.call_llvm_pure_intrin(kind, "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
+
+
+def add_neighbours(isa: Isa, pairs: Expr) -> Expr:
+    """Widen int16 to int32, adding neighbours."""
+    ones = T.broadcast(T.int16(1), 2 * isa.rows)
+    return T.call_llvm_pure_intrin(f"int32x{isa.rows}", "llvm.x86.avx2.pmadd.wd", pairs, ones)
 
 
 def join_digits(digits: Sequence[Expr], lanes: int) -> Expr:

@@ -9,7 +9,16 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86_activations import Activations, Tokens, join_digits, span, store
+from fairy_compile.kernels.x86_activations import (
+    Activations,
+    Tokens,
+    add_neighbours,
+    dot,
+    join_digits,
+    multiply_pairs,
+    span,
+    store,
+)
 from fairy_compile.kernels.x86_layout import BLOCK, X86Layout
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
 from fairy_compile.kernels.x86_panel_layout import TableMode
@@ -263,23 +272,11 @@ class CodebookFunction:
         """Add dot products of unsigned entries and signed activations to ``total``."""
         lanes, dtype = self._sum_type(unit)
         at = span(0, lanes)
-        if self.isa.dot:
-            value = T.call_llvm_pure_intrin(
-                f"int32x{lanes}", self.isa.dot, total[at], entries, word
-            )
+        if dtype == "int16":
+            value = total[at] + multiply_pairs(self.isa, entries, word)
         else:
-            pairs = T.call_llvm_pure_intrin(
-                f"int16x{2 * self.isa.rows}", "llvm.x86.avx2.pmadd.ub.sw", entries, word
-            )
-            value = total[at] + (pairs if dtype == "int16" else self._add_neighbours(pairs))
+            value = dot(self.isa, total[at], entries, word)
         store(total, at, value)
-
-    def _add_neighbours(self, pairs: Expr) -> Expr:
-        """Widen int16 to int32, adding neighbours."""
-        ones = T.broadcast(T.int16(1), 2 * self.isa.rows)
-        return T.call_llvm_pure_intrin(
-            f"int32x{self.isa.rows}", "llvm.x86.avx2.pmadd.wd", pairs, ones
-        )
 
     def _scale_sums(
         self,
@@ -306,7 +303,7 @@ class CodebookFunction:
                 own = totals[number * digits : (number + 1) * digits]
                 sums = [v[span(0, lanes)] for v in own]
                 if dtype == "int16":
-                    sums = [self._add_neighbours(v) for v in sums]
+                    sums = [add_neighbours(self.isa, v) for v in sums]
                 value = join_digits(sums, rows)
                 offset = self.activations.sum(tokens, flush, t, product.half) * table_offset
                 value = T.cast(value - T.broadcast(offset, rows), f"float32x{rows}")

@@ -8,9 +8,9 @@
                 out[token][Re y, Im y] += weight scale * activation scale * sums
 
 What is summed in registers is two vectors of weights times the tokens of a block: Re y and Im y
-where a vector holds a column block (vpdpbusd), and one of them after the other where it takes two
-vectors (pmaddwd, which multiplies int16). A token's activations of the column block, repeated over
-a vector, meet both.
+where a vector holds a column block, and one of them after the other where it takes two vectors
+(mode ``words``). A token's activations of the column block, repeated over a vector, meet both.
+AVX2 has pmaddubsw and pmaddwd in place of vpdpbusd; words need pmaddwd alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels.x86_activations import (
     DIGITS,
     GroupQuantizer,
+    dot,
     join_digits,
     reduce,
     span,
@@ -30,7 +31,7 @@ from fairy_compile.kernels.x86_activations import (
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
 from fairy_compile.kernels.x86_panel_layout import Panel, TableMode
-from fairy_compile.kernels.x86_panels import UNSIGNED_OFFSET, Panels
+from fairy_compile.kernels.x86_panels import Panels
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 
 if TYPE_CHECKING:
@@ -161,9 +162,8 @@ class DotMultiply:
                 f"int32x{lanes}", "llvm.x86.avx2.pmadd.wd", weight, word
             )
             store(total, at, total[at] + products)
-        else:
-            args = (total[at], weight, word)
-            store(total, at, T.call_llvm_pure_intrin(f"int32x{lanes}", self.isa.dot, *args))
+            return
+        store(total, at, dot(self.isa, total[at], weight, word))
 
     def _scale_sums(
         self,
@@ -242,7 +242,7 @@ class PanelActivations:
         self._word = "int64" if panels.words else "int32"
         self._q = T.alloc_buffer((_HALVES * self.digits * self._columns * self.rows,), self._word)
         self._scale = T.alloc_buffer((_HALVES * self._groups * self.rows,), "float32")
-        if isa.unsigned_panel:
+        if panels.offset:
             self._start = T.alloc_buffer((_HALVES * panels.flushes * self.rows,), "int32")
 
     def word(
@@ -262,7 +262,7 @@ class PanelActivations:
 
     def start(self, flush: Expr, half: int, block: Expr, token: int) -> Expr:
         """Return what a sum over a flush starts from."""
-        if not self._isa.unsigned_panel:
+        if not self._panels.offset:
             return T.int32(0)
         return self._start[self._at(self._panels.flushes, block, half, flush, token)]
 
@@ -320,7 +320,7 @@ class PanelActivations:
     def _store_starts(
         self, block: Expr, half: Expr, group: Expr, token: Expr, q: list[Expr] | None
     ) -> None:
-        if not self._isa.unsigned_panel:
+        if not self._panels.offset:
             return
         flushes = ACT_GROUP // self._panels.flush
         per_flush = ACT_GROUP // _LANES // flushes
@@ -329,7 +329,7 @@ class PanelActivations:
             value: Expr = T.int32(0)
             if q is not None:
                 some = q[f * per_flush : (f + 1) * per_flush]
-                value = reduce("add", "int32", some) * T.int32(-UNSIGNED_OFFSET)
+                value = reduce("add", "int32", some) * T.int32(-self._panels.offset)
             store(self._start, at, value)
 
     def _q_at(

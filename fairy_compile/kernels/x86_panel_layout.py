@@ -7,6 +7,7 @@ as integer *panels*, and to multiply those. What a panel holds is a choice, its 
 
 - ``combined``: all codes of a weight at once, four dot products in all. The scales of one axis
   (real or imaginary) become integers in one unit; `combine_scales` bounds the error.
+- ``words``: the same with integers of 16 bits, which makes it as good as exact.
 - ``joint``: pairs of stages, in the ratios of `joint_ratio`, as in the joint tables.
 - ``split``: one code each; exact.
 
@@ -28,9 +29,9 @@ from fairy_compile.kernels.x86_tables import combined_arrays
 from fairy_compile.op import PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
-TableMode = Literal["combined", "joint", "split"]
+TableMode = Literal["combined", "words", "joint", "split"]
 
-BYTE_LIMIT, WORD_LIMIT = 127, 32767  # what panels of int8 and int16 hold
+BYTE_LIMIT, WORD_LIMIT = 127, 32767  # what int8 and int16 hold
 _UNIT_STEP = 0.5
 _UNITS = 96  # candidates; with int16 there is little to choose between
 _AT_ONCE = 4096
@@ -52,7 +53,7 @@ class Panel:
 def panels(terms: int, stages: int, mode: TableMode) -> list[Panel]:
     """Return the panels of a table mode."""
     every = [(term, stage) for term in range(terms) for stage in range(stages)]
-    if mode == "combined":
+    if mode in ("combined", "words"):
         return [Panel(tuple(every), 0)]
     if mode == "split":
         return [Panel((code,), 2 * i) for i, code in enumerate(every)]
@@ -143,9 +144,10 @@ def _by_axis(scales: np.ndarray) -> np.ndarray:
 class PanelLayout(X86Layout):
     """`X86Layout` with more arrays. Of the shapes of ``scales`` but for the units' dimension:
 
-    - ``combined_weights`` int8, or int16 where ``combined_limit`` asks for it: an integer for each
-      unit, i.e. (term, stage, axis);
-    - ``combined_scales`` float32: the unit of each axis, 2.
+    - ``combined_weights`` int8: an integer for each unit, i.e. (term, stage, axis), those of an
+      axis adding up to ``combined_limit`` at most;
+    - ``combined_scales`` float32: the unit of each axis, 2;
+    - ``words_weights`` int16 and ``words_scales``, likewise with `WORD_LIMIT`, if ``words``.
 
     And where `has_combined_tables`, those of `combined_arrays` with ``joint_limit``:
 
@@ -157,18 +159,21 @@ class PanelLayout(X86Layout):
         rows: int,
         joint_limit: int,
         combined_limit: int = BYTE_LIMIT,
+        words: bool = False,
         combined_tables: bool = False,
     ) -> None:
         super().__init__(rows, joint_limit, pair_terms=True)
-        self.combined_limit, self._combined_tables = combined_limit, combined_tables
-        self.name += f"P{8 * np.dtype(combined_dtype(combined_limit)).itemsize}"
+        self._limits = {"combined": combined_limit, **({"words": WORD_LIMIT} if words else {})}
+        self._combined_tables = combined_tables
+        self.name += f"P{combined_limit}{'W' if words else ''}"
 
     def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:
         """See `Layout.arrays`."""
         arrays = super().arrays(spec)
         shape = arrays["scales"].shape
-        arrays["combined_weights"] = ArraySpec(shape, combined_dtype(self.combined_limit))
-        arrays["combined_scales"] = ArraySpec((*shape[:2], 2, *shape[3:]), "float32")
+        for mode, limit in self._limits.items():
+            arrays[f"{mode}_weights"] = ArraySpec(shape, combined_dtype(limit))
+            arrays[f"{mode}_scales"] = ArraySpec((*shape[:2], 2, *shape[3:]), "float32")
         if self.has_combined_tables(spec):
             arrays["combined_tables"] = ArraySpec((shape[0], 4, 16), "uint8")
             arrays["combined_table_scales"] = ArraySpec((shape[0], 1, 4), "float32")
@@ -186,12 +191,11 @@ class PanelLayout(X86Layout):
         tiles, column_tiles, units, *rows = scales.shape
         by_axis = scales.reshape(tiles, column_tiles, units // 2, 2, *rows)
         vectors = np.moveaxis(by_axis, 2, -1)  # (tiles, column tiles, axis(, R), codes)
-        weights, axis_units, _ = combine_scales(
-            vectors.reshape(-1, units // 2), self.combined_limit
-        )
-        weights = np.moveaxis(weights.reshape(vectors.shape), -1, 2)
-        packed["combined_weights"] = np.ascontiguousarray(weights.reshape(scales.shape))
-        packed["combined_scales"] = axis_units.reshape(vectors.shape[:-1])
+        for mode, limit in self._limits.items():
+            weights, axis_units, _ = combine_scales(vectors.reshape(-1, units // 2), limit)
+            weights = np.moveaxis(weights.reshape(vectors.shape), -1, 2)
+            packed[f"{mode}_weights"] = np.ascontiguousarray(weights.reshape(scales.shape))
+            packed[f"{mode}_scales"] = axis_units.reshape(vectors.shape[:-1])
         if self.has_combined_tables(spec):
             self._pack_combined_tables(packed, vectors[:, 0])
         return packed

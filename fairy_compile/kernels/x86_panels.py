@@ -10,12 +10,11 @@ With many tokens a row tile's codes are decoded once, a block of columns at a ti
 
 A panel is a row of vectors, one or two for each column block (4 columns) of the row tile:
 
-- int8, ``entries[4 * row + column]``: as codes lie, what vpdpbusd and AMX multiply. For vpdpbusd
-  they are unsigned, with `UNSIGNED_OFFSET` added.
-- int16, twice as wide: two vectors, with ``[4 * row + column]`` of half the rows each. A vector of
-  AVX2 keeps its lanes of 16 bytes apart, so the first has the rows 0, 1 and 4, 5 of a tile of 8 and
-  the second 2, 3 and 6, 7: what unpacking makes of the look-ups, and what adding neighbours puts
-  back in order.
+- bytes, ``entries[4 * row + column]``: as codes lie, what vpdpbusd, pmaddubsw and AMX multiply. For
+  all but AMX they are unsigned, with `Isa.panel_offset` added.
+- int16 in mode ``words``, two vectors with ``[4 * row + column]`` of half the rows each. AVX2 keeps
+  lanes of 16 bytes apart, so the first has rows 0, 1 and 4, 5 of a tile of 8 and the second 2, 3
+  and 6, 7: what unpacking makes of look-ups, and what adding neighbours puts back in order.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 PANELS = 4
 _AXES = ((1, 0, -1, 0), (0, 1, 0, -1))  # re and im of the codes
-UNSIGNED_OFFSET = 128
 _LANE = 16  # bytes that AVX2 shuffles keep apart
 
 
@@ -76,6 +74,7 @@ class Panels:
         flushes: of all columns.
         block_flushes: flushes that are decoded at a time.
         vectors: vectors of a column block.
+        offset: what is added to entries.
         sets: the `Panel` sets that are decoded one after the other.
         buffer: (panel, element), set by `allocate`.
     """
@@ -88,9 +87,10 @@ class Panels:
         self.flushes = -(-spec.m // ACT_GROUP) * ACT_GROUP // self.flush
         self.block_flushes = columns // self.flush
         self.flush_blocks = self.flush // BLOCK
-        self.words = isa.panel == "int16"
+        self.words = mode == "words"
         self.vectors = 2 if self.words else 1
         self.lanes = isa.width // self.vectors  # entries of a vector
+        self.offset = 0 if self.words else isa.panel_offset
         self.sets = panels(len(spec.terms), spec.stages, mode)
         self._step_blocks = blocks_per_step(len(spec.terms), spec.stages)
         self._by_row = spec.scale == "row"
@@ -184,9 +184,9 @@ class Panels:
             _each(self._subtract, im_w, im_u),
             _each(self._subtract, re_u, re_w),
         ]
-        if isa.unsigned_panel:  # adding 128 to a byte turns its sign bit over
-            sign = T.broadcast(T.int8(-UNSIGNED_OFFSET), isa.width)
-            four = [[T.bitwise_xor(entry, sign) for entry in entries] for entries in four]
+        if self.offset:  # bytes wrap around, so 128 may as well be taken off
+            offset = T.broadcast(T.int8((self.offset + 128) % 256 - 128), isa.width)
+            four = [[entry + offset for entry in entries] for entries in four]
         return [list(vector) for vector in zip(*four, strict=True)]
 
     def _index(self, tile: Expr, step: Expr, plane: int, shift: int) -> Expr:
@@ -272,8 +272,8 @@ class Panels:
     def _weight(self, tile: Expr, flush: Expr, term: int, stage: int, axis: int) -> Expr:
         """Return the integer that a code's axis stands for, or those of rows with their own."""
         stages = self.spec.stages
-        if self.mode == "combined":
-            weights = self.arrays["combined_weights"]
+        if self.mode in ("combined", "words"):
+            weights = self.arrays[f"{self.mode}_weights"]
             unit = (term * stages + stage) * 2 + axis
             if self._by_row:
                 rows = self.isa.rows

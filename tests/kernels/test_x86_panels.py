@@ -29,8 +29,9 @@ from tests.kernels.x86_cases import (
 )
 
 KERNEL = X86Codebook(AVX512_AMX)
+KERNEL_AVX2 = X86Codebook(AVX2)
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
-each_limit = pytest.mark.parametrize("limit", [BYTE_LIMIT, WORD_LIMIT])
+each_limit = pytest.mark.parametrize("limit", [63, BYTE_LIMIT, WORD_LIMIT])
 
 CASES = [
     ("combined", 1, BOTH, "tensor", "int8"),
@@ -53,6 +54,16 @@ def test_products_are_exact(kernel, mode, stages, terms, scale, act):
     spec = make_spec(stages=stages, terms=terms, scale=scale, act=act)
     for batch in (9, 45):
         check(kernel, spec, make_parts(spec), make_x(spec, batch), panels=mode, tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("stages", "terms", "scale", "act"), [c[1:] for c in CASES if c[0] == "combined"]
+)
+def test_words_are_exact(stages, terms, scale, act):
+    spec = make_spec(stages=stages, terms=terms, scale=scale, act=act)
+    for batch in (9, 45):
+        x = make_x(spec, batch)
+        check(KERNEL_AVX2, spec, make_parts(spec), x, panels="words", tokens=1)
 
 
 @each_isa
@@ -119,7 +130,7 @@ def test_words_make_combined_panels_good_enough_for_int16():
     spec = make_spec(parts=(70,), stages=4, act="int16")
     parts = make_parts(spec)
     assert combined_error(parts, WORD_LIMIT) < combined_error(parts) / 50
-    assert X86Codebook(AVX2).demands(parts, spec) == {"tables": "split"}
+    assert KERNEL_AVX2.demands(parts, spec) == {"tables": "split", "panels": "words"}
     assert KERNEL.demands(parts, spec) == {"tables": "split", "panels": "split"}
 
 
@@ -142,19 +153,22 @@ def test_demands_name_the_fastest_accurate_tables():
     }
 
 
-@each_limit
+@pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
-def test_layout_adds_two_arrays(scale, limit):
+def test_layout_adds_weights_of_panels(scale, words):
     spec = make_spec(parts=(70, 9), scale=scale)
-    parts, layout = make_parts(spec), PanelLayout(16, 127, limit)
+    parts, layout = make_parts(spec), PanelLayout(16, 127, words=words)
     packed, plain = layout.pack(parts, spec), X86Layout(16, 127, pair_terms=True).pack(parts, spec)
+    modes = ["combined", "words"][: 1 + words]
     assert layout.name != X86Layout(16, 127).name
-    assert list(packed) == list(layout.arrays(spec)) == [*plain, *list(packed)[-2:]]
+    added = [f"{mode}_{what}" for mode in modes for what in ("weights", "scales")]
+    assert list(packed) == list(layout.arrays(spec)) == [*plain, *added]
     for name, want in layout.arrays(spec).items():
         assert (packed[name].shape, packed[name].dtype) == (want.shape, want.dtype), name
-    weights, scales = packed["combined_weights"], packed["combined_scales"]
-    for unit in range(weights.shape[2]):
-        near = weights[:, :, unit] * scales[:, :, unit % 2]
-        np.testing.assert_allclose(near, packed["scales"][:, :, unit], rtol=0.1)
+    for mode, tolerance in zip(modes, (0.1, 1e-3), strict=False):
+        weights, scales = packed[f"{mode}_weights"], packed[f"{mode}_scales"]
+        for unit in range(weights.shape[2]):
+            near = weights[:, :, unit] * scales[:, :, unit % 2]
+            np.testing.assert_allclose(near, packed["scales"][:, :, unit], rtol=tolerance)
     for part, back in zip(parts, layout.unpack(packed, spec), strict=True):
         np.testing.assert_array_equal(back.scales, part.scales)

@@ -9,7 +9,7 @@ import tvm
 
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, Isa, X86Codebook
 from fairy_compile.kernels.x86_panel_dot import MIN_TOKENS
-from fairy_compile.kernels.x86_panel_layout import combine_scales
+from fairy_compile.kernels.x86_panel_layout import WORD_LIMIT, combine_scales
 from fairy_compile.kernels.x86_tables import joint_ratio, joint_ratio_error
 from fairy_compile.op import (
     PhaseSpec,
@@ -113,8 +113,7 @@ def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
     mode = kernel.table_mode(spec, "many" if panels else "single", knobs)
     stored = parts
     if panels or mode == "combined":
-        limit = kernel.isa.combined_limit if panels else kernel.isa.joint_limit
-        stored = as_stored(kernel.isa, parts, mode, limit)
+        stored = as_stored(kernel.isa, parts, mode)
     want = phase_gemm_reference(x, stored, spec.act)
     joint = mode == "joint" and not panels
     worst = np.max(np.abs(got - want) - tolerance(kernel, spec, stored, x, joint))
@@ -128,26 +127,23 @@ def check_extremes(kernel, code: int) -> None:
         parts, x = make_parts(spec, code=code), np.full((16, 256), 32639, np.float32)
         x[1::2, 1:] = 32512 - 128
         for value in (x, -x):
-            for panels in ("combined", "split"):
+            for panels in kernel.knobs["panels"]:
                 check(kernel, spec, parts, value, panels=panels, tokens=1)
 
 
-def as_stored(
-    isa: Isa, parts: list[PhaseTensor], mode: str, limit: int | None = None
-) -> list[PhaseTensor]:
-    """Return the layers with the scales that a table mode rounds theirs to; limit: of combined."""
-    limit = limit or isa.combined_limit
+def as_stored(isa: Isa, parts: list[PhaseTensor], mode: str) -> list[PhaseTensor]:
+    """Return the layers with the scales that a table mode rounds theirs to."""
     return [
-        PhaseTensor.from_codes(p.unpack(), _rounded(isa, p.scales, mode, limit), p.terms, p.scale)
+        PhaseTensor.from_codes(p.unpack(), _rounded(isa, p.scales, mode), p.terms, p.scale)
         for p in parts
     ]
 
 
-def _rounded(isa: Isa, scales: np.ndarray, mode: str, limit: int) -> np.ndarray:
-    if mode == "combined":
+def _rounded(isa: Isa, scales: np.ndarray, mode: str) -> np.ndarray:
+    if mode in ("combined", "words"):
         vectors = np.moveaxis(scales.reshape(-1, *scales.shape[2:]), 0, -1)
         flat = vectors.reshape(-1, vectors.shape[-1])
-        weights, units, _ = combine_scales(flat, limit)
+        weights, units, _ = combine_scales(flat, WORD_LIMIT if mode == "words" else isa.joint_limit)
         near = (weights * units[:, None]).reshape(vectors.shape)
         return np.moveaxis(near, -1, 0).reshape(scales.shape)
     near = scales.copy()

@@ -23,12 +23,12 @@ CALLS = 4 * SIZES["num_hidden_layers"] + 1
 INT8_BOUND = math.sqrt(CALLS) * math.sqrt(128) / (127 * math.sqrt(12))
 # int16 has 257 times as many levels, which leaves float rounding in sight.
 INT16_BOUND = INT8_BOUND / 257 + FLOAT_TOLERANCE
-# Against PyTorch with the same contract and split tables, what is left is float rounding of each
-# side, which moves single activations across a rounding tie (one step of 1/254 of the peak each).
-# Some 1e-5 of relative rounding moves 254 * 1e-5 * |x|/peak < 0.3 % of all roundings by a whole
-# step, whose variance is 12 times a rounding error's: sqrt(12 * 0.003) = a fifth of the contract's
-# own noise.
-SAME_CONTRACT_TOLERANCE = INT8_BOUND / 5
+# Against PyTorch with the same contract and split tables, each side rounds floats in its own order.
+# That moves single activations across a rounding tie, by a whole step of 1/127 of the peak, which
+# moves more of the layers that follow: after a few layers the sides' roundings are unrelated, and
+# they differ by sqrt(2) of the contract's noise. The bound takes the worst peak/rms, sqrt(128); of
+# 128 Gaussian values it is 2.8, so that noise is a quarter of the bound, and sqrt(2) / 4 < 1 / 2.
+SAME_CONTRACT_TOLERANCE = INT8_BOUND / 2
 
 
 @pytest.fixture(scope="module")
