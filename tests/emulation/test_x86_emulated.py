@@ -27,6 +27,7 @@ LACKED = [
     for isa in (AVX512_VBMI, AVX512_VNNI, AVX_VNNI)
     if not HERE.issuperset(isa.features)
 ]
+QUICK = (("combined", 2, BOTH, "tensor", "int8"), ("combined", 3, BOTH, "row", "int8"))
 each_lacked = pytest.mark.parametrize("kernel", LACKED, ids=lambda k: k.isa.name)
 
 
@@ -60,7 +61,7 @@ def test_few_rows(kernel):
 @each_lacked
 @pytest.mark.parametrize(
     ("mode", "stages", "terms", "scale", "act"),
-    [c if c[-1] == "int8" else pytest.param(*c, marks=pytest.mark.slow) for c in CASES[1:]],
+    [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
 )
 def test_many_rows(kernel, mode, stages, terms, scale, act):
     spec = make_spec(parts=(17,), m=130, stages=stages, terms=terms, scale=scale, act=act)
