@@ -24,8 +24,7 @@ import fairy_compile as fc
 from fairy_compile.calibrate import Calibration
 from fairy_compile.calibrate.windows import read_windows
 from fairy_compile.frontends import open_source
-from fairy_compile.train.models import load_model
-from fairy_compile.train.models import quiet_transformers
+from fairy_compile.train.models import load_model, quiet_transformers
 
 W2 = {"lm_head": 2}  # keeps the head at T = 2, which training-free methods raise to 3
 ROWS: dict[str, tuple[dict, bool]] = {  # name -> (options of convert, whether it is calibrated)

@@ -18,8 +18,7 @@ from torch import nn
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.source import ModelSource
-from fairy_compile.train.models import load_model
-from fairy_compile.train.models import quiet_transformers
+from fairy_compile.train.models import load_model, quiet_transformers
 
 
 class Skeleton:

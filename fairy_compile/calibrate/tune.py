@@ -23,8 +23,7 @@ from fairy_compile.calibrate.refit import ScaleMap
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.source import ModelSource
 from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor
-from fairy_compile.train.models import load_model
-from fairy_compile.train.models import quiet_transformers
+from fairy_compile.train.models import load_model, quiet_transformers
 
 # Steps are relative: scales are tuned through their logarithms, gains are near 1.
 _RATE = 5e-3
