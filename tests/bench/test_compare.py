@@ -7,7 +7,7 @@ from fairy_compile.bench.compare import artifact_config, compare
 from fairy_compile.bench.llama_cpp import LlamaCppRunner
 from fairy_compile.errors import FairyError, ModelFileError
 
-TINY = Settings(n_prompt=(8,), n_gen=(4,), repetitions=2, threads=1)
+TINY = Settings(n_prompt=(8,), n_gen=(4,), repetitions=2)
 
 
 def test_a_missing_extra_is_told_with_the_command(artifact, monkeypatch):
