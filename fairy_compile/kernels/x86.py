@@ -159,15 +159,11 @@ AVX2 = Isa(
 
 
 # Relative errors of weights that are accepted for speed. Rounding activations to int8 costs 6e-3
-# and more, to int16 2.4e-5 (`quantize_activations`), and errors of a call's weights and activations
-# add in squares. Joint tables stay well below that of int8. Combined ones come up to it where sums
-# of two products must stay below 2^15, as AVX2's must: on the bundled model 1e-2 instead of 5e-3
-# added 6 % to the KL divergence from exact activations (5.1e-4 nats) and leaves 24 of its 25 calls
-# their default tables instead of 14.
+# and more, to int16 2.4e-5 (`quantize_activations`): joint tables stay well below that of int8, and
+# combined ones just below, so that they add a fifth to it where the errors add in squares.
 MAX_JOINT_ERROR = 1e-3
 MAX_INT16_ERROR = 3e-5
 MAX_COMBINED_ERROR = 5e-3
-MAX_SMALL_COMBINED_ERROR = 1e-2
 
 
 class X86Codebook:
@@ -237,8 +233,6 @@ class X86Codebook:
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
         """Return the fastest ``tables`` and ``panels`` that are accurate enough, or defaults."""
         joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
-        if self.isa.dot is None:
-            combined_limit = MAX_SMALL_COMBINED_ERROR
         if spec.act == "int16":
             joint_limit = combined_limit = MAX_INT16_ERROR
         demands = {}

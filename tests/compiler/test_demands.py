@@ -9,16 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fairy_compile as fc
-from fairy_compile.kernels import x86
 from fairy_compile.phase import from_widely_linear
 from fairy_compile.targets import load_target
 
 
 @pytest.mark.skipif(not load_target("cpu").has("avx2"), reason="this CPU has no AVX2")
-def test_scales_no_joint_table_holds_get_split_tables(
-    monkeypatch, model: Path, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(x86, "MAX_SMALL_COMBINED_ERROR", x86.MAX_COMBINED_ERROR)
+def test_scales_no_joint_table_holds_get_split_tables(model: Path, tmp_path: Path) -> None:
     layer = "model.layers.0.mlp.down_proj.weight"
     tensors = load_file(model / "model.safetensors")
     # A second stage of 0.0065 of the first lies between the ratios 0 and 1:126 a table can hold.
