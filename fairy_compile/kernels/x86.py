@@ -74,7 +74,7 @@ class Isa:
             at int16: with entries up to 2 * 63 + 1, a pair is at most 2 * 127 * 127 = 32258.
         sums: accumulators to keep in registers at a time.
         block: rows of x that meet a panel's vectors in registers; two sums each.
-        amx: AMX tiles serve batches of `x86_amx.MIN_TOKENS` and more.
+        amx: AMX tiles serve batches of `x86_panels.MIN_TOKENS` and more.
     """
 
     name: str
@@ -99,10 +99,8 @@ class Isa:
         return 0 if self.amx else joint_offset(self.joint_limit)
 
     @property
-    def words(self) -> bool:
-        """Panels may be of int16, which costs a third more than bytes where those cost three
-        instructions, and four times as much as a dot product instruction.
-        """
+    def dotless(self) -> bool:
+        """There is no dot product instruction; what else takes its place pays here alone."""
         return self.dot is None
 
 
@@ -183,16 +181,10 @@ class X86Codebook:
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
         self.name = f"x86.codebook.{isa.name}"
-        # With a dot product instruction, two more of them cost as much as combining look-ups.
-        combined = ("combined",) if isa.dot is None else ()
-        words = ("words",) if isa.words else ()
-        self.layout = PanelLayout(
-            isa.rows,
-            isa.joint_limit,
-            isa.joint_limit,
-            words=isa.words,
-            combined_tables=bool(combined),
-        )
+        # With a dot product instruction, two more of them cost as much as combining look-ups, and
+        # products of words four times as much as those of bytes.
+        combined, words = (("combined",), ("words",)) if isa.dotless else ((), ())
+        self.layout = PanelLayout(isa.rows, isa.joint_limit, isa.dotless)
         self.knobs: Mapping[str, Sequence[Any]] = {
             "tables": (*combined, "joint", "split"),
             "panels": ("combined", *words, "joint", "split"),
@@ -245,7 +237,7 @@ class X86Codebook:
         elif self.layout.has_joint(spec) and not joint:
             demands["tables"] = "split"
         if combined_error(parts, self.isa.joint_limit) > combined_limit:
-            if self.isa.words and combined_error(parts, WORD_LIMIT) <= joint_limit:
+            if self.isa.dotless and combined_error(parts, WORD_LIMIT) <= joint_limit:
                 demands["panels"] = "words"
             else:
                 demands["panels"] = "joint" if joint and has_joint(spec) else "split"

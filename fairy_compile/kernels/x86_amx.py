@@ -27,7 +27,7 @@ from fairy_compile.kernels.x86_amx_activations import BYTES, HALVES, ROWS, TileA
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
 from fairy_compile.kernels.x86_panel_layout import Panel, TableMode
-from fairy_compile.kernels.x86_panels import Panels
+from fairy_compile.kernels.x86_panels import MIN_TOKENS, Panels
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer
 
     from fairy_compile.kernels.x86 import Isa
-
-MIN_TOKENS = 9
-"""Fewest rows of x that are worth a tile of 16; below, the decode kernel reads less."""
 
 _TILES = 8
 # Tiles of tokens that share a weight tile. Two make 4 C, 2 A and 2 B tiles, all there are.

@@ -31,7 +31,7 @@ from fairy_compile.kernels.x86_activations import (
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
 from fairy_compile.kernels.x86_panel_layout import Panel, TableMode
-from fairy_compile.kernels.x86_panels import Panels
+from fairy_compile.kernels.x86_panels import MIN_TOKENS, Panels
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 
 if TYPE_CHECKING:
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer
 
     from fairy_compile.kernels.x86 import Isa
-
-MIN_TOKENS = 9
-"""Fewest rows of x that are worth decoding panels for."""
 
 _HALVES = 2
 _LANES = 16  # floats that are quantised at a time
@@ -120,11 +117,13 @@ class DotMultiply:
     def _sum(
         self, i: Expr, flush: Expr, half: int, axes: range, block: Expr
     ) -> list[list[list[Buffer]]]:
-        """Return [token][axis, vector][digit] sums of a flush; each holds a sum of 4 bytes."""
+        """Return [token][axis, vector][digit] sums of a flush, from the starts on."""
         panels, digits = self.panels, self.activations.digits
         places = [(axis, vector) for axis in axes for vector in range(panels.vectors)]
-        sums = [[[self._new_sum() for _ in range(digits)] for _ in places] for _ in self._lanes()]
-        for t in self._lanes():
+        sums = [
+            [[self._new_sum() for _ in range(digits)] for _ in places] for _ in range(self.tokens)
+        ]
+        for t in range(self.tokens):
             start = self.activations.start(flush, half, block, t)
             for of_place in sums[t]:
                 for digit in range(digits):
@@ -141,15 +140,12 @@ class DotMultiply:
                 )
                 for axis, vector in places
             ]
-            for t in self._lanes():
+            for t in range(self.tokens):
                 for digit in range(digits):
                     word = self.activations.word(flush, b, half, digit, block, t)
                     for weight, of_place in zip(weights, sums[t], strict=True):
                         self._add_dot(of_place[digit], weight, word)
         return sums
-
-    def _lanes(self) -> range:
-        return range(self.tokens)
 
     def _new_sum(self) -> Buffer:
         return T.alloc_buffer((self.isa.rows,), "int32")
@@ -176,7 +172,7 @@ class DotMultiply:
     ) -> None:
         """Add a flush's sums, scaled, to the outputs of a block of tokens."""
         lanes, vectors = self.isa.rows, self.panels.vectors
-        for t in self._lanes():
+        for t in range(self.tokens):
             activation = T.broadcast(self.activations.scale(flush, half, block, t), lanes)
             for number, axis in enumerate(axes):
                 own = sums[t][number * vectors : (number + 1) * vectors]

@@ -145,9 +145,9 @@ class PanelLayout(X86Layout):
     """`X86Layout` with more arrays. Of the shapes of ``scales`` but for the units' dimension:
 
     - ``combined_weights`` int8: an integer for each unit, i.e. (term, stage, axis), those of an
-      axis adding up to ``combined_limit`` at most;
+      axis adding up to ``joint_limit`` at most;
     - ``combined_scales`` float32: the unit of each axis, 2;
-    - ``words_weights`` int16 and ``words_scales``, likewise with `WORD_LIMIT`, if ``words``.
+    - ``words_weights`` int16 and ``words_scales``, likewise with `WORD_LIMIT`, if ``dotless``.
 
     And where `has_combined_tables`, those of `combined_arrays` with ``joint_limit``:
 
@@ -158,14 +158,12 @@ class PanelLayout(X86Layout):
         self,
         rows: int,
         joint_limit: int,
-        combined_limit: int = BYTE_LIMIT,
-        words: bool = False,
-        combined_tables: bool = False,
+        dotless: bool = False,
     ) -> None:
         super().__init__(rows, joint_limit, pair_terms=True)
-        self._limits = {"combined": combined_limit, **({"words": WORD_LIMIT} if words else {})}
-        self._combined_tables = combined_tables
-        self.name += f"P{combined_limit}{'W' if words else ''}"
+        self._dotless = dotless
+        self._limits = {"combined": joint_limit, **({"words": WORD_LIMIT} if dotless else {})}
+        self.name += "PW" if dotless else "P"
 
     def arrays(self, spec: PhaseSpec) -> dict[str, ArraySpec]:
         """See `Layout.arrays`."""
@@ -180,9 +178,9 @@ class PanelLayout(X86Layout):
         return arrays
 
     def has_combined_tables(self, spec: PhaseSpec) -> bool:
-        """Tell whether there are combined tables: with tensor scales, U and W, and two stages."""
+        """Tell whether there are: if ``dotless``, with tensor scales, U and W, and two stages."""
         two = spec.stages == 2 and len(spec.terms) == 2
-        return self._combined_tables and two and spec.scale == "tensor"
+        return self._dotless and two and spec.scale == "tensor"
 
     def pack(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> dict[str, np.ndarray]:
         """See `Layout.pack`."""

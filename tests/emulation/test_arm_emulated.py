@@ -11,15 +11,8 @@ import fairy_compile as fc
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS
 from fairy_compile.op import phase_gemm_reference, quantize_activations
 from tests.emulation import arm_rig
-from tests.emulation.arm_cases import (
-    BOTH,
-    ONLY_W,
-    computed,
-    make_parts,
-    make_spec,
-    make_x,
-    tolerance,
-)
+from tests.emulation.arm_cases import computed, tolerance
+from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
 from tests.tiny_models import save_model
 
 missing = arm_rig.missing_tools()

@@ -8,7 +8,8 @@ import pytest
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS
 from fairy_compile.op import phase_gemm_reference
 from tests.emulation import arm_rig
-from tests.emulation.arm_cases import computed, make_parts, make_spec, make_x, tolerance
+from tests.emulation.arm_cases import computed, tolerance
+from tests.kernels.cases import make_parts, make_spec, make_x
 
 missing = arm_rig.missing_tools()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))

@@ -7,16 +7,8 @@ import pytest
 from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, AVX512_VNNI, AVX_VNNI, X86Codebook
 from fairy_compile.targets import host_features
 from tests.emulation.x86_intrinsics import emulate, without_hardware
-from tests.kernels.test_x86_panels import CASES
-from tests.kernels.x86_cases import (
-    BOTH,
-    ONLY_W,
-    check,
-    check_extremes,
-    make_parts,
-    make_spec,
-    make_x,
-)
+from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
+from tests.kernels.x86_cases import CASES, check, check_extremes
 
 HERE = host_features()
 pytestmark = pytest.mark.skipif(

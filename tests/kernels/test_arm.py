@@ -27,7 +27,7 @@ from fairy_compile.kernels.x86_tables import joint_arrays, joint_offset, split_t
 from fairy_compile.op import PhaseSpec
 from fairy_compile.runtime import model as runtime_model
 from fairy_compile.targets import Target, load_target
-from tests.emulation.arm_cases import BOTH, ONLY_W, make_parts, make_spec
+from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec
 
 each_isa = pytest.mark.parametrize("kernel", CODEBOOK_KERNELS, ids=lambda k: k.isa.name)
 

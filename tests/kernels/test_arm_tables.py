@@ -19,7 +19,8 @@ from fairy_compile.kernels.arm_tables import (
     has_signs,
     sign_bytes,
 )
-from tests.emulation.arm_cases import ONLY_W, computed, make_parts, make_spec
+from tests.emulation.arm_cases import computed
+from tests.kernels.cases import ONLY_W, make_parts, make_spec
 
 each_set = pytest.mark.parametrize("terms", [TOGETHER, APART], ids=["together", "apart"])
 each_stages = pytest.mark.parametrize("stages", [1, 2])

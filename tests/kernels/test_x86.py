@@ -12,16 +12,8 @@ from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, X86Codebook
 from fairy_compile.kernels.x86_tables import joint_ratio_error
 from fairy_compile.op import quantize_activations
 from fairy_compile.targets import Target
-from tests.kernels.x86_cases import (
-    HERE,
-    ONLY_W,
-    check,
-    make_parts,
-    make_spec,
-    make_target,
-    make_x,
-    run,
-)
+from tests.kernels.cases import ONLY_W, make_parts, make_spec, make_x
+from tests.kernels.x86_cases import HERE, check, make_target, run
 
 KERNEL_AVX2 = X86Codebook(AVX2)
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)

@@ -8,15 +8,8 @@ import tvm
 from fairy_compile.kernels import x86_amx
 from fairy_compile.kernels.x86 import AVX512_AMX, X86Codebook
 from fairy_compile.targets import Target, host_features
-from tests.kernels.x86_cases import (
-    BOTH,
-    ONLY_W,
-    check_extremes,
-    make_parts,
-    make_spec,
-    make_target,
-    make_x,
-)
+from tests.kernels.cases import make_parts, make_spec, make_x
+from tests.kernels.x86_cases import CASES, check_extremes, make_target
 from tests.kernels.x86_cases import check as check_case
 
 KERNEL = X86Codebook(AVX512_AMX)
@@ -33,18 +26,7 @@ def check(spec, mode: str, batch: int, **knobs) -> None:
 @needs_amx
 @pytest.mark.parametrize(
     ("mode", "stages", "terms", "scale", "act"),
-    [
-        ("combined", 1, BOTH, "tensor", "int8"),
-        ("combined", 2, BOTH, "tensor", "int8"),
-        ("combined", 3, BOTH, "row", "int8"),
-        ("combined", 2, BOTH, "tile64", "int8"),
-        ("combined", 4, ONLY_W, "tensor", "int8"),
-        ("joint", 2, BOTH, "tensor", "int8"),
-        ("joint", 3, BOTH, "tensor", "int8"),
-        ("split", 2, ONLY_W, "row", "int8"),
-        ("split", 1, BOTH, "tile64", "int16"),
-        ("joint", 2, ONLY_W, "tensor", "int16"),
-    ],
+    CASES,
 )
 def test_products_are_exact(mode, stages, terms, scale, act):
     spec = make_spec(stages=stages, terms=terms, scale=scale, act=act)

@@ -7,7 +7,6 @@ import pytest
 
 from fairy_compile.kernels.x86 import AVX2, AVX512_AMX, MAX_COMBINED_ERROR, X86Codebook
 from fairy_compile.kernels.x86_layout import X86Layout
-from fairy_compile.kernels.x86_panel_dot import MIN_TOKENS
 from fairy_compile.kernels.x86_panel_layout import (
     BYTE_LIMIT,
     WORD_LIMIT,
@@ -16,36 +15,14 @@ from fairy_compile.kernels.x86_panel_layout import (
     combined_error,
     panels,
 )
-from tests.kernels.x86_cases import (
-    BOTH,
-    HERE,
-    ONLY_W,
-    as_stored,
-    check,
-    check_extremes,
-    make_parts,
-    make_spec,
-    make_x,
-)
+from fairy_compile.kernels.x86_panels import MIN_TOKENS
+from tests.kernels.cases import make_parts, make_spec, make_x
+from tests.kernels.x86_cases import CASES, HERE, as_stored, check, check_extremes
 
 KERNEL = X86Codebook(AVX512_AMX)
 KERNEL_AVX2 = X86Codebook(AVX2)
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
 each_limit = pytest.mark.parametrize("limit", [63, BYTE_LIMIT, WORD_LIMIT])
-
-CASES = [
-    ("combined", 1, BOTH, "tensor", "int8"),
-    ("combined", 2, BOTH, "tensor", "int8"),
-    ("combined", 3, BOTH, "row", "int8"),
-    ("combined", 2, BOTH, "tile64", "int8"),
-    ("combined", 4, ONLY_W, "tensor", "int8"),
-    ("joint", 2, BOTH, "tensor", "int8"),
-    ("joint", 3, BOTH, "tensor", "int8"),
-    ("split", 2, ONLY_W, "row", "int8"),
-    ("split", 1, BOTH, "tile64", "int16"),
-    ("combined", 2, BOTH, "row", "int16"),
-    ("joint", 2, ONLY_W, "tensor", "int16"),
-]
 
 
 @each_isa
@@ -153,15 +130,17 @@ def test_demands_name_the_fastest_accurate_tables():
     }
 
 
-@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("dotless", [False, True])
 @pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
-def test_layout_adds_weights_of_panels(scale, words):
+def test_layout_adds_weights_of_panels(scale, dotless):
     spec = make_spec(parts=(70, 9), scale=scale)
-    parts, layout = make_parts(spec), PanelLayout(16, 127, words=words)
+    parts, layout = make_parts(spec), PanelLayout(16, 127, dotless)
     packed, plain = layout.pack(parts, spec), X86Layout(16, 127, pair_terms=True).pack(parts, spec)
-    modes = ["combined", "words"][: 1 + words]
+    modes = ["combined", "words"][: 1 + dotless]
     assert layout.name != X86Layout(16, 127).name
     added = [f"{mode}_{what}" for mode in modes for what in ("weights", "scales")]
+    if dotless and scale == "tensor":  # two stages of U and W
+        added += ["combined_tables", "combined_table_scales"]
     assert list(packed) == list(layout.arrays(spec)) == [*plain, *added]
     for name, want in layout.arrays(spec).items():
         assert (packed[name].shape, packed[name].dtype) == (want.shape, want.dtype), name

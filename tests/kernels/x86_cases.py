@@ -8,8 +8,8 @@ import numpy as np
 import tvm
 
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, Isa, X86Codebook
-from fairy_compile.kernels.x86_panel_dot import MIN_TOKENS
 from fairy_compile.kernels.x86_panel_layout import WORD_LIMIT, combine_scales
+from fairy_compile.kernels.x86_panels import MIN_TOKENS
 from fairy_compile.kernels.x86_tables import joint_ratio, joint_ratio_error
 from fairy_compile.op import (
     PhaseSpec,
@@ -19,6 +19,7 @@ from fairy_compile.op import (
 )
 from fairy_compile.phase import PhaseTensor, tile_shape
 from fairy_compile.targets import Target, host_features
+from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec
 
 CPUS = {
     "avx512amx": "sapphirerapids",
@@ -29,34 +30,26 @@ CPUS = {
 }
 # The AMX kernel is that of AVX512-VBMI but for many tokens, see test_x86_amx.py.
 HERE = [k for k in CODEBOOK_KERNELS if host_features().issuperset(k.isa.features) and not k.isa.amx]
-BOTH, ONLY_W = ("U", "W"), ("W",)
-
-
-def make_spec(parts=(70, 9), m=200, stages=2, terms=BOTH, scale="tensor", act="int8") -> PhaseSpec:
-    return PhaseSpec(parts, m, stages, terms, scale, act)
+# Of panels: mode, stages, terms, scale, activations.
+CASES = [
+    ("combined", 1, BOTH, "tensor", "int8"),
+    ("combined", 2, BOTH, "tensor", "int8"),
+    ("combined", 3, BOTH, "row", "int8"),
+    ("combined", 2, BOTH, "tile64", "int8"),
+    ("combined", 4, ONLY_W, "tensor", "int8"),
+    ("joint", 2, BOTH, "tensor", "int8"),
+    ("joint", 3, BOTH, "tensor", "int8"),
+    ("split", 2, ONLY_W, "row", "int8"),
+    ("split", 1, BOTH, "tile64", "int16"),
+    ("combined", 2, BOTH, "row", "int16"),
+    ("joint", 2, ONLY_W, "tensor", "int16"),
+]
 
 
 def make_target(kernel: X86Codebook, features=None) -> Target:
     features = frozenset(kernel.isa.features if features is None else features)
     cpu = CPUS.get(kernel.isa.name, "haswell")  # others are emulated with AVX2
     return Target("test", "", {"kind": "llvm", "mcpu": cpu}, features, ())
-
-
-def make_parts(spec: PhaseSpec, seed=0, code=None) -> list[PhaseTensor]:
-    """Random layers, later stages smaller; ``code`` makes all codes that one."""
-    rng = np.random.default_rng(seed)
-    parts = []
-    for n in spec.parts:
-        codes = rng.integers(0, 4, (spec.stages, len(spec.terms), n, spec.m)).astype(np.uint8)
-        if code is not None:
-            codes[:] = code
-        rows, columns = tile_shape(spec.scale, n, spec.m)
-        shape = (spec.stages, len(spec.terms), 2, -(-n // rows), -(-spec.m // columns))
-        scales = rng.uniform(0.01, 0.03, shape) / 2.0 ** np.arange(spec.stages)[(..., *[None] * 4)]
-        parts.append(
-            PhaseTensor.from_codes(codes, scales.astype(np.float32), spec.terms, spec.scale)
-        )
-    return parts
 
 
 @cache
@@ -155,7 +148,3 @@ def _rounded(isa: Isa, scales: np.ndarray, mode: str) -> np.ndarray:
                 unit = (p * s1 + q * s2) / (p * p + q * q)
                 near[(stage, *at)], near[(stage + 1, *at)] = p * unit, q * unit
     return near
-
-
-def make_x(spec, batch=1, seed=1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((batch, 2 * spec.m)).astype(np.float32)
