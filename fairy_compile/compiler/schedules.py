@@ -5,11 +5,13 @@
     batch = "many"          # or "single"
     values = { tokens = 4 }
 
-A knob that no entry names takes its kernel's default.
+A knob that no entry names takes its kernel's default. Where the target is the CPU of this machine,
+``schedules/<cpu>.toml`` is read too, after LLVM's name of the CPU, e.g. ``znver4``.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fairy_compile.errors import FairyError
@@ -18,12 +20,16 @@ from fairy_compile.targets import Target, schedules_directory, tomllib
 
 
 def load_knobs(target: Target) -> list[dict[str, Any]]:
-    """Return the entries of a target's schedule file; none if it has no file.
+    """Return the entries of a target's schedule files, the CPU's last; none if it has no file.
 
     Raises:
-        FairyError: the file is malformed.
+        FairyError: a file is malformed.
     """
-    path = schedules_directory() / f"{target.name}.toml"
+    names = [target.name, *([str(target.tvm["mcpu"])] if target.detected else [])]
+    return [entry for name in names for entry in _read(schedules_directory() / f"{name}.toml")]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from fairy_compile import FairyError
 from fairy_compile.compiler import schedules
 from fairy_compile.kernels import FAMILIES
-from fairy_compile.targets import load_target, target_names
+from fairy_compile.targets import load_target, schedules_directory, tomllib
 
 GENERIC = FAMILIES["generic"][0]
 
@@ -45,8 +46,22 @@ def test_bad_files_are_explained(monkeypatch, tmp_path: Path, text: str, words: 
         schedules.knobs_for(GENERIC, "many", schedules.load_knobs(load_target("cpu")))
 
 
+def test_the_cpu_of_this_machine_has_the_last_word(monkeypatch, tmp_path: Path) -> None:
+    entry = '[[knobs]]\nkernel = "generic"\nbatch = "many"\nvalues = {{ rows_per_task = {} }}\n'
+    write(monkeypatch, tmp_path, entry.format(32))
+    (tmp_path / "tested.toml").write_text(entry.format(16))
+    here = load_target("cpu")
+    here = replace(here, tvm=here.tvm | {"mcpu": "tested"})
+    assert schedules.knobs_for(GENERIC, "many", schedules.load_knobs(here)) == {"rows_per_task": 16}
+    elsewhere = replace(here, detected=False)
+    chosen = schedules.knobs_for(GENERIC, "many", schedules.load_knobs(elsewhere))
+    assert chosen == {"rows_per_task": 32}
+
+
 def test_shipped_files_name_known_kernels_and_knobs() -> None:
     kernels = {kernel.name: kernel for family in FAMILIES.values() for kernel in family}
-    for name in target_names():
-        for entry in schedules.load_knobs(load_target(name)):
+    files = list(schedules_directory().glob("*.toml"))
+    assert files
+    for file in files:
+        for entry in tomllib.loads(file.read_text("utf-8"))["knobs"]:
             schedules.knobs_for(kernels[entry["kernel"]], entry["batch"], [entry])

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from fairy_compile.kernels.x86 import AVX2, AVX512_VBMI, AVX512_VNNI, AVX_VNNI, X86Codebook
+from fairy_compile.kernels.x86 import (
+    AVX2,
+    AVX512_AMX,
+    AVX512_VBMI,
+    AVX512_VNNI,
+    AVX_VNNI,
+    X86Codebook,
+)
 from fairy_compile.targets import host_features
+from tests.emulation import amx_tiles
 from tests.emulation.x86_intrinsics import emulate, without_hardware
 from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
 from tests.kernels.x86_cases import CASES, check, check_extremes
@@ -20,6 +28,11 @@ LACKED = [
     if not HERE.issuperset(isa.features)
 ]
 QUICK = (("combined", 2, BOTH, "tensor", "int8"), ("combined", 3, BOTH, "row", "int8"))
+AMX = X86Codebook(without_hardware(AVX512_AMX))
+needs_tiles = pytest.mark.skipif(
+    HERE.issuperset(AVX512_AMX.features) or amx_tiles.compiler() is None,
+    reason="this machine has AMX itself, or no C compiler for the emulation of tiles",
+)
 each_lacked = pytest.mark.parametrize("kernel", LACKED, ids=lambda k: k.isa.name)
 
 
@@ -66,3 +79,25 @@ def test_many_rows(kernel, mode, stages, terms, scale, act):
 @pytest.mark.parametrize("code", [0, 1])
 def test_sums_do_not_overflow(kernel, code):
     check_extremes(kernel, code)
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("mode", "stages", "terms", "scale", "act"),
+    [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
+)
+def test_tiles_of_many_rows(monkeypatch, mode, stages, terms, scale, act):
+    amx_tiles.emulate_tiles(monkeypatch)
+    spec = make_spec(parts=(17,), m=130, stages=stages, terms=terms, scale=scale, act=act)
+    for batch in (9, 16, 29, 45):
+        amx_tiles.tile_products()
+        check(AMX, spec, make_parts(spec), make_x(spec, batch), panels=mode, tokens=1)
+        assert amx_tiles.tile_products() > 0
+
+
+@needs_tiles
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 1])
+def test_sums_of_tiles_do_not_overflow(monkeypatch, code):
+    amx_tiles.emulate_tiles(monkeypatch)
+    check_extremes(AMX, code)
