@@ -27,6 +27,7 @@ import tvm
 import typer
 
 from fairy_compile.bench.bandwidth import ReadBandwidth
+from fairy_compile.compiler.schedules import knobs_for, load_knobs
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, X86Codebook
 from fairy_compile.op import PhaseSpec
 from fairy_compile.runtime.host_memory import allocate_parts
@@ -47,9 +48,10 @@ def layer_calls(
     # One block, as a loaded model has, so that all of it can lie on huge pages.
     memory = iter(allocate_parts([k.nbytes for call in kinds * layers for k in call]))
     calls = []
+    batch_class, knob = ("single", "tables") if batch == 1 else ("many", "panels")
+    knobs = knobs_for(kernel, batch_class, load_knobs(target)) | {knob: mode}
     for spec in specs:
-        batch_class, knob = ("single", "tables") if batch == 1 else ("many", "panels")
-        function = kernel.build(spec, target, batch_class, {knob: mode})
+        function = kernel.build(spec, target, batch_class, knobs)
         library = tvm.compile(function, target=target.to_tvm())
         calls.append(library[function.attrs["global_symbol"]])
     jobs, size = [], 0
