@@ -1,4 +1,4 @@
-"""ARM phase GEMM: nibbles of codes look up int8 tables, which meet int8 activations.
+"""ARM phase GEMM: nibbles of codes look up int8 tables, which meet int8 or int16 activations.
 
 For every step of every row tile (see `arm_layout` for the bytes) and every look-up of it:
 
@@ -14,6 +14,8 @@ R, I a term's real and imaginary tables and a, b = Re x, Im x:
 Three table modes share the packed bytes: ``split`` and ``joint``, as described in `x86`, and
 ``combined``, with half the multiplies of joint tables for T = 2, or of split ones for T = 1, see
 `arm_tables`. All instruction sets share the packed bytes, too.
+
+int16 activations are two int8 digits, 256 hi + lo, with a multiply for each.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from fairy_compile.errors import FairyError
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT
 from fairy_compile.kernels.arm_tables import APART, TOGETHER, combined_error, has_combined
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86 import MAX_COMBINED_ERROR, MAX_JOINT_ERROR
+from fairy_compile.kernels.x86 import MAX_COMBINED_ERROR, MAX_INT16_ERROR, MAX_JOINT_ERROR
 from fairy_compile.kernels.x86_layout import has_joint
 from fairy_compile.kernels.x86_tables import joint_ratio_error
-from fairy_compile.op import PhaseSpec
+from fairy_compile.op import ACT_LEVELS, PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ class ArmCodebook:
         tables: ``combined`` (where `has_combined` and the instruction set gains; elsewhere the same
             as ``joint``), ``joint`` (where the spec has tensor scales and T >= 2; elsewhere the
             same as ``split``) or ``split``.
-        tokens: rows of x that share a look-up in batch ``many``, as many as registers allow.
+        tokens: rows of x that share a look-up in batch ``many``, as many as registers allow; half
+            as many for int16.
     """
 
     layout = ARM_LAYOUT
@@ -101,8 +104,9 @@ class ArmCodebook:
         missing = [f for f in self.isa.features if not target.has(f)]
         if missing:
             return f"target {target.name} lacks the CPU features {', '.join(missing)}"
-        if spec.act != "int8":
-            return f"it computes with int8 activations; this call asks for {spec.act}"
+        if spec.act not in ACT_LEVELS:
+            known = " or ".join(ACT_LEVELS)
+            return f"it computes with {known} activations; this call asks for {spec.act}"
         size = self.layout.arrays(spec)["codes"].nbytes
         if size > _MAX_CODES:
             return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
@@ -117,14 +121,17 @@ class ArmCodebook:
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
         """Return the fastest ``tables`` that are accurate enough, if not the default."""
+        joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
+        if spec.act == "int16":
+            joint_limit = combined_limit = MAX_INT16_ERROR
         if self._has_combined(spec):
             # With one stage, combined tables are as good as joint ones of two.
-            limit = MAX_JOINT_ERROR if spec.stages == 1 else MAX_COMBINED_ERROR
+            limit = joint_limit if spec.stages == 1 else combined_limit
             if combined_error(parts, self.isa.terms) <= limit:
                 return {}
         if not has_joint(spec):
             return {"tables": "split"} if self._has_combined(spec) else {}
-        if joint_ratio_error(parts, self.layout.joint_limit) > MAX_JOINT_ERROR:
+        if joint_ratio_error(parts, self.layout.joint_limit) > joint_limit:
             return {"tables": "split"}
         return {"tables": "joint"} if self._has_combined(spec) else {}
 
@@ -140,6 +147,7 @@ class ArmCodebook:
             FairyError: an unknown knob or value.
         """
         from fairy_compile.kernels.arm_codegen import CodebookFunction
+        from fairy_compile.kernels.x86_activations import DIGITS
 
         chosen = self._choose(knobs)
         return CodebookFunction(
@@ -147,7 +155,7 @@ class ArmCodebook:
             spec=spec,
             batch=batch,
             mode=self.table_mode(spec, knobs),
-            tokens=chosen["tokens"] if batch == "many" else 1,
+            tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch == "many" else 1,
         ).emit()
 
     def _has_combined(self, spec: PhaseSpec) -> bool:

@@ -1,4 +1,4 @@
-"""TIR of the int8 activation contract on ARM: quantised activations as the kernel reads them."""
+"""TIR of the int8 and int16 activation contracts on ARM: activations as the kernel reads them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from tvm.tirx.script import builder as T
 
+from fairy_compile.config import ActContract
 from fairy_compile.kernels.arm_layout import BLOCK
-from fairy_compile.kernels.x86_activations import Tokens, span, store
-from fairy_compile.op import ACT_GROUP, PhaseSpec
+from fairy_compile.kernels.x86_activations import DIGITS, QuantizedGroup, Tokens, span, store
+from fairy_compile.op import ACT_GROUP, ACT_LEVELS, PhaseSpec
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -23,42 +24,45 @@ _LANES = 16  # floats handled at a time; LLVM splits them into vectors of four
 class Activations:
     """Scratch buffers of quantised activations, and the code that fills them.
 
-    - ``q`` int64, eight int8 activations of a column block in a word;
+    - ``q`` int64, one digit of the eight activations of a column block in a word;
     - ``scale`` float32, the scale of a group of 128 columns.
 
     The scratch of a block of tokens begins where that of the rows before it ends, and interleaves
-    the block's tokens and the halves of x: [item][token][re, im]. Of ``q``, these are the sixteen
-    bytes of a column block and token that smmla multiplies with. Its other forms are
+    the block's tokens, digits and the halves of x: [item][token][digit][re, im]. Of ``q``, the last
+    are the sixteen bytes that smmla multiplies with. Their other forms are
 
-    - ``conjugate``: [item][token][re, im, re, -im];
-    - ``twice``: [item][token][re, re, im, im], two vectors that meet two rows each. A plain load
-      is cheaper than one that repeats what it loads, which takes a vector pipe, too.
+    - ``conjugate``: [re, im, re, -im];
+    - ``twice``: [re, re, im, im], two vectors that meet two rows each. A plain load is cheaper than
+      one that repeats what it loads, which takes a vector pipe, too.
     """
 
     def __init__(self, spec: PhaseSpec, rows: Expr | int, form: Form = "halves") -> None:
         self.m, self.rows, self.form = spec.m, rows, form
-        self._words = 2 if form == "halves" else 4  # of q, for a column block and token
+        self.act, self.digits = spec.act, DIGITS[spec.act]
+        self._words = 2 if form == "halves" else 4  # of q, for a column block, token and digit
         self.groups = -(-spec.m // ACT_GROUP)
         self._blocks = self.groups * ACT_GROUP // BLOCK
-        self._q = T.alloc_buffer((self._words * rows * self._blocks,), "int64")
+        self._q = T.alloc_buffer((self._words * self.digits * rows * self._blocks,), "int64")
         self._scale = T.alloc_buffer((2 * rows * self.groups,), "float32")
 
-    def half(self, tokens: Tokens, block: Expr, lane: int, half: int) -> Expr:
-        """Return int8x8: the activations of a column block; half 0 is re and 1 im."""
-        return T.reinterpret("int8x8", self._q[self._word(tokens, block, lane) + half])
+    def half(self, tokens: Tokens, block: Expr, lane: int, digit: int, half: int) -> Expr:
+        """Return int8x8: a digit of the activations of a column block; half 0 is re and 1 im."""
+        return T.reinterpret("int8x8", self._q[self._word(tokens, block, lane, digit) + half])
 
-    def half_twice(self, tokens: Tokens, block: Expr, lane: int, half: int) -> Expr:
-        """Return int8x16: the activations of a column block, for two rows."""
-        first = self._word(tokens, block, lane)
+    def half_twice(self, tokens: Tokens, block: Expr, lane: int, digit: int, half: int) -> Expr:
+        """Return int8x16: a digit of the activations of a column block, for two rows."""
+        first = self._word(tokens, block, lane, digit)
         if self.form == "twice":
             words = self._q[span(first + 2 * half, 2)]
         else:
             words = T.broadcast(self._q[first + half], 2)
         return T.reinterpret("int8x16", words)
 
-    def both_halves(self, tokens: Tokens, block: Expr, lane: int, conjugate: bool) -> Expr:
-        """Return int8x16: the activations of a column block, re then im or -im."""
-        first = self._word(tokens, block, lane) + (2 if conjugate else 0)
+    def both_halves(
+        self, tokens: Tokens, block: Expr, lane: int, digit: int, conjugate: bool
+    ) -> Expr:
+        """Return int8x16: a digit of the activations of a column block, re then im or -im."""
+        first = self._word(tokens, block, lane, digit) + (2 if conjugate else 0)
         return T.reinterpret("int8x16", self._q[span(first, 2)])
 
     def scale(self, tokens: Tokens, group: Expr, lane: int, half: int) -> Expr:
@@ -71,9 +75,9 @@ class Activations:
         pair = T.reinterpret("int64", self._scale[span(first, 2)])
         return T.reinterpret("float32x4", T.broadcast(pair, 2))
 
-    def _word(self, tokens: Tokens, block: Expr, lane: Expr | int) -> Expr:
-        """Return the index of the first word of a column block and token."""
-        return _slot(tokens, self._blocks, block, lane) * self._words
+    def _word(self, tokens: Tokens, block: Expr, lane: Expr | int, digit: int) -> Expr:
+        """Return the index of the first word of a column block, token and digit."""
+        return (_slot(tokens, self._blocks, block, lane) * self.digits + digit) * self._words
 
     def quantize_row(self, x: Buffer) -> None:
         """Quantise the only row of x."""
@@ -89,30 +93,41 @@ class Activations:
 
     def _quantize(self, x: Buffer, row: Expr, tokens: Tokens, lane: Expr | int) -> None:
         """Quantise a row exactly as `quantize_activations` defines."""
-        group_blocks, per_vector = ACT_GROUP // BLOCK, _LANES // BLOCK
         values = T.alloc_buffer((ACT_GROUP,), "float32")
-        words = T.alloc_buffer((group_blocks,), "int64")
+        levels = ACT_LEVELS[self.act]
         with T.serial(0, 2) as half, T.serial(0, self.groups) as group:
             self._copy_group(values, x, row, half, group)
             vectors = [values[span(i * _LANES, _LANES)] for i in range(ACT_GROUP // _LANES)]
             peak = T.bind(_peak(vectors))
             at = _slot(tokens, self.groups, group, lane) * 2 + half
-            store(self._scale, at, peak * T.float32(1 / 127))
-            inverse = T.if_then_else(peak > T.float32(0), T.float32(127) / peak, T.float32(0))
+            scale = peak * T.float32(1 / levels)
+            store(self._scale, at, scale)
+            inverse = T.if_then_else(peak > T.float32(0), T.float32(levels) / peak, T.float32(0))
             inverse = T.broadcast(T.bind(inverse), _LANES)
-            for i, vector in enumerate(vectors):
-                # nearbyint rounds ties to even, as rint does.
-                q = T.cast(T.nearbyint(vector * inverse), f"int32x{_LANES}")
-                store(words, span(i * per_vector, per_vector), _pack_bytes(q))
-            with T.serial(0, group_blocks) as i:
-                first = self._word(tokens, group * group_blocks + i, lane)
+            # nearbyint rounds ties to even, as rint does.
+            q = [T.bind(T.cast(T.nearbyint(v * inverse), f"int32x{_LANES}")) for v in vectors]
+            self._store_group(QuantizedGroup(q, scale), tokens, lane, half, group)
+
+    def _store_group(
+        self, quantized: QuantizedGroup, tokens: Tokens, lane: Expr | int, half: Expr, group: Expr
+    ) -> None:
+        group_blocks = ACT_GROUP // BLOCK
+        words = _words(quantized, self.act)
+        if self.form == "conjugate":
+            # Digits of -q: a low digit of -128 has no negative.
+            sign = T.broadcast(T.bind(1 - 2 * T.cast(half, "int32")), _LANES)
+            signed = [T.bind(q * sign) for q in quantized.q]
+            conjugates = _words(QuantizedGroup(signed, quantized.scale), self.act)
+        with T.serial(0, group_blocks) as i:
+            for digit in range(self.digits):
+                first = self._word(tokens, group * group_blocks + i, lane, digit)
                 if self.form == "twice":
-                    store(self._q, span(first + 2 * half, 2), T.broadcast(words[i], 2))
+                    twice = T.broadcast(words[digit][i], 2)
+                    store(self._q, span(first + 2 * half, 2), twice)
                 else:
-                    store(self._q, first + half, words[i])
+                    store(self._q, first + half, words[digit][i])
                 if self.form == "conjugate":
-                    last = T.if_then_else(half == 0, words[i], _negate(words[i]))
-                    store(self._q, first + 2 + half, last)
+                    store(self._q, first + 2 + half, conjugates[digit][i])
 
     def _copy_group(self, values: Buffer, x: Buffer, row: Expr, half: Expr, group: Expr) -> None:
         """Copy a group of half a row of x, with zeros past the end of the half."""
@@ -144,15 +159,16 @@ def _peak(vectors: list[Expr]) -> Expr:
     return T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", T.bind(largest))
 
 
-def _pack_bytes(q: Expr) -> Expr:
-    """Return the bytes of int32 lanes, eight in a word."""
-    return T.reinterpret(f"int64x{_LANES // BLOCK}", T.cast(q, f"int8x{_LANES}"))
-
-
-def _negate(word: Expr) -> Expr:
-    """Return a word of eight int8, none of them -128, negated."""
-    zeros = T.broadcast(T.int8(0), BLOCK)
-    return T.reinterpret("int64", zeros - T.reinterpret(f"int8x{BLOCK}", word))
+def _words(quantized: QuantizedGroup, act: ActContract) -> list[Buffer]:
+    """Return [digit] int64 (blocks of the group,): eight bytes of a column block in a word."""
+    per_vector = _LANES // BLOCK
+    words = []
+    for vectors in quantized.digits(act):
+        words.append(T.alloc_buffer((ACT_GROUP // BLOCK,), "int64"))
+        for i, vector in enumerate(vectors):
+            packed = T.reinterpret(f"int64x{per_vector}", vector)
+            store(words[-1], span(i * per_vector, per_vector), packed)
+    return words
 
 
 def _slot(tokens: Tokens, per_token: int, item: Expr, lane: Expr | int) -> Expr:

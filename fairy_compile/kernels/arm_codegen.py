@@ -16,7 +16,7 @@ from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
 from fairy_compile.kernels.arm_sums import QUAD, IntegerSums, halves, neon, vectors
 from fairy_compile.kernels.arm_tables import CombinedCodebook, combined_codebook, has_signs
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86_activations import Tokens, span, store
+from fairy_compile.kernels.x86_activations import DIGITS, Tokens, join_digits, span, store
 from fairy_compile.kernels.x86_tables import (
     Codebook,
     Lookup,
@@ -56,7 +56,10 @@ class CodebookFunction:
     ) -> None:
         self.isa, self.spec, self.batch = isa, spec, batch
         self.mode, self.tokens = mode, tokens
-        self.sums = IntegerSums(isa, floats=mode == "combined" and isa.name == "i8mm")
+        self.digits = DIGITS[spec.act]
+        # Floats count to 2^22, which is enough for one digit.
+        in_floats = mode == "combined" and isa.name == "i8mm" and self.digits == 1
+        self.sums = IntegerSums(isa, floats=in_floats)
         self.book = codebook(spec, mode, isa.terms)
         self.flush = TILE if spec.scale == "tile64" else ACT_GROUP
         self.step_blocks = blocks_per_step(len(spec.terms), spec.stages)
@@ -94,7 +97,8 @@ class CodebookFunction:
         spec = self.spec
         return (
             f"phase_gemm_{self.isa.name}_n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
-            f"_{''.join(spec.terms).lower()}_{spec.scale}_{self.mode}_{self.batch}"
+            f"_{''.join(spec.terms).lower()}_{spec.scale}_{self.mode}_{spec.act}"
+            f"_{self.batch}"
         )
 
     def _multiply(self) -> None:
@@ -153,7 +157,7 @@ class CodebookFunction:
         """Split units and quads into passes whose sums fit the registers; codes stay in L1."""
         units, quads = len(self.book.units), ROWS // QUAD
         # Units of one product have half the sums, but as many look-ups in flight.
-        fit = max(1, self.isa.sums // (self.isa.sums_per_quad * tokens))
+        fit = max(1, self.isa.sums // (self.isa.sums_per_quad * tokens * self.digits))
         some_units = min(fit, units)
         # Of combined units, one: the float totals of both quads want registers, too.
         some_quads = 1 if self.mode == "combined" else max(1, min(fit // some_units, quads))
@@ -165,10 +169,14 @@ class CodebookFunction:
 
     def _sum(
         self, tile: Expr, walk: Pass, tables: dict[Lookup, Expr], tokens: Tokens, flush: Expr
-    ) -> dict[tuple[int, int], list[list[Buffer]]]:
-        """Return (unit, quad) -> [token] -> integer sums over the columns of a flush."""
+    ) -> dict[tuple[int, int], list[list[list[Buffer]]]]:
+        """Return (unit, quad) -> [token][digit] -> integer sums over the columns of a flush."""
+        digits = range(self.digits)
         sums = {
-            (unit, quad): [self.sums.start(self.book.units[unit]) for _ in range(tokens.count)]
+            (unit, quad): [
+                [self.sums.start(self.book.units[unit]) for _ in digits]
+                for _ in range(tokens.count)
+            ]
             for unit, quad in itertools.product(walk.units, walk.quads)
         }
         used = [look for look in self.book.lookups if look.unit in walk.units]
@@ -179,11 +187,12 @@ class CodebookFunction:
         with T.serial(0, flush_steps) as i:
             step = T.bind(flush * flush_steps + i)
             operands = {
-                (block, t): self.sums.operand(
-                    self.activations, tokens, step * self.step_blocks + block, t
+                (block, t, digit): self.sums.operand(
+                    self.activations, tokens, step * self.step_blocks + block, t, digit
                 )
                 for block in sorted({look.block for look in used})
                 for t in range(tokens.count)
+                for digit in digits
             }
             for quad, pair in itertools.product(walk.quads, (0, 1)):
                 register = 2 * quad + pair
@@ -193,11 +202,11 @@ class CodebookFunction:
                     entries = T.bind(
                         neon("int8x16", "tbl1.v16i8", tables[look], indices[look.nibble])
                     )
-                    for t, accumulators in enumerate(sums[look.unit, quad]):
-                        operand = operands[look.block, t]
-                        self.sums.add(
-                            self.book.units[look.unit], look, accumulators, pair, entries, operand
-                        )
+                    for t, by_digit in enumerate(sums[look.unit, quad]):
+                        for digit, accumulators in enumerate(by_digit):
+                            met = operands[look.block, t, digit]
+                            unit = self.book.units[look.unit]
+                            self.sums.add(unit, look, accumulators, pair, entries, met)
         return sums
 
     def _index(self, tile: Expr, step: Expr, nibble: int, register: int) -> Expr:
@@ -226,7 +235,7 @@ class CodebookFunction:
     def _add_total(
         self,
         index: int,
-        sums: list[Buffer],
+        sums: list[list[Buffer]],
         tokens: Tokens,
         token: int,
         flush: Expr,
@@ -234,7 +243,8 @@ class CodebookFunction:
     ) -> None:
         """Add a combined unit's sums, times the scales of activations, to its float totals."""
         unit, at = self.book.units[index], span(0, QUAD)
-        for number, value in enumerate(self.sums.by_register(unit, sums)):
+        by_digit = [self.sums.by_register(unit, of_digit) for of_digit in sums]
+        for number, value in enumerate(_join(by_digit)):
             if self.isa.name == "i8mm":
                 scale = self.activations.both_scales(tokens, flush, token)
             else:
@@ -264,7 +274,7 @@ class CodebookFunction:
         tile: Expr,
         index: int,
         quad: int,
-        sums: list[Buffer],
+        sums: list[list[Buffer]],
         tokens: Tokens,
         token: int,
         flush: Expr,
@@ -279,7 +289,8 @@ class CodebookFunction:
             column_tile = flush if self.spec.scale == "tile64" else 0
             scale = T.broadcast(scales[tile, column_tile, index], QUAD)
         group = T.floordiv(flush, ACT_GROUP // self.flush)
-        for product, total in zip(unit.products, self.sums.by_row(unit, sums), strict=True):
+        by_digit = [self.sums.by_row(unit, of_digit) for of_digit in sums]
+        for product, total in zip(unit.products, _join(by_digit), strict=True):
             q_scale = self.activations.scale(tokens, group, token, product.half)
             value = T.cast(total, "float32x4") * (scale * T.broadcast(q_scale, QUAD))
             target = out[product.output]
@@ -318,6 +329,13 @@ class CodebookFunction:
             position = here
             first_tile += -(-rows // ROWS)
         return position
+
+
+def _join(by_digit: list[list[Expr]]) -> list[Expr]:
+    """Return sums of activations, of sums of their digits; of one digit they may be floats."""
+    if len(by_digit) == 1:
+        return by_digit[0]
+    return [T.bind(join_digits(digits, QUAD)) for digits in zip(*by_digit, strict=True)]
 
 
 def codebook(spec: PhaseSpec, mode: TableMode, terms: int) -> Codebook | CombinedCodebook:

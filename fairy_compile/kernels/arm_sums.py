@@ -9,7 +9,10 @@ By instruction set, p being the pair of rows (register of codes) of the quad:
 where re and im are sums of products with Re x and Im x, and k counts the products of the unit;
 smmla always makes two. Without a dot product, a product of bytes is int16. Split entries are
 -1, 0, 1 and a lane meets one column of each of the 16 blocks of a group, so a sum is at most
-16 * 127 = 2032 and stays int16. Joint and combined ones, up to 127 * 127 each, are widened at once.
+16 * 128 = 2048 and stays int16. Joint and combined ones, up to 127 * 128 each, are widened at once.
+
+The two digits of int16 activations are summed apart and put together in int32: two entries of 127,
+those of U and W, make at most 128 * 2 * 127 * (256 * 127 + 128) = 1.07e9 < 2^31.
 """
 
 from __future__ import annotations
@@ -50,10 +53,10 @@ class IntegerSums:
         return vectors(count, *self._sum_type(unit), _ONES_BITS if self.floats else 0)
 
     def operand(
-        self, activations: Activations, tokens: Tokens, block: Expr, token: int
+        self, activations: Activations, tokens: Tokens, block: Expr, token: int, digit: int
     ) -> list[Expr]:
-        """Return the activations of a column block as the instruction set wants them."""
-        args = (tokens, block, token)
+        """Return a digit of the activations of a column block as the instruction set wants it."""
+        args = (tokens, block, token, digit)
         if self.isa.name == "i8mm":
             conjugates = (False, True) if activations.form == "conjugate" else (False,)
             return [T.bind(activations.both_halves(*args, c)) for c in conjugates]

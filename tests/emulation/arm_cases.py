@@ -34,7 +34,8 @@ def tolerance(spec: PhaseSpec, parts, x, joint: bool) -> np.ndarray:
     weights once a stage, so at most 8 eps S. A joint table moves the weights of a pair of stages by
     sqrt(2) error |(s1, s2)|.
     """
-    a, b = np.split(np.abs(dequantize_activations(*quantize_activations(x))), 2, axis=1)
+    rounded = dequantize_activations(*quantize_activations(x, act=spec.act))
+    a, b = np.split(np.abs(rounded), 2, axis=1)
     flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
     products = flushes * len(spec.terms) * spec.stages * 2 * 2
     bounds = []

@@ -57,7 +57,7 @@ def check(programs, machine, spec, parts, x, batch="many", **knobs) -> None:
     kernel = kernel_of(machine)
     mode = kernel.table_mode(spec, knobs)
     parts = computed(parts, mode, kernel.isa.terms)
-    want = phase_gemm_reference(x, parts, "int8")
+    want = phase_gemm_reference(x, parts, spec.act)
     allowed = tolerance(spec, parts, x, mode == "joint")
     worst = np.max(np.abs(got - want) - allowed)
     assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
@@ -107,6 +107,17 @@ def test_batches(programs, machine, stages, scale, terms):
 
 
 @each_machine
+@pytest.mark.parametrize("tables", ["combined", "joint", "split"])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_int16_activations(programs, machine, stages, tables):
+    spec = make_spec(stages=stages, act="int16")
+    parts = make_parts(spec)
+    for batch in (1, 2, 9):
+        check(programs, machine, spec, parts, make_x(spec, batch), tables=tables)
+    check(programs, machine, spec, parts, make_x(spec), "single", tables=tables)
+
+
+@each_machine
 def test_tokens_knob(programs, machine):
     spec = make_spec()
     for tokens in kernel_of(machine).knobs["tokens"]:
@@ -131,13 +142,15 @@ def test_three_fused_parts_of_a_size_that_streams(programs, machine):
 @pytest.mark.parametrize("stages", [1, 2])
 def test_equal_codes_and_equal_activations(programs, machine, stages, code):
     """Every product of a group has one sign and full size: what would overflow int16 sums."""
-    spec = make_spec(parts=(12,), stages=stages)
-    parts = make_parts(spec, code=code)
-    parts[0].scales[:] = 0.02  # so that the tables of both terms are as large as can be
-    for value in (1.0, -3.0):
-        x = np.full((1, 2 * spec.m), value, np.float32)
-        for tables in ("combined", "joint", "split"):
-            check(programs, machine, spec, parts, x, "single", tables=tables)
+    for act in ("int8", "int16"):
+        spec = make_spec(parts=(12,), stages=stages, act=act)
+        parts = make_parts(spec, code=code)
+        parts[0].scales[:] = 0.02  # so that the tables of both terms are as large as can be
+        x = np.full((1, 2 * spec.m), 32639, np.float32)
+        x[:, 1:] -= 255 if act == "int16" else 0  # low digits of -128
+        for value in (x, -x):
+            for tables in ("combined", "joint", "split"):
+                check(programs, machine, spec, parts, value, "single", tables=tables)
 
 
 @each_machine

@@ -16,9 +16,12 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
 @pytest.mark.parametrize("machine", arm_rig.MACHINES, ids=lambda m: m.isa)
-@pytest.mark.parametrize(("stages", "batch"), [(1, 1), (2, 1), (2, 9)])
-def test_default_kernel_matches_reference(tmp_path, machine, stages, batch):
-    spec, target = make_spec(stages=stages), machine.target()
+@pytest.mark.parametrize(
+    ("stages", "batch", "act"),
+    [(1, 1, "int8"), (2, 1, "int8"), (2, 9, "int8"), (2, 1, "int16"), (2, 9, "int16")],
+)
+def test_default_kernel_matches_reference(tmp_path, machine, stages, batch, act):
+    spec, target = make_spec(stages=stages, act=act), machine.target()
     kernel = next(k for k in CODEBOOK_KERNELS if k.unsupported(spec, target) is None)
     function = kernel.build(spec, target, "single" if batch == 1 else "many", {})
     program = arm_rig.compile_kernel(function, target, tmp_path)
@@ -27,5 +30,5 @@ def test_default_kernel_matches_reference(tmp_path, machine, stages, batch):
     got = arm_rig.run(program, machine.cpu, [x, *kernel.layout.pack(parts, spec).values(), y])
     mode = kernel.table_mode(spec, {})
     parts = computed(parts, mode, kernel.isa.terms)
-    want = phase_gemm_reference(x, parts, "int8")
+    want = phase_gemm_reference(x, parts, act)
     assert (np.abs(got - want) <= tolerance(spec, parts, x, mode == "joint")).all()

@@ -103,7 +103,7 @@ def test_function_is_marked_as_scheduled(kernel):
     function = kernel.build(make_spec(), make_target(), "single", {})
     assert function.attrs["tirx.is_scheduled"]
     assert function.attrs["tirx.noalias"]
-    name = f"phase_gemm_{kernel.isa.name}_n70_9_m200_t2_uw_tensor_combined_single"
+    name = f"phase_gemm_{kernel.isa.name}_n70_9_m200_t2_uw_tensor_combined_int8_single"
     assert function.attrs["global_symbol"] == name
 
 
@@ -123,6 +123,18 @@ def test_demands_name_the_fastest_accurate_tables(kernel):
     parts[1].scales[1, :, 1] *= np.tan(0.5 / 126)
     assert kernel.demands(parts, spec) == {"tables": "split"}
     assert kernel.demands(parts, make_spec(scale="row")) == {}
+
+
+@each_isa
+def test_int16_activations_want_exact_weights(kernel):
+    spec = make_spec(act="int16")
+    parts = make_parts(spec)
+    for part in parts:
+        part.scales[0], part.scales[1] = 2.0, 1.0
+    assert kernel.demands(parts, spec) == {}  # small integers are exact
+    parts[0].scales[1] *= 1.0007
+    assert kernel.demands(parts, make_spec()) == {}
+    assert kernel.demands(parts, spec) == {"tables": "split"}
 
 
 def test_demands_of_one_stage():
