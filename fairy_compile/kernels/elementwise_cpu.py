@@ -1,4 +1,4 @@
-"""RMSNorm and the gated activation on CPUs, vectorised by hand.
+"""RMSNorm, the gated activation and int8 rounding of tokens on CPUs, vectorised by hand.
 
 Between two matrix-vector products a 2-bit model has little time to lose: LLVM leaves the float sum
 of a norm and the exponential of an activation as scalar code, which on two threads costs more than
@@ -18,6 +18,8 @@ from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_pages import parallel_tokens
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
 from fairy_compile.kernels.base import Batch
+from fairy_compile.op import ACT_GROUP
+from fairy_compile.op.token_int8 import GUARDS, LEVELS, MIN_PEAK, VALUES, guarded_columns
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -99,6 +101,64 @@ def build_silu_product(size: int, unit: VectorUnit, batch: Batch) -> PrimFunc:
             else:
                 _each_row(batch, rows, lambda row: product(row, T.int32(0), vectors, gate_up, y))
     return ir.get().without_attr("global_symbol")
+
+
+def build_token_rounding(m: int, guarded: bool, unit: VectorUnit, batch: Batch) -> PrimFunc:
+    """Return ``round_tokens``: see `op.token_int8`, equal to it bit for bit.
+
+    Arguments: x float32 (b, 2m), y float32 (b, 2m), or (b, 2 guarded_columns(m)) where ``guarded``.
+    """
+    width = guarded_columns(m) if guarded else m
+    values, stride = (VALUES, ACT_GROUP) if guarded else (m, m)
+    first_value = GUARDS if guarded else 0
+    whole, rest = divmod(m, values)
+
+    def half_row(row: Expr | int, half: Expr, x: Buffer, y: Buffer) -> None:
+        lowest = T.max(_largest_magnitude(row, half, x, m, unit), T.float32(MIN_PEAK))
+        peak = T.bind(lowest)
+        s = T.bind(T.float32(1) / peak * T.float32(LEVELS))
+
+        def group(index: Expr | int, count: int) -> None:
+            source = T.bind(half * m + index * values)
+            target = T.bind(half * width + index * stride)
+            if guarded:
+                store(y, (row, target), peak)
+                store(y, (row, target + 1), T.float32(0) - peak)
+            with T.serial(0, count) as i:  # LLVM makes vectors of it
+                # nearbyint rounds ties to even, as rint does.
+                rounded = T.nearbyint(x[row, source + i] * s) / s
+                store(y, (row, target + first_value + i), rounded)
+
+        with T.serial(0, whole) as index:
+            group(index, values)
+        if rest:
+            group(whole, rest)
+
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_name("round_tokens")
+        _attributes()
+        rows = _rows(batch)
+        x = T.arg("x", T.buffer((rows, 2 * m), "float32"))
+        y = T.arg("y", T.buffer((rows, 2 * width), "float32"))
+
+        def both_halves(row: Expr | int) -> None:
+            with T.serial(0, 2) as half:
+                half_row(row, half, x, y)
+
+        with T.sblock("root"):
+            _each_row(batch, rows, both_halves)
+    return ir.get().without_attr("global_symbol")
+
+
+def _largest_magnitude(row: Expr | int, half: Expr, x: Buffer, m: int, unit: VectorUnit) -> Expr:
+    """Emit the search for max |x| of half a row of x (b, 2m)."""
+    lanes = unit.dividing(m).lanes
+    (largest,) = vec.zeros(1, lanes)
+    all_lanes = span(0, lanes)
+    with T.serial(0, m // lanes) as i:
+        value = T.abs(x[row, span(half * m + i * lanes, lanes)])
+        store(largest, all_lanes, T.max(largest[all_lanes], value))
+    return vec.lane_max(largest[all_lanes], lanes)
 
 
 # The root blocks are for Relax, which looks for reshapes in every function whose output has as many

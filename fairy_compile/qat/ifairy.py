@@ -97,8 +97,8 @@ class ComplexRMSNorm(nn.Module):
         self.size, self.eps = size, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (..., 2 size), in float32."""
-        wide = x.float()
+        """Normalise (..., 2 size), in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         factor = torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) / self.size + self.eps)
         weight = torch.cat([self.weight_real, self.weight_imag])
         return (weight * (wide * factor)).to(x.dtype)

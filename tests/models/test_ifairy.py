@@ -1,0 +1,219 @@
+"""Compiled iFairy models against the published formulas in NumPy and against PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fairy_compile as fc
+from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
+from fairy_compile.kernels.arm import CODEBOOK_KERNELS as ARM
+from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86
+from fairy_compile.models import parse_config
+from fairy_compile.qat.ifairy import ComplexNetLM
+from fairy_compile.targets import load_target
+from tests.models.test_parity import greedy
+from tests.tiny_ifairy import PUBLISHED, SIZES, Published, save_ifairy, tokens_away_from_ties
+from tests.tiny_models import relative_error
+
+TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
+TOLERANCE = 1e-4
+# Steps of an int8 activation. Activations come with errors of some 1e-6 of their peak, so that
+# those nearer to a tie may be rounded either way.
+MARGIN = 2e-4
+CONFIG = {**PUBLISHED, **SIZES}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_ifairy(tmp_path_factory.mktemp("ifairy") / "model")
+
+
+@pytest.fixture(scope="module")
+def built(model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Return build(act) -> artifact directory."""
+    root = tmp_path_factory.mktemp("artifacts")
+
+    def get(act: str) -> Path:
+        out = root / act
+        if not out.exists():
+            sizes = {"context": 128, "prefill_chunk": 32}
+            fc.build(model, act=act, kv_dtype="float32", output=out, **sizes)
+        return out
+
+    return get
+
+
+@torch.no_grad()
+def torch_logits(directory: Path, act: str, tokens: list[int]) -> np.ndarray:
+    network = ComplexNetLM.from_pretrained(directory, dtype=torch.float32).eval()
+    fc.qat.prepare(network, fc.QuantConfig("w1", terms=("W",), act=act))
+    return network(torch.tensor([tokens])).logits[0].numpy()
+
+
+def test_float_logits_and_64_greedy_tokens(model: Path, built) -> None:
+    formulas = Published(model, int8=False)
+    want, lead = formulas.greedy(TOKENS[:5], 64)
+    assert lead > 1e-3  # no token is chosen by rounding
+    with fc.load(built("float")) as compiled:
+        seen = compiled.logits(TOKENS)
+        assert relative_error(seen, formulas.logits(TOKENS)) <= TOLERANCE
+        assert relative_error(seen, torch_logits(model, "float", TOKENS)) <= TOLERANCE
+        assert greedy(compiled, TOKENS[:5], 64) == want
+
+
+def test_int8_a_token_is_reproduced_exactly(model: Path, built) -> None:
+    formulas = Published(model, int8=True)
+    for count in (6, 12):  # tokens fed to the kernels for few rows, and to those for many
+        tokens = tokens_away_from_ties(formulas, count, MARGIN / count * 6)
+        want = formulas.logits(tokens)
+        with fc.load(built("int8")) as compiled:
+            seen = compiled.logits(tokens)
+            assert relative_error(seen, want) <= TOLERANCE
+            assert relative_error(seen, torch_logits(model, "int8", tokens)) <= TOLERANCE
+            engine = compiled.engine
+            sequence = engine.add_sequence()
+            engine.prefill(sequence, tokens[:1])
+            steps = [engine.decode([sequence], [token])[0] for token in tokens[1:]]
+            assert relative_error(np.stack(steps), want[1:]) <= TOLERANCE
+    exact = Published(model, int8=False).logits(tokens)
+    assert relative_error(want, exact) > 10 * TOLERANCE  # it does make a difference
+
+
+def test_64_greedy_tokens_with_int8(model: Path, built) -> None:
+    want, lead = Published(model, int8=True).greedy(TOKENS[:5], 64)
+    # A value rounded the other way moves logits by up to a percent or so.
+    assert lead > 0.02
+    with fc.load(built("int8")) as compiled:
+        assert greedy(compiled, TOKENS[:5], 64) == want
+
+
+def test_kernels_with_int8_activations_serve_it(model: Path) -> None:
+    report = fc.build(model, dry_run=True)
+    rows = {row.name: row for row in report.layers}
+    assert list(rows)[:4] == [
+        f"layer.0.{part}"
+        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]
+    assert rows["lm_head"].kernel == "dense"
+    for name, row in rows.items():
+        if name != "lm_head":
+            assert (row.stages, row.terms, row.scale) == (1, "W", "tensor")
+            assert "int8" in row.reason
+            assert row.act == ("float" if row.kernel == "generic" else "int8")
+    assert rows["layer.0.mlp.down_proj"].shape == (64, 176)
+
+
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4", "x86-amx", "arm64-linux", "rpi5"])
+def test_every_kernel_family_is_planned_with_guards_and_exact_tables(model, target) -> None:
+    from fairy_compile.compiler.plan import Planner
+    from fairy_compile.frontends import open_source
+
+    source = open_source(model)
+    quant, _ = source.settle(fc.QuantConfig())
+    planner = Planner(source, quant, load_target(target))
+    (call,) = planner.linear("x", ["layer.0.mlp.down_proj"], 176, [64], token_int8=True)
+    assert call.guarded
+    assert call.spec.in_features == 2 * (88 + 2)
+    for kernel in (*X86, *ARM):
+        if kernel.name == call.kernel_name:
+            for batch, values in call.knobs.items():
+                for knob in {"tables", "panels"} & set(kernel.knobs):
+                    assert values[knob] == "split", batch
+
+
+def test_packed_checkpoints_build_to_the_same_numbers(model: Path, built, tmp_path: Path) -> None:
+    fc.convert(model, tmp_path / "packed")
+    fc.build(
+        tmp_path / "packed", kv_dtype="float32", output=tmp_path / "out", context=128,
+        prefill_chunk=32,
+    )  # fmt: skip
+    with fc.load(tmp_path / "out") as one, fc.load(built("int8")) as other:
+        np.testing.assert_array_equal(one.logits(TOKENS), other.logits(TOKENS))
+
+
+def test_exempt_layers_and_half_precision(tmp_path: Path) -> None:
+    directory = save_ifairy(tmp_path / "model", dtype="float16", num_key_value_heads=4)
+    quant = fc.QuantConfig(act="float", exempt=("*.k_proj", "*.down_proj"))
+    report = fc.build(directory, quant=quant, output=tmp_path / "out", context=64)
+    dense = {row.name for row in report.layers if row.kernel == "dense"}
+    assert "layer.1.self_attn.k_proj" in dense
+    assert "layer.1.mlp.down_proj" in dense
+    network = ComplexNetLM.from_pretrained(directory, dtype=torch.float32).eval()
+    exempt = fc.QuantConfig("w1", terms=("W",), act="float", exempt=quant.exempt)
+    fc.qat.prepare(network, exempt)
+    with torch.no_grad():
+        want = network(torch.tensor([TOKENS])).logits[0].numpy()
+    with fc.load(tmp_path / "out") as compiled:
+        assert relative_error(compiled.logits(TOKENS), want) <= TOLERANCE
+
+
+def test_batches_and_generation_and_verification(built) -> None:
+    from fairy_compile.artifact import verify
+
+    verify(built("int8"))
+    with fc.load(built("int8")) as compiled:
+        engine = compiled.engine
+        ids = [engine.add_sequence() for _ in range(3)]
+        prompts = [TOKENS[i : i + 4 + i] for i in range(3)]
+        together = engine.prefill_many(dict(zip(ids, prompts, strict=True)))
+        for sequence, prompt in zip(ids, prompts, strict=True):
+            want = compiled.logits(prompt)[-1]
+            assert relative_error(together[sequence], want) <= TOLERANCE
+        assert isinstance(compiled.generate("def f", max_tokens=4), str)
+
+
+def test_sizes_count_real_numbers() -> None:
+    config = parse_config(CONFIG)
+    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (64, 176, 16)
+    assert config.attention_scale == 8**-0.5
+    assert parse_config(CONFIG | {"attention_multiplier": 0.25}).attention_scale == 0.25
+    assert parse_config(CONFIG | {"rope_parameters": {"rope_theta": 500.0}}).rope.theta == 500.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"hidden_act": "silu"}, UnsupportedError, "'silu'.*relu2"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, UnsupportedError, "rope_scaling"),
+        ({"attention_bias": True}, UnsupportedError, "attention_bias"),
+        ({"tie_word_embeddings": True}, UnsupportedError, "tie_word_embeddings"),
+        ({"num_attention_heads": 5}, ModelFileError, "hidden_size 32, 5 attention heads"),
+        ({"num_key_value_heads": 3}, ModelFileError, "multiple"),
+        ({"hidden_size": None}, ModelFileError, "hidden_size = None"),
+        ({"attention_multiplier": -1}, ModelFileError, "attention_multiplier = -1"),
+    ],
+)
+def test_refusals_name_key_and_value(changes: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        parse_config(CONFIG | changes)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "layer.1.mlp.up_proj", "final_norm"])
+def test_missing_tensors_are_named(tmp_path: Path, name: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    directory = save_ifairy(tmp_path / "model")
+    file = str(directory / "model.safetensors")
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith(name)}, file)
+    with pytest.raises(FairyError, match=name):
+        fc.build(directory, output=tmp_path / "out", context=64)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["arm64-linux", "macos-cpu", "android-cpu"])
+def test_foreign_targets_build(model: Path, tmp_path: Path, name: str) -> None:
+    from fairy_compile.compiler.export import find_linker
+
+    target = load_target(name)
+    if target.library != "tar":
+        try:
+            find_linker(target)
+        except FairyError as error:
+            pytest.skip(str(error))
+    report = fc.build(model, target=name, output=tmp_path / "out", context=64)
+    assert any("guard" in row.reason for row in report.layers)
