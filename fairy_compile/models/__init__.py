@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairy_compile.errors import UnsupportedError, nearest
-from fairy_compile.models import ifairy, llama, mistral, qwen2, qwen3
+from fairy_compile.models import ifairy, llama, mistral, olmo2, qwen2, qwen3
 from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.decoder import CausalLM
 
-FAMILIES = {family.MODEL_TYPE: family for family in (ifairy, llama, mistral, qwen2, qwen3)}
+FAMILIES = {family.MODEL_TYPE: family for family in (ifairy, llama, mistral, olmo2, qwen2, qwen3)}
 
 
 def parse_config(config: Mapping[str, Any]) -> DecoderConfig:

@@ -1,4 +1,4 @@
-"""iFairy's activation contract: int8, a scale for the real and one for the imaginary half of a token.
+"""iFairy's activation contract: int8 with a scale for each half, real and imaginary, of a token.
 
 Kernels quantise activations in groups of `ACT_GROUP` columns, each to its own peak, and a value
 rounded twice, by two scales, is another value. So that they reproduce this contract exactly, the
