@@ -13,11 +13,11 @@ from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS as ARM
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86
 from fairy_compile.models import parse_config
-from fairy_compile.qat.ifairy import ComplexNetLM
+from fairy_compile.qat.ifairy import ComplexNetConfig, ComplexNetLM
 from fairy_compile.targets import load_target
 from tests.models.test_parity import greedy
 from tests.tiny_ifairy import PUBLISHED, SIZES, Published, save_ifairy, tokens_away_from_ties
-from tests.tiny_models import relative_error
+from tests.tiny_models import relative_error, save_tokenizer
 
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
 TOLERANCE = 1e-4
@@ -56,13 +56,17 @@ def torch_logits(directory: Path, act: str, tokens: list[int]) -> np.ndarray:
 
 def test_float_logits_and_64_greedy_tokens(model: Path, built) -> None:
     formulas = Published(model, int8=False)
-    want, lead = formulas.greedy(TOKENS[:5], 64)
-    assert lead > 1e-3  # no token is chosen by rounding
+    for start in range(40):  # until no token is chosen by rounding
+        prompt = TOKENS[start : start + 5]
+        want, lead = formulas.greedy(prompt, 64)
+        if lead > 1e-3:
+            break
+    assert lead > 1e-3
     with fc.load(built("float")) as compiled:
         seen = compiled.logits(TOKENS)
         assert relative_error(seen, formulas.logits(TOKENS)) <= TOLERANCE
         assert relative_error(seen, torch_logits(model, "float", TOKENS)) <= TOLERANCE
-        assert greedy(compiled, TOKENS[:5], 64) == want
+        assert greedy(compiled, prompt, 64) == want
 
 
 def test_int8_a_token_is_reproduced_exactly(model: Path, built) -> None:
@@ -83,12 +87,36 @@ def test_int8_a_token_is_reproduced_exactly(model: Path, built) -> None:
     assert relative_error(want, exact) > 10 * TOLERANCE  # it does make a difference
 
 
-def test_64_greedy_tokens_with_int8(model: Path, built) -> None:
-    want, lead = Published(model, int8=True).greedy(TOKENS[:5], 64)
-    # A value rounded the other way moves logits by up to a percent or so.
-    assert lead > 0.02
-    with fc.load(built("int8")) as compiled:
-        assert greedy(compiled, TOKENS[:5], 64) == want
+def test_a_model_trained_from_scratch_talks_as_it_did_in_pytorch(tmp_path: Path) -> None:
+    """Training, export and build end to end; a trained model is sure of its 64 greedy tokens."""
+    follows = np.random.default_rng(0).permutation(96)  # the token after each
+    torch.manual_seed(0)
+    network = ComplexNetLM(ComplexNetConfig(**SIZES | {"num_hidden_layers": 1})).train()
+    fc.qat.prepare(network, fc.QuantConfig("w1", terms=("W",)))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    for _ in range(250):
+        tokens = torch.randint(0, 96, (16, 1))
+        for _ in range(11):
+            tokens = torch.cat([tokens, torch.from_numpy(follows)[tokens[:, -1:]]], dim=1)
+        loss = network(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_tokenizer(tmp_path)
+    exported = fc.qat.export(network.eval(), tmp_path / "ckpt", tokenizer=tmp_path)
+    formulas = Published(exported.latents, int8=True)
+    want, lead = formulas.greedy([5, 6], 64)
+    assert lead > 0.5
+    assert want[0] == follows[6]
+    fc.build(
+        exported.output, kv_dtype="float32", output=tmp_path / "out", context=128, prefill_chunk=32
+    )
+    tokens = tokens_away_from_ties(formulas, 6, MARGIN)
+    with fc.load(tmp_path / "out") as compiled, torch.no_grad():
+        assert greedy(compiled, [5, 6], 64) == want
+        seen = compiled.logits(tokens)
+        assert relative_error(seen, formulas.logits(tokens)) <= TOLERANCE
+        assert relative_error(seen, network(torch.tensor([tokens])).logits[0].numpy()) <= TOLERANCE
 
 
 def test_kernels_with_int8_activations_serve_it(model: Path) -> None:
@@ -125,6 +153,7 @@ def test_every_kernel_family_is_planned_with_guards_and_exact_tables(model, targ
                     assert values[knob] == "split", batch
 
 
+@pytest.mark.slow
 def test_packed_checkpoints_build_to_the_same_numbers(model: Path, built, tmp_path: Path) -> None:
     fc.convert(model, tmp_path / "packed")
     fc.build(
