@@ -1,4 +1,4 @@
-"""RMSNorm and the gated activation against NumPy in float64."""
+"""RMSNorm and the gated activation against NumPy in float64; rounding is in test_token_int8."""
 
 from __future__ import annotations
 
