@@ -1,8 +1,8 @@
-"""Norms, gated activation and rounding of a Relax model: hand-made on CPUs, legalised elsewhere."""
+"""What lies between the layers of a Relax model: hand-made on CPUs, legalised elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm import te, tirx
@@ -12,6 +12,8 @@ from tvm.relax.frontend.nn import Tensor, op
 from fairy_compile.kernels.attention_cpu import vector_unit
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.elementwise_cpu import (
+    build_regroup_heads,
+    build_relu2_product,
     build_rms_norm,
     build_silu_product,
     build_token_rounding,
@@ -59,6 +61,75 @@ def silu_product(gate_up: Tensor, target: Target) -> Tensor:
         return build_silu_product(size, vector_unit(target), batch)
 
     return _per_row(build, f"silu_product_{size}", gate_up, [], size)
+
+
+def relu2_product(gate_up: Tensor, target: Target) -> Tensor:
+    """Return conj(a) up with a = (re², im²) of the gate, 0 where both parts are negative.
+
+    float32 gate_up (..., [re gate, im gate, re up, im up]) -> (..., [re, im]).
+    """
+    size = int(gate_up.shape[-1]) // 4
+    if target.device != "cpu":
+        return op.tensor_expr_op(_relu2_product, "relu2_product", [gate_up])
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_relu2_product(size, vector_unit(target), batch)
+
+    return _per_row(build, f"relu2_product_{size}", gate_up, [], 2 * size)
+
+
+def _relu2_product(gate_up: te.Tensor) -> te.Tensor:
+    *lead, width = gate_up.shape
+    n, zero = int(width) // 4, tirx.const(0, "float32")
+
+    def value(*at: Any) -> Any:
+        column, imag = at[-1] % n, at[-1] >= n
+        re, im, up_re, up_im = (gate_up[(*at[:-1], k * n + column)] for k in range(4))
+        # re² one + im² other is the real, or the imaginary part.
+        one, other = tirx.Select(imag, up_im, up_re), tirx.Select(imag, zero - up_re, up_im)
+        return tirx.Select(te.max(re, im) < zero, zero, re * re * one + im * im * other)
+
+    return te.compute((*lead, 2 * n), value, name="relu2_product")
+
+
+def regroup_heads(
+    x: Tensor, parts: Sequence[int], size: int, target: Target, *, to_heads: bool
+) -> Tensor:
+    """Bring [re of all heads, im of all heads] of each part to heads [re, im], or back.
+
+    Args:
+        x: float32 (..., 2 sum(parts) size), as is the result.
+        parts: heads of each part.
+        size: complex numbers of a head.
+        target: what is compiled for.
+        to_heads: from parts to heads; False for the way back.
+    """
+    name = f"{'split' if to_heads else 'join'}_heads_{'_'.join(map(str, parts))}"
+    if target.device != "cpu":
+        return op.tensor_expr_op(lambda a: _regroup_heads(a, parts, size, to_heads), name, [x])
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_regroup_heads(parts, size, to_heads, vector_unit(target), batch)
+
+    return _per_row(build, name, x, [], int(x.shape[-1]))
+
+
+def _regroup_heads(x: te.Tensor, parts: Sequence[int], size: int, to_heads: bool) -> te.Tensor:
+    def value(*at: Any) -> Any:
+        block, j = at[-1] // size, at[-1] % size
+        source, first = None, 0
+        for heads in parts:
+            own = block - 2 * first
+            if to_heads:
+                here = own % 2 * heads + own // 2
+            else:
+                here = own % heads * 2 + own // heads
+            here = 2 * first + here
+            source = here if source is None else tirx.Select(own >= 0, here, source)
+            first += heads
+        return x[(*at[:-1], source * size + j)]
+
+    return te.compute(x.shape, value, name="regroup_heads")
 
 
 def round_tokens(x: Tensor, target: Target, *, guarded: bool) -> Tensor:

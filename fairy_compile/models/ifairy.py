@@ -30,7 +30,12 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.models.config import DecoderConfig, Rope, positive_float, positive_int
 from fairy_compile.models.decoder import CausalLM, gather_rows
-from fairy_compile.models.elementwise import rms_norm, round_tokens
+from fairy_compile.models.elementwise import (
+    regroup_heads,
+    relu2_product,
+    rms_norm,
+    round_tokens,
+)
 from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner, PlannedLinear, make_linear
 
@@ -131,7 +136,7 @@ class Attention(nn.Module):
     def __init__(
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
-        self.config = config
+        self.config, self.target = config, target
         heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = make_linear(
             planner.linear(
@@ -159,47 +164,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
         """Attend from x (batch, tokens, hidden); rotary embedding happens in the cache."""
-        config = self.config
-
-        def split(qkv: te.Tensor) -> te.Tensor:
-            return heads_of(qkv, [config.num_heads, *[config.num_kv_heads] * 2], config.head_dim)
-
-        qkv = op.tensor_expr_op(split, "split_heads", [self.qkv_proj(x)])
-        y = attend(cache, layer, qkv, config)
-        return self.o_proj(self.attn_layernorm(op.tensor_expr_op(joined, "join_heads", [y])))
-
-
-def heads_of(x: te.Tensor, parts: list[int], size: int) -> te.Tensor:
-    """Return (b, s, all heads, size) of (b, s, [re, im of each part]).
-
-    Args:
-        x: each part holds re of all its heads, then im of all.
-        parts: heads of each.
-        size: of a head [re, im].
-    """
-
-    def value(b: Any, s: Any, head: Any, i: Any) -> Any:
-        at, first = None, 0
-        for heads in parts:
-            # A part begins where the heads before it end, and its im after re of all its heads.
-            own = (head - first) * (size // 2) + i % (size // 2)
-            place = first * size + i // (size // 2) * (heads * (size // 2)) + own
-            at = place if at is None else tirx.Select(head >= first, place, at)
-            first += heads
-        return x[b, s, at]
-
-    return te.compute((x.shape[0], x.shape[1], sum(parts), size), value, name="heads")
-
-
-def joined(y: te.Tensor) -> te.Tensor:
-    """Return (b, s, [re of all heads, im of all heads]) of y (b, s, heads, [re, im])."""
-    heads, half = int(y.shape[2]), int(y.shape[3]) // 2
-
-    def value(b: Any, s: Any, i: Any) -> Any:
-        part, head, j = i // (heads * half), i // half % heads, i % half
-        return y[b, s, head, part * half + j]
-
-    return te.compute((y.shape[0], y.shape[1], 2 * heads * half), value, name="joined")
+        batch, tokens, _ = x.shape
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        size = self.config.head_dim // 2
+        parts = [heads, kv_heads, kv_heads]
+        qkv = regroup_heads(self.qkv_proj(x), parts, size, self.target, to_heads=True)
+        qkv = op.reshape(qkv, (batch, tokens, sum(parts), 2 * size))
+        y = attend(cache, layer, qkv, self.config)
+        y = op.reshape(y, (batch, tokens, 2 * heads * size))
+        y = regroup_heads(y, [heads], size, self.target, to_heads=False)
+        return self.o_proj(self.attn_layernorm(y))
 
 
 class MLP(nn.Module):
@@ -209,6 +183,7 @@ class MLP(nn.Module):
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
         inner, hidden = config.intermediate_size, config.hidden_size
+        self.target = target
         self.gate_up_proj = make_linear(
             planner.linear(
                 f"{prefix}.gate_up_proj",
@@ -231,27 +206,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward layer."""
-        gated = op.tensor_expr_op(gated_product, "gated_product", [self.gate_up_proj(x)])
+        gated = relu2_product(self.gate_up_proj(x), self.target)
         return self.down_proj(self.ffn_layernorm(gated))
-
-
-def gated_product(gate_up: te.Tensor) -> te.Tensor:
-    """Return conj(a) up with a = (re², im²) of the gate, 0 where both parts are negative.
-
-    gate_up (b, s, [re gate, im gate, re up, im up]) -> (b, s, [re, im]).
-    """
-    n = int(gate_up.shape[2]) // 4
-    zero = tirx.const(0, "float32")
-
-    def value(b: Any, s: Any, i: Any) -> Any:
-        column, imag = i % n, i >= n
-        re, im, up_re, up_im = (gate_up[b, s, k * n + column] for k in range(4))
-        both_negative = tirx.all(re < zero, im < zero)
-        # re a_re + im a_im of up and a, or its imaginary counterpart.
-        one, other = tirx.Select(imag, up_im, up_re), tirx.Select(imag, zero - up_re, up_im)
-        return tirx.Select(both_negative, zero, re * re * one + im * im * other)
-
-    return te.compute((gate_up.shape[0], gate_up.shape[1], 2 * n), value, name="gated")
 
 
 class DecoderLayer(nn.Module):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tvm
-from tvm.relax.frontend import nn
 
 from fairy_compile.kernels.attention_cpu_vector import vector_unit
 from fairy_compile.kernels.elementwise_cpu import build_token_rounding
-from fairy_compile.models.elementwise import round_tokens as relax_round_tokens
 from fairy_compile.op import phase_gemm_reference
 from fairy_compile.op.token_int8 import (
     guard_activations,
@@ -18,7 +15,7 @@ from fairy_compile.op.token_int8 import (
     round_tokens,
 )
 from fairy_compile.phase import quantize_complex_layer
-from fairy_compile.targets import Target, load_target
+from fairy_compile.targets import load_target
 from tests.kernels.cases import ONLY_W, make_spec
 from tests.kernels.test_elementwise_cpu import batch_of, run
 from tests.kernels.x86_cases import HERE
@@ -47,25 +44,6 @@ def test_rounding_equals_numpy_bit_for_bit(rows: int, m: int, guarded: bool) -> 
     unit = vector_unit(load_target("cpu"))
     seen = run(build_token_rounding(m, guarded, unit, batch_of(rows)), want.shape, x)
     np.testing.assert_array_equal(seen, want)
-
-
-@pytest.mark.parametrize("guarded", [False, True])
-@pytest.mark.parametrize("m", [7, 300])
-def test_the_definition_for_other_devices_computes_the_same(m: int, guarded: bool) -> None:
-    elsewhere = Target("test", "", {"kind": "cuda"}, frozenset(), ())
-
-    class Rounding(nn.Module):
-        def forward(self, x: nn.Tensor) -> nn.Tensor:
-            return relax_round_tokens(x, elsewhere, guarded=guarded)
-
-    spec = {"forward": {"x": nn.spec.Tensor([1, "n", 2 * m], "float32")}}
-    module, _ = Rounding().export_tvm(spec=spec)
-    vm = tvm.relax.VirtualMachine(tvm.relax.build(module, target="llvm"), tvm.cpu())
-    x = activations(5, m)
-    want = guard_activations(x) if guarded else round_tokens(x)
-    seen = vm["forward"](tvm.runtime.tensor(x[None]))
-    seen = seen if isinstance(seen, tvm.runtime.Tensor) else seen[0]
-    np.testing.assert_array_equal(seen.numpy()[0], want)
 
 
 @pytest.mark.parametrize("scale", ["tensor", pytest.param("row", marks=pytest.mark.slow)])

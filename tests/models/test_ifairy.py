@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fairy_compile as fc
+from fairy_compile.cli import app
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS as ARM
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86
@@ -195,6 +198,22 @@ def test_batches_and_generation_and_verification(built) -> None:
         assert isinstance(compiled.generate("def f", max_tokens=4), str)
 
 
+def test_the_command_line_takes_the_artifact(built) -> None:
+    def run(*arguments: str, stdin: str | None = None) -> str:
+        result = CliRunner().invoke(
+            app, [*arguments[:1], str(built("int8")), *arguments[1:]], stdin
+        )
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert "is good" in run("verify").replace("\n", "")
+    shown = json.loads(run("inspect", "--json"))
+    assert "complexnet" in json.dumps(shown)
+    assert "1 W tensor" in run("inspect")
+    assert run("run", "--prompt", "def", "--max-tokens", "3")
+    run("chat", "--max-tokens", "3", stdin="hello\n")
+
+
 def test_sizes_count_real_numbers() -> None:
     config = parse_config(CONFIG)
     assert (config.hidden_size, config.intermediate_size, config.head_dim) == (64, 176, 16)
@@ -231,6 +250,33 @@ def test_missing_tensors_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(FairyError, match=name):
         fc.build(directory, output=tmp_path / "out", context=64)
     assert not (tmp_path / "out").exists()
+
+
+# Of the published models; with few words, since the vocabulary is plain.
+LARGE = {
+    "700m": {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 16},
+    "1.3b": {"hidden_size": 2048, "intermediate_size": 5460, "num_attention_heads": 32},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_a_layer_of_the_published_sizes(tmp_path: Path, name: str) -> None:
+    sizes = LARGE[name]
+    directory = save_ifairy(
+        tmp_path / "model",
+        **sizes,
+        num_key_value_heads=sizes["num_attention_heads"],
+        num_hidden_layers=1,
+    )
+    tokens = TOKENS[:20]
+    for act, tolerance in (("float", TOLERANCE), ("int8", 50 * TOLERANCE)):
+        out = tmp_path / act
+        fc.build(directory, act=act, kv_dtype="float32", output=out, context=64, prefill_chunk=32)
+        want = Published(directory, int8=act == "int8").logits(tokens)
+        with fc.load(out) as compiled:
+            # Of so many activations some are next to a tie; one step of one is 6e-4 of a call.
+            assert relative_error(compiled.logits(tokens), want) <= tolerance
 
 
 @pytest.mark.slow

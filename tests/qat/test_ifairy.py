@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import fairy_compile as fc
+from fairy_compile.evaluation.torch_model import TorchModel
 from fairy_compile.frontends import open_source
 from fairy_compile.op.token_int8 import round_tokens
 from fairy_compile.qat import PhaseComplexLinear, ifairy, phase_layers, rule
@@ -141,7 +142,7 @@ def test_training_from_scratch_learns_and_exports_its_last_codes(fresh, tokens, 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     save_tokenizer(tmp_path)
     exported = fc.qat.export(fresh, tmp_path / "ckpt", tokenizer=tmp_path)
@@ -184,6 +185,16 @@ def test_the_export_has_the_published_names(fresh, tmp_path) -> None:
         with safe_open(str(directory / "model.safetensors"), "np") as file:
             shapes.append({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118  no mapping
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("exempt", [(), ("*.o_proj",)])
+def test_evaluation_runs_a_packed_checkpoint_in_pytorch(fresh, tokens, tmp_path, exempt) -> None:
+    fc.qat.prepare(fresh, fc.QuantConfig("w1", terms=("W",), exempt=exempt))
+    fc.qat.export(fresh.eval(), tmp_path / "ckpt")
+    model = TorchModel(open_source(tmp_path / "ckpt"))
+    (seen,) = model.logits(tokens[0].numpy(), 0, 16)
+    # The same values through the same operations.
+    assert relative_error(seen, logits(fresh, tokens[0].tolist())) <= 1e-6
 
 
 def test_exempt_complex_layers_export_as_real_maps(fresh, tmp_path) -> None:
