@@ -98,7 +98,7 @@ def build_relu2_product(size: int, unit: VectorUnit, batch: Batch) -> PrimFunc:
         parts = (T.bind(gate_up[row, span(at + k * size, lanes)]) for k in range(4))
         re, im, up_re, up_im = parts
         zeros = splat(0.0, lanes)
-        negative = T.bind(T.max(re, im) < zeros)
+        negative = T.max(re, im) < zeros  # TVM binds no vector of bool
         a_re, a_im = (T.bind(T.Select(negative, zeros, part * part)) for part in (re, im))
         store(y, (row, span(at, lanes)), a_re * up_re + a_im * up_im)
         store(y, (row, span(at + size, lanes)), a_re * up_im - a_im * up_re)
