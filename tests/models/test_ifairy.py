@@ -167,6 +167,7 @@ def test_packed_checkpoints_build_to_the_same_numbers(model: Path, built, tmp_pa
         np.testing.assert_array_equal(one.logits(TOKENS), other.logits(TOKENS))
 
 
+@pytest.mark.slow
 def test_exempt_layers_and_half_precision(tmp_path: Path) -> None:
     directory = save_ifairy(tmp_path / "model", dtype="float16", num_key_value_heads=4)
     quant = fc.QuantConfig(act="float", exempt=("*.k_proj", "*.down_proj"))
@@ -250,6 +251,18 @@ def test_missing_tensors_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(FairyError, match=name):
         fc.build(directory, output=tmp_path / "out", context=64)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
+def test_other_targets_reproduce_int8_a_token(model: Path, tmp_path: Path, target: str) -> None:
+    if not load_target(target).runs_here():
+        pytest.skip(f"this machine cannot execute {target}")
+    formulas = Published(model, int8=True)
+    tokens = tokens_away_from_ties(formulas, 12, MARGIN / 2)
+    fc.build(model, target=target, kv_dtype="float32", output=tmp_path / "out", context=64)
+    with fc.load(tmp_path / "out") as compiled:
+        assert relative_error(compiled.logits(tokens), formulas.logits(tokens)) <= TOLERANCE
 
 
 # Of the published models; with few words, since the vocabulary is plain.
