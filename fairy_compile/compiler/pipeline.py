@@ -14,7 +14,13 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from fairy_compile.compiler.passes import ParallelizeElementwise, keep_only
+from fairy_compile.compiler.device_pipeline import tir_pipeline
+from fairy_compile.compiler.passes import (
+    BindElementwise,
+    CheckBound,
+    ParallelizeElementwise,
+    keep_only,
+)
 from fairy_compile.targets import Target
 
 Progress = Callable[[str, int, int], None]
@@ -29,13 +35,19 @@ class Phase:
     passes: tuple[Any, ...]
 
 
-def phases(entry_points: list[str]) -> list[Phase]:
+def phases(entry_points: list[str], target: Target) -> list[Phase]:
     """Return the phases in order; ``entry_points`` are the functions an engine may call."""
     t = relax.transform
+    legalise: tuple[Any, ...] = (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())
+    schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
+    if target.limits:
+        # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
+        legalise = (*legalise, t.RewriteDataflowReshape())
+        schedule = (BindElementwise(target.limits.max_threads), CheckBound())
     return [
-        Phase("legalise operators", (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())),
+        Phase("legalise operators", legalise),
         Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),
-        Phase("schedule element-wise", (ParallelizeElementwise(),)),
+        Phase("schedule element-wise", schedule),
         Phase(
             "plan memory",
             (
@@ -79,7 +91,7 @@ def compile_module(
     Returns:
         The Relax VM executable.
     """
-    steps = phases(entry_points)
+    steps = phases(entry_points, target)
     tvm_target = target.to_tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
         _dump(debug_dump, 0, "input", module)
@@ -91,7 +103,12 @@ def compile_module(
         if progress:
             progress("generate code", len(steps), len(steps) + 1)
         nothing_left = tvm.transform.Sequential([])
-        return relax.build(module, target=tvm_target, relax_pipeline=nothing_left)
+        return relax.build(
+            module,
+            target=tvm_target,
+            relax_pipeline=nothing_left,
+            tir_pipeline=tir_pipeline(target),
+        )
 
 
 def _dump(directory: Path | None, index: int, name: str, module: tvm.IRModule) -> None:

@@ -38,8 +38,9 @@ class DecoderConfig:
     ``context_reason`` says where that number came from. ``qkv_bias``, ``qk_norm`` and the like
     are set by the family file, not read from config.json, unless the family says so.
     ``attention_scale`` is the factor on attention scores, None for head_dim^-1/2. Models of complex
-    numbers count real and imaginary parts: their sizes are those of the real maps.
-    ``kv_dtype`` is the dtype of cached keys and values, which the build chooses.
+    numbers count real and imaginary parts: their sizes are those of the real maps. ``kv_dtype`` is
+    the dtype of cached keys and values, ``act_dtype`` that of activations between kernels; the
+    build chooses both.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class DecoderConfig:
     qk_norm: bool = False
     attention_scale: float | None = None
     kv_dtype: str = "float32"
+    act_dtype: str = "float32"
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

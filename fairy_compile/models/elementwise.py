@@ -1,4 +1,4 @@
-"""What lies between the layers of a Relax model: hand-made on CPUs, legalised elsewhere."""
+"""What lies between the linear layers of a Relax model, by target."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
+from fairy_compile.kernels import elementwise_gpu
 from fairy_compile.kernels.attention_cpu import vector_unit
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.elementwise_cpu import (
@@ -18,7 +19,7 @@ from fairy_compile.kernels.elementwise_cpu import (
     build_silu_product,
     build_token_rounding,
 )
-from fairy_compile.models.linear import product
+from fairy_compile.models.shapes import product
 from fairy_compile.op import ACT_GROUP
 from fairy_compile.op.token_int8 import GUARDS, LEVELS, MIN_PEAK, VALUES, guarded_columns
 
@@ -34,28 +35,27 @@ class RMSNorm(nn.Module):
         self.size, self.eps, self.target = size, eps, target
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of float32 x (..., size)."""
+        """Normalise the last dimension of x (..., size), keeping its dtype."""
         return rms_norm(x, self.weight, self.eps, self.target)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, target: Target) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight of float32 x (..., size)."""
+    """Return x / sqrt(mean(x^2) + eps) * weight of x (..., size), in the dtype of x."""
     size = int(x.shape[-1])
-    if target.device != "cpu":
-        return op.rms_norm(x, weight, axes=[-1], epsilon=eps)
 
     def build(batch: Batch) -> tirx.PrimFunc:
+        if target.is_gpu:
+            return elementwise_gpu.build_rms_norm(size, eps, x.dtype, batch)
         return build_rms_norm(size, eps, vector_unit(target), batch)
 
     return _per_row(build, f"rms_norm_{size}", x, [weight], size)
 
 
 def silu_product(gate_up: Tensor, target: Target) -> Tensor:
-    """Return silu(gate) * up of float32 gate_up (..., 2 size), gate first -> (..., size)."""
+    """Return silu(gate) * up of gate_up (..., 2 size), gate first -> (..., size)."""
     size = int(gate_up.shape[-1]) // 2
-    if target.device != "cpu":
-        gate, up = op.split(gate_up, 2, axis=-1)
-        return op.silu(gate) * up
+    if target.is_gpu:
+        return op.tensor_expr_op(_silu_product, "silu_product", [gate_up])
 
     def build(batch: Batch) -> tirx.PrimFunc:
         return build_silu_product(size, vector_unit(target), batch)
@@ -63,13 +63,30 @@ def silu_product(gate_up: Tensor, target: Target) -> Tensor:
     return _per_row(build, f"silu_product_{size}", gate_up, [], size)
 
 
+def _silu_product(gate_up: te.Tensor) -> te.Tensor:
+    size = gate_up.shape[-1] // 2
+
+    def product(*at: Any) -> Any:
+        gate = tirx.Cast("float32", gate_up[at])
+        up = tirx.Cast("float32", gate_up[(*at[:-1], at[-1] + size)])
+        one = tirx.const(1, "float32")
+        return tirx.Cast(gate_up.dtype, gate / (one + te.exp(-gate)) * up)
+
+    return te.compute((*gate_up.shape[:-1], size), product, name="silu_product")
+
+
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """Return x (..., n) + bias float32 (n,), summed in float32, in the dtype of x."""
+    if x.dtype == "float32":
+        return x + bias
+    return (x.astype("float32") + bias).astype(x.dtype)
 def relu2_product(gate_up: Tensor, target: Target) -> Tensor:
     """Return conj(a) up with a = (re², im²) of the gate, 0 where both parts are negative.
 
     float32 gate_up (..., [re gate, im gate, re up, im up]) -> (..., [re, im]).
     """
     size = int(gate_up.shape[-1]) // 4
-    if target.device != "cpu":
+    if target.is_gpu:
         return op.tensor_expr_op(_relu2_product, "relu2_product", [gate_up])
 
     def build(batch: Batch) -> tirx.PrimFunc:
@@ -105,7 +122,7 @@ def regroup_heads(
         to_heads: from parts to heads; False for the way back.
     """
     name = f"{'split' if to_heads else 'join'}_heads_{'_'.join(map(str, parts))}"
-    if target.device != "cpu":
+    if target.is_gpu:
         return op.tensor_expr_op(lambda a: _regroup_heads(a, parts, size, to_heads), name, [x])
 
     def build(batch: Batch) -> tirx.PrimFunc:
@@ -140,7 +157,7 @@ def round_tokens(x: Tensor, target: Target, *, guarded: bool) -> Tensor:
     m = int(x.shape[-1]) // 2
     width = guarded_columns(m) if guarded else m
     name = f"round_tokens_{'guarded_' if guarded else ''}{m}"
-    if target.device != "cpu":
+    if target.is_gpu:
         return op.tensor_expr_op(lambda a: _round_tokens(a, m, guarded), name, [x])
 
     def build(batch: Batch) -> tirx.PrimFunc:
@@ -190,6 +207,6 @@ def _per_row(
         build(batch).with_attr("op_pattern", 8),  # opaque to fusion: it is scheduled already
         f"{name}_{batch}",
         [op.reshape(x, (rows, size)), *parameters],
-        Tensor.placeholder((rows, out_size), "float32"),
+        Tensor.placeholder((rows, out_size), x.dtype),
     )
     return op.reshape(y, (*lead, out_size))
