@@ -80,6 +80,8 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
     if x.dtype == "float32":
         return x + bias
     return (x.astype("float32") + bias).astype(x.dtype)
+
+
 def relu2_product(gate_up: Tensor, target: Target) -> Tensor:
     """Return conj(a) up with a = (re², im²) of the gate, 0 where both parts are negative.
 

@@ -238,7 +238,12 @@ class Network(CausalLM):
     """The language model; parameter names follow the published checkpoint."""
 
     def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
-        self.config = config
+        if config.act_dtype != "float32":
+            raise UnsupportedError(
+                f"{MODEL_TYPE} computes with float32 activations; target {target.name} would use "
+                f"{config.act_dtype}. Build with --act float"
+            )
+        self.config, self.target = config, target
 
         def embedding(name: str) -> Embedding:
             dtype = planner.dtype(f"{name}.weight")
@@ -257,7 +262,8 @@ class Network(CausalLM):
     def embed(self, ids: Tensor) -> Tensor:
         """Embed ids int32 (n,) -> float32 (n, hidden)."""
         tables = (self.token_embeddings_real, self.token_embeddings_imag)
-        return op.concat([gather_rows(t.weight, ids, "embed_tokens") for t in tables], dim=-1)
+        halves = [gather_rows(t.weight, ids, "embed_tokens", "float32") for t in tables]
+        return op.concat(halves, dim=-1)
 
     def model(self, x: Tensor, cache: PagedKVCache) -> Tensor:
         """Run all layers over embedded tokens x (batch, tokens, hidden)."""
