@@ -20,6 +20,17 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+IFAIRY = {
+    "model_type": "complexnet",
+    "architectures": ["ComplexNetLM"],
+    "num_hidden_layers": 24,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000,
+    "hidden_act": "relu2",
+    "tie_word_embeddings": False,
+}
 SHAPES = {
     "llama2-7b": {
         "model_type": "llama",
@@ -51,11 +62,60 @@ SHAPES = {
         "hidden_act": "silu",
         "tie_word_embeddings": True,
     },
+    "ifairy-700m": IFAIRY
+    | {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    # Not published with the code: the sizes of BitNet b1.58's 1.3B, as those of 700M are.
+    "ifairy-1.3b": IFAIRY
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 5460,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
+
+
+def ifairy_shards(config: dict) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield the tensors of an iFairy model: name -> shape."""
+    hidden, inner, vocab = (
+        config["hidden_size"], config["intermediate_size"], config["vocab_size"],
+    )  # fmt: skip
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+
+    def pairs(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {f"{n}.weight_{part}": s for n, s in shapes.items() for part in ("real", "imag")}
+
+    yield {f"token_embeddings_{part}.weight": (vocab, hidden) for part in ("real", "imag")}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layer.{i}"
+        yield pairs(
+            {
+                f"{layer}.self_attn.q_proj": (hidden, hidden),
+                f"{layer}.self_attn.k_proj": (kv, hidden),
+                f"{layer}.self_attn.v_proj": (kv, hidden),
+                f"{layer}.self_attn.o_proj": (hidden, hidden),
+                f"{layer}.mlp.gate_proj": (inner, hidden),
+                f"{layer}.mlp.up_proj": (inner, hidden),
+                f"{layer}.mlp.down_proj": (hidden, inner),
+                f"{layer}.pre_layernorm": (hidden,),
+                f"{layer}.post_layernorm": (hidden,),
+                f"{layer}.self_attn.attn_layernorm": (hidden,),
+                f"{layer}.mlp.ffn_layernorm": (inner,),
+            }
+        )
+    yield pairs({"final_norm": (hidden,)}) | {"lm_head.weight": (vocab, 2 * hidden)}
 
 
 def shards(config: dict) -> Iterator[dict[str, tuple[int, ...]]]:
     """Yield the tensors of one shard after the other: name -> shape."""
+    if config["model_type"] == "complexnet":
+        yield from ifairy_shards(config)
+        return
     hidden, inner, vocab = (
         config["hidden_size"], config["intermediate_size"], config["vocab_size"],
     )  # fmt: skip

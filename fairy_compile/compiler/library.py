@@ -12,7 +12,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.artifact.contract import REQUIRED_FUNCTIONS
 from fairy_compile.compiler.plan import Planner
-from fairy_compile.models import DecoderConfig
+from fairy_compile.models import DecoderConfig, network_of
 from fairy_compile.models import engine_functions as engine
 from fairy_compile.models.decoder import CausalLM
 from fairy_compile.models.kv_cache import add_kv_cache
@@ -74,7 +74,7 @@ def define(
     Returns:
         (module, parameters in order, metadata dictionary).
     """
-    network = CausalLM(config, planner, target)
+    network = network_of(config)(config, planner, target)
     module, named = network.export_tvm(spec=_entry_points(config))
     params = _describe(network, named)
     metadata = _metadata(config, sizes, params, quantization)

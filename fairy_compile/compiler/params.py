@@ -12,6 +12,7 @@ from fairy_compile.compiler.plan import Planner
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.source import ModelSource
 from fairy_compile.models.linear import LinearCall
+from fairy_compile.op.token_int8 import guard_weight
 
 Demands = dict[str, dict[str, Any]]
 """Call name -> knobs its weights need, see `PhaseKernel.demands`."""
@@ -25,7 +26,9 @@ def call_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[st
     source = planner.source
     if call.kernel and call.spec:
         parts = [source.phase(layer, planner.quant) for layer in call.sources]
-        if knobs := dict(call.kernel.demands(parts, call.spec)):
+        if call.guarded:
+            parts = [guard_weight(part) for part in parts]
+        if not call.guarded and (knobs := dict(call.kernel.demands(parts, call.spec))):
             demands[call.name] = knobs
         arrays = call.kernel.layout.pack(parts, call.spec)
     elif call.shared:
@@ -79,4 +82,4 @@ def role(param: Param) -> str:
     if param.call is not None:
         known = ("codes", "scales", "tables", "bias")
         return next((name for name in known if param.array.endswith(name)), "weight")
-    return "embedding" if param.name.endswith("embed_tokens.weight") else "norm"
+    return "embedding" if "embed" in param.name else "norm"

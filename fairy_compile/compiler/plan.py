@@ -14,6 +14,7 @@ from fairy_compile.kernels import FAMILIES
 from fairy_compile.kernels.base import Batch, PhaseKernel
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op.spec import PhaseSpec
+from fairy_compile.op.token_int8 import guarded_columns
 from fairy_compile.targets import Target
 
 
@@ -41,6 +42,31 @@ def pick_kernel(spec: PhaseSpec, target: Target) -> tuple[PhaseKernel, PhaseSpec
         f"target {target.name} has no kernel for {spec.describe()}: {_in_words(refusals)}; "
         "try --act float or another --target"
     )
+
+
+# Kernel knobs that keep the weights exact. An approximate ratio of scales would undo what exact
+# activations are for.
+_EXACT = {"tables": "split", "panels": "split"}
+
+
+def pick_token_int8_kernel(spec: PhaseSpec, target: Target) -> tuple[PhaseKernel, PhaseSpec, str]:
+    """Return kernel, spec and reason of a call with inputs rounded by `op.token_int8`.
+
+    A kernel with int8 activations serves it with guarded columns, any other as a call with float
+    activations; both are exact.
+    """
+    if spec.scale == "tile64":
+        kernel, spec, reason = pick_kernel(replace(spec, act="float"), target)
+        return kernel, spec, f"{reason}; {_ROUNDED}, since guards would move the columns of tiles"
+    kernel, picked, reason = pick_kernel(replace(spec, m=guarded_columns(spec.m)), target)
+    if picked.act == "int8":
+        return kernel, picked, f"{reason}; {_GUARDED}"
+    kernel, picked, reason = pick_kernel(spec, target)
+    return kernel, picked, f"{reason}; {_ROUNDED}"
+
+
+_GUARDED = "int8 activations a token, exactly, by two guard columns in each group of 128"
+_ROUNDED = "inputs are rounded to int8 a token before a call with float activations"
 
 
 def _in_words(refusals: dict[str, str]) -> str:
@@ -84,6 +110,7 @@ class Planner:
         in_features: int,
         out_features: Sequence[int],
         bias: bool = False,
+        token_int8: bool = False,
     ) -> list[LinearCall]:
         """See `LinearPlanner.linear`: neighbours that agree on everything share a call."""
         for layer, rows in zip(sources, out_features, strict=True):
@@ -102,7 +129,8 @@ class Planner:
             layers = tuple(sources[i] for i in group)
             rows = tuple(out_features[i] for i in group)
             own_name = name if len(groups) == 1 else layers[0] if len(layers) == 1 else name
-            calls.append(self._call(own_name, layers, in_features, rows, bias))
+            call = self._call(own_name, layers, in_features, rows, bias, token_int8)
+            calls.append(call)
         if len(groups) > 1:
             note = "; not fused with its neighbours: they differ in form"
             calls = [replace(c, reason=c.reason + note) for c in calls]
@@ -152,6 +180,7 @@ class Planner:
         in_features: int,
         rows: tuple[int, ...],
         bias: bool,
+        token_int8: bool,
     ) -> LinearCall:
         plan = self.layer_plans[layers[0]]
         common: dict[str, Any] = {
@@ -172,15 +201,21 @@ class Planner:
             scale=plan.scale,
             act=self.quant.act,
         )
-        kernel, spec, reason = pick_kernel(spec, self.target)
+        token_int8 = token_int8 and spec.act == "int8"
+        pick = pick_token_int8_kernel if token_int8 else pick_kernel
+        kernel, spec, reason = pick(spec, self.target)
         demanded = dict(self.demands.get(name, {}))
+        if token_int8:
+            demanded = {k: v for k, v in _EXACT.items() if v in kernel.knobs.get(k, ())}
         knobs = {
             batch: knobs_for(kernel, batch, self._tuned) | demanded for batch in get_args(Batch)
         }
-        if demanded:
+        if demanded and not token_int8:
             settings = ", ".join(f"{knob}={value}" for knob, value in demanded.items())
             reason += f"; its weights need {settings}"
-        return LinearCall(**common, reason=reason, spec=spec, kernel=kernel, knobs=knobs)
+        return LinearCall(
+            **common, reason=reason, spec=spec, kernel=kernel, knobs=knobs, token_int8=token_int8
+        )
 
     def _check_shape(self, name: str, want: tuple[int, ...]) -> None:
         if name not in self._names:

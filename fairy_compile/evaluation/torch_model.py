@@ -118,6 +118,7 @@ def _packed_model(source: ModelSource) -> Any:
         name: torch.from_numpy(np.asarray(source.dense(name), np.float32))
         for name in source.names()
     }
+    _split_complex(model, weights, source)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which no layer takes"
@@ -126,3 +127,15 @@ def _packed_model(source: ModelSource) -> Any:
             "the model again"
         )
     return model
+
+
+def _split_complex(model: Any, weights: dict[str, Any], source: ModelSource) -> None:
+    """Give natively complex layers their two parts; those with codes round their inputs."""
+    from fairy_compile.qat.layers import ComplexLinear, real_to_complex
+
+    for name, module in model.named_modules():
+        if isinstance(module, ComplexLinear) and f"{name}.weight" in weights:
+            parts = real_to_complex(weights.pop(f"{name}.weight"))
+            weights[f"{name}.weight_real"], weights[f"{name}.weight_imag"] = parts
+            coded = source.plan(name, source.quant).phase
+            module.int8_inputs = coded and source.quant.act == "int8"

@@ -110,7 +110,11 @@ class Direct:
 
     def make(self, layer: str, weight: np.ndarray) -> tuple[PhaseTensor, Made]:
         """Quantise a weight."""
-        tensor, reason = quantize_layer(weight, layer, self._quant)
+        if self._quant.terms == ("W",):  # complex layers, which sources quantise themselves
+            tensor = self._source.phase(layer, self._quant)
+            reason = self._source.plan(layer, self._quant).reason
+        else:
+            tensor, reason = quantize_layer(weight, layer, self._quant)
         if self._bits is not None:
             reason += f"; T by the budget of {self._bits:g} bits (errors of weights)"
         return tensor, Made(reason, relative_error(weight, tensor))

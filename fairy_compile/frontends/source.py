@@ -106,6 +106,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
         FairyError: there is neither such a directory nor such a hub model.
         ModelFileError: the directory is not a readable model.
     """
+    from fairy_compile.frontends import complex_layers
     from fairy_compile.frontends.huggingface import HuggingFaceSource
     from fairy_compile.frontends.packed import PackedSource, is_packed
 
@@ -125,7 +126,11 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
             "Hugging Face hub is written org/name"
         )
     config = read_config(directory)
-    return (PackedSource if is_packed(config) else HuggingFaceSource)(directory, config)
+    if is_packed(config):
+        return PackedSource(directory, config)
+    if config.get("model_type") in complex_layers.MODEL_TYPES:
+        return complex_layers.ComplexSource(directory, config)
+    return HuggingFaceSource(directory, config)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -1,7 +1,7 @@
 """Model families, one file each, found by config.json's ``model_type``.
 
 A family file has ``MODEL_TYPE`` and ``parse(config) -> DecoderConfig``; its network is
-`decoder.CausalLM` unless it brings its own.
+`decoder.CausalLM` unless it brings its own, called ``Network``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairy_compile.errors import UnsupportedError, nearest
-from fairy_compile.models import llama, mistral, qwen2, qwen3
+from fairy_compile.models import ifairy, llama, mistral, olmo2, qwen2, qwen3
 from fairy_compile.models.config import DecoderConfig
+from fairy_compile.models.decoder import CausalLM
 
-FAMILIES = {family.MODEL_TYPE: family for family in (llama, mistral, qwen2, qwen3)}
+FAMILIES = {family.MODEL_TYPE: family for family in (ifairy, llama, mistral, olmo2, qwen2, qwen3)}
 
 
 def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -33,4 +34,9 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
     return FAMILIES[kind].parse(config)
 
 
-__all__ = ["FAMILIES", "DecoderConfig", "parse_config"]
+def network_of(config: DecoderConfig) -> type[CausalLM]:
+    """Return the class of a model's network: Network(config, planner, target)."""
+    return getattr(FAMILIES[config.model_type], "Network", CausalLM)
+
+
+__all__ = ["FAMILIES", "DecoderConfig", "network_of", "parse_config"]

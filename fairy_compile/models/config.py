@@ -37,6 +37,8 @@ class DecoderConfig:
     Attributes mirror config.json; ``context`` is the longest sequence the model takes and
     ``context_reason`` says where that number came from. ``qkv_bias``, ``qk_norm`` and the like
     are set by the family file, not read from config.json, unless the family says so.
+    ``attention_scale`` is the factor on attention scores, None for head_dim^-1/2. Models of complex
+    numbers count real and imaginary parts: their sizes are those of the real maps.
     ``kv_dtype`` is the dtype of cached keys and values, which the build chooses.
     """
 
@@ -57,6 +59,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_scale: float | None = None
     kv_dtype: str = "float32"
 
 

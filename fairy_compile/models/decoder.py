@@ -144,13 +144,15 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm; parameter names follow the Hugging Face checkpoint."""
 
+    layer_type: type[nn.Module] = DecoderLayer
+
     def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, planner.dtype("model.embed_tokens.weight")
         )
         self.layers = nn.ModuleList(
             [
-                DecoderLayer(f"model.layers.{i}", config, planner, target)
+                self.layer_type(f"model.layers.{i}", config, planner, target)
                 for i in range(config.num_layers)
             ]
         )
@@ -166,9 +168,11 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A decoder with its output head, and the entry points an engine calls."""
 
+    decoder_type: type[nn.Module] = Decoder
+
     def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
         self.config = config
-        self.model = Decoder(config, planner, target)
+        self.model = self.decoder_type(config, planner, target)
         self.lm_head = make_linear(
             planner.head("lm_head", config.hidden_size, config.vocab_size),
             target,

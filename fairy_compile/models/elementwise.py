@@ -1,18 +1,26 @@
-"""RMSNorm and the gated activation of a Relax model: hand-made on CPUs, legalised elsewhere."""
+"""What lies between the layers of a Relax model: hand-made on CPUs, legalised elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from tvm import tirx
+from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from fairy_compile.kernels.attention_cpu import vector_unit
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.elementwise_cpu import build_rms_norm, build_silu_product
+from fairy_compile.kernels.elementwise_cpu import (
+    build_regroup_heads,
+    build_relu2_product,
+    build_rms_norm,
+    build_silu_product,
+    build_token_rounding,
+)
 from fairy_compile.models.linear import product
+from fairy_compile.op import ACT_GROUP
+from fairy_compile.op.token_int8 import GUARDS, LEVELS, MIN_PEAK, VALUES, guarded_columns
 
 if TYPE_CHECKING:
     from fairy_compile.targets import Target
@@ -27,13 +35,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of float32 x (..., size)."""
-        if self.target.device != "cpu":
-            return op.rms_norm(x, self.weight, axes=[-1], epsilon=self.eps)
+        return rms_norm(x, self.weight, self.eps, self.target)
 
-        def build(batch: Batch) -> tirx.PrimFunc:
-            return build_rms_norm(self.size, self.eps, vector_unit(self.target), batch)
 
-        return _per_row(build, f"rms_norm_{self.size}", x, [self.weight], self.size)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, target: Target) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight of float32 x (..., size)."""
+    size = int(x.shape[-1])
+    if target.device != "cpu":
+        return op.rms_norm(x, weight, axes=[-1], epsilon=eps)
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_rms_norm(size, eps, vector_unit(target), batch)
+
+    return _per_row(build, f"rms_norm_{size}", x, [weight], size)
 
 
 def silu_product(gate_up: Tensor, target: Target) -> Tensor:
@@ -47,6 +61,118 @@ def silu_product(gate_up: Tensor, target: Target) -> Tensor:
         return build_silu_product(size, vector_unit(target), batch)
 
     return _per_row(build, f"silu_product_{size}", gate_up, [], size)
+
+
+def relu2_product(gate_up: Tensor, target: Target) -> Tensor:
+    """Return conj(a) up with a = (re², im²) of the gate, 0 where both parts are negative.
+
+    float32 gate_up (..., [re gate, im gate, re up, im up]) -> (..., [re, im]).
+    """
+    size = int(gate_up.shape[-1]) // 4
+    if target.device != "cpu":
+        return op.tensor_expr_op(_relu2_product, "relu2_product", [gate_up])
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_relu2_product(size, vector_unit(target), batch)
+
+    return _per_row(build, f"relu2_product_{size}", gate_up, [], 2 * size)
+
+
+def _relu2_product(gate_up: te.Tensor) -> te.Tensor:
+    *lead, width = gate_up.shape
+    n, zero = int(width) // 4, tirx.const(0, "float32")
+
+    def value(*at: Any) -> Any:
+        column, imag = at[-1] % n, at[-1] >= n
+        re, im, up_re, up_im = (gate_up[(*at[:-1], k * n + column)] for k in range(4))
+        # re² one + im² other is the real, or the imaginary part.
+        one, other = tirx.Select(imag, up_im, up_re), tirx.Select(imag, zero - up_re, up_im)
+        return tirx.Select(te.max(re, im) < zero, zero, re * re * one + im * im * other)
+
+    return te.compute((*lead, 2 * n), value, name="relu2_product")
+
+
+def regroup_heads(
+    x: Tensor, parts: Sequence[int], size: int, target: Target, *, to_heads: bool
+) -> Tensor:
+    """Bring [re of all heads, im of all heads] of each part to heads [re, im], or back.
+
+    Args:
+        x: float32 (..., 2 sum(parts) size), as is the result.
+        parts: heads of each part.
+        size: complex numbers of a head.
+        target: what is compiled for.
+        to_heads: from parts to heads; False for the way back.
+    """
+    name = f"{'split' if to_heads else 'join'}_heads_{'_'.join(map(str, parts))}"
+    if target.device != "cpu":
+        return op.tensor_expr_op(lambda a: _regroup_heads(a, parts, size, to_heads), name, [x])
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_regroup_heads(parts, size, to_heads, vector_unit(target), batch)
+
+    return _per_row(build, name, x, [], int(x.shape[-1]))
+
+
+def _regroup_heads(x: te.Tensor, parts: Sequence[int], size: int, to_heads: bool) -> te.Tensor:
+    def value(*at: Any) -> Any:
+        block, j = at[-1] // size, at[-1] % size
+        source, first = None, 0
+        for heads in parts:
+            own = block - 2 * first
+            if to_heads:
+                here = own % 2 * heads + own // 2
+            else:
+                here = own % heads * 2 + own // heads
+            here = 2 * first + here
+            source = here if source is None else tirx.Select(own >= 0, here, source)
+            first += heads
+        return x[(*at[:-1], source * size + j)]
+
+    return te.compute(x.shape, value, name="regroup_heads")
+
+
+def round_tokens(x: Tensor, target: Target, *, guarded: bool) -> Tensor:
+    """Round float32 x (..., 2m) to int8 a token, with guards where ``guarded``.
+
+    `op.token_int8` defines it: `round_tokens` and `guard_activations`.
+    """
+    m = int(x.shape[-1]) // 2
+    width = guarded_columns(m) if guarded else m
+    name = f"round_tokens_{'guarded_' if guarded else ''}{m}"
+    if target.device != "cpu":
+        return op.tensor_expr_op(lambda a: _round_tokens(a, m, guarded), name, [x])
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_token_rounding(m, guarded, vector_unit(target), batch)
+
+    return _per_row(build, name, x, [], 2 * width)
+
+
+def _round_tokens(x: te.Tensor, m: int, guarded: bool) -> te.Tensor:
+    lead = x.shape[:-1]
+    width = guarded_columns(m) if guarded else m
+    k = te.reduce_axis((0, m), "k")
+    largest = te.compute(
+        (*lead, 2), lambda *at: te.max(te.abs(x[(*at[:-1], at[-1] * m + k)]), axis=k), "largest"
+    )
+
+    def value(*at: Any) -> Any:
+        row, half, column = at[:-1], at[-1] // width, at[-1] % width
+        peak = te.max(largest[(*row, half)], tirx.const(MIN_PEAK, "float32"))
+        s = tirx.const(1, "float32") / peak * tirx.const(LEVELS, "float32")
+
+        def rounded(source: Any) -> Any:
+            return te.nearbyint(x[(*row, half * m + source)] * s) / s
+
+        if not guarded:
+            return rounded(column)
+        group, place = column // ACT_GROUP, column % ACT_GROUP
+        source = group * VALUES + te.max(place - GUARDS, 0)
+        guard = tirx.Select(place == 0, peak, tirx.const(0, "float32") - peak)
+        return tirx.if_then_else(place < GUARDS, guard, rounded(source))
+
+    return te.compute((*lead, 2 * width), value, "round_tokens")
 
 
 def _per_row(

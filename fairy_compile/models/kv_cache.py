@@ -39,7 +39,7 @@ def attend(cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig) 
     """
     if config.kv_dtype == "float16":
         qkv = op.tensor_expr_op(_to_float16, "to_float16", [qkv])
-    scale = config.head_dim**-0.5
+    scale = config.attention_scale or config.head_dim**-0.5
     y = cache.attention_with_fused_qkv(layer, qkv, config.num_heads, sm_scale=scale)
     return y if config.kv_dtype == "float32" else y.astype("float32")
 

@@ -30,6 +30,8 @@ class LinearCall:
         knobs: batch class -> knobs that differ from the kernel's defaults.
         dtype: storage dtype of a dense weight.
         shared: parameter that already holds the dense weight (tied embeddings), or None.
+        token_int8: inputs are rounded to int8 a token before the call, see `op.token_int8`; of a
+            kernel with int8 activations, its columns are guarded.
     """
 
     name: str
@@ -43,6 +45,12 @@ class LinearCall:
     knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
     shared: str | None = None
+    token_int8: bool = False
+
+    @property
+    def guarded(self) -> bool:
+        """Tell whether guard columns stand among those of the layer."""
+        return self.token_int8 and self.spec is not None and self.spec.act == "int8"
 
     @property
     def kernel_name(self) -> str:
@@ -73,8 +81,13 @@ class LinearPlanner(Protocol):
         in_features: int,
         out_features: Sequence[int],
         bias: bool = False,
+        token_int8: bool = False,
     ) -> list[LinearCall]:
-        """Plan the layers ``sources`` over one input: one fused call, or several in order."""
+        """Plan the layers ``sources`` over one input: one fused call, or several in order.
+
+        ``token_int8`` says what int8 activations mean to the model: iFairy's contract of
+        `op.token_int8` instead of that of the kernels.
+        """
 
     def head(self, name: str, in_features: int, vocab: int) -> list[LinearCall]:
         """Plan the output head, which may share the embedding's weight."""
@@ -88,10 +101,11 @@ def kernel_symbol(call: LinearCall, batch: str) -> str:
 
     Calls of equal shape and contract share one function.
     """
-    shape = f"{sum(call.out_features)}x{call.in_features}"
     if call.spec is None:
+        shape = f"{sum(call.out_features)}x{call.in_features}"
         return f"dense_{call.dtype}_{batch}_{shape}"
     spec = call.spec
+    shape = f"{spec.out_features}x{spec.in_features}"
     return (
         f"{call.kernel_name.replace('.', '_')}_{batch}_{shape}_t{spec.stages}"
         f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}"
@@ -144,8 +158,8 @@ class LinearRow(nn.Module):
     other; the model around them never notices.
     """
 
-    def __init__(self, calls: Sequence[LinearCall], target: Any) -> None:
-        self.calls = nn.ModuleList([PlannedLinear(c, target) for c in calls])
+    def __init__(self, layers: Sequence[PlannedLinear]) -> None:
+        self.calls = nn.ModuleList(list(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of all calls, concatenated along the last dimension."""
@@ -153,12 +167,15 @@ class LinearRow(nn.Module):
 
 
 def make_linear(
-    calls: Sequence[LinearCall], target: Any, shared: nn.Parameter | None = None
+    calls: Sequence[LinearCall],
+    target: Any,
+    shared: nn.Parameter | None = None,
+    layer: type[PlannedLinear] = PlannedLinear,
 ) -> nn.Module:
-    """Return the module for a plan: one `PlannedLinear`, or a `LinearRow` of several."""
+    """Return the module for a plan: one ``layer``, or a `LinearRow` of several."""
     if len(calls) == 1:
-        return PlannedLinear(calls[0], target, shared)
-    return LinearRow(calls, target)
+        return layer(calls[0], target, shared)
+    return LinearRow([layer(call, target) for call in calls])
 
 
 def product(dims: Sequence[Any]) -> Any:

@@ -32,13 +32,22 @@ from fairy_compile.artifact.files import hash_files
 from fairy_compile.artifact.staging import staged_directory
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.frontends.complex_layers import PARTS as COMPLEX_PARTS
 from fairy_compile.frontends.files import TOKENIZER_FILES, read_json_object
 from fairy_compile.frontends.method import LATENT_QUANT_METHOD
 from fairy_compile.frontends.packed import PackedLayer
 from fairy_compile.frontends.packed_writer import PackedWriter
 from fairy_compile.frontends.plan import recover_layer
+from fairy_compile.frontends.store import TensorStore
 from fairy_compile.phase.quantize import check_finite
-from fairy_compile.qat.layers import PhaseComplexLinear, PhaseLayer, phase_layers
+from fairy_compile.qat.layers import (
+    ComplexLinear,
+    PhaseComplexLinear,
+    PhaseLayer,
+    complex_to_real,
+    phase_layers,
+    plain_name,
+)
 from fairy_compile.qat.prepare import QUANT_ATTRIBUTE
 
 LATENTS = "latents"
@@ -113,7 +122,7 @@ def export(
     with staged_directory(directory, force=force, needed_bytes=2 * nbytes) as staging:
         latents = staging / LATENTS
         write_latents(model, latents, quant, tokenizer, state_dict)
-        _write_packed(staging, latents, layers, weights, quant)
+        _write_packed(staging, latents, model, layers, weights, quant)
         if extra is not None:
             extra(staging)
         packed = sum(p.stat().st_size for p in staging.glob("*.safetensors"))
@@ -169,6 +178,7 @@ def mark_latents(directory: Path, quant: QuantConfig) -> None:
 def _write_packed(
     directory: Path,
     latents: Path,
+    model: nn.Module,
     layers: Mapping[str, PhaseLayer],
     weights: StateDict,
     quant: QuantConfig,
@@ -190,6 +200,7 @@ def _write_packed(
         for name, tensor in weights.items()
         if name in stored and name not in latent_names
     }
+    _join_complex(model, dense)
     files = sorted(path for path in latents.iterdir() if path.is_file())
     with PackedWriter(
         directory,
@@ -208,14 +219,21 @@ def _write_packed(
             writer.add_dense(name, _numpy(tensor))
 
 
+def _join_complex(model: nn.Module, dense: dict[str, torch.Tensor]) -> None:
+    """Give complex layers that stay dense the form `build` reads, the real ``<layer>.weight``."""
+    for path, module in model.named_modules():
+        names = [f"{plain_name(path)}.{part}" for part in COMPLEX_PARTS]
+        if isinstance(module, ComplexLinear) and names[0] in dense:
+            parts = [dense.pop(name) for name in names]
+            dense[f"{plain_name(path)}.weight"] = complex_to_real(*parts)
+
+
 def _latent_parts(layer: PhaseLayer) -> tuple[str, ...]:
-    return ("weight_real", "weight_imag") if isinstance(layer, PhaseComplexLinear) else ("weight",)
+    return COMPLEX_PARTS if isinstance(layer, PhaseComplexLinear) else ("weight",)
 
 
 def _stored_names(latents: Path) -> list[str]:
     """Return the tensors that `save_pretrained` kept: of tied ones only the first."""
-    from fairy_compile.frontends.store import TensorStore
-
     return list(TensorStore.open(latents).infos)
 
 

@@ -102,7 +102,11 @@ class ComplexLinear(nn.Module):
     Attributes:
         weight_real: (n, m).
         weight_imag: (n, m).
+        int8_inputs: round inputs to int8, one scale for each token's real and one for its
+            imaginary parts, as iFairy does where weights are phase codes.
     """
+
+    int8_inputs = False
 
     def __init__(
         self,
@@ -125,8 +129,9 @@ class ComplexLinear(nn.Module):
         return self.weight_real, self.weight_imag
 
     def inputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (re, im) of (..., 2m)."""
-        return x[..., : self.in_features], x[..., self.in_features :]
+        """Return (re, im) of (..., 2m), rounded if ``int8_inputs``."""
+        re, im = x[..., : self.in_features], x[..., self.in_features :]
+        return (int8_activations(re), int8_activations(im)) if self.int8_inputs else (re, im)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., 2n) for (..., 2m)."""
@@ -140,14 +145,23 @@ class ComplexLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def complex_to_real(re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
+    """Return the real matrix (2n, 2m) of a complex layer y = w conj(x) on [re, im]."""
+    return torch.cat([torch.cat([re, im], dim=1), torch.cat([im, -re], dim=1)])
+
+
+def real_to_complex(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `complex_to_real`: (2n, 2m) -> (re, im), each (n, m)."""
+    n, m = weight.shape[0] // 2, weight.shape[1] // 2
+    return weight[:n, :m].contiguous(), weight[:n, m:].contiguous()
+
+
 class PhaseComplexLinear(ComplexLinear):
     """A `ComplexLinear` that multiplies with the phase-quantised value of its latent weight.
 
     Attributes:
         stages: T, 1 in iFairy.
         scale: granularity of the scales.
-        int8_inputs: round inputs to int8, one scale for each token's real and one for its
-            imaginary parts, as iFairy does.
         min_scale: lower clamp of every scale, 1e-5 in iFairy.
     """
 
@@ -194,11 +208,6 @@ class PhaseComplexLinear(ComplexLinear):
         """Return (re, im) of the quantised matrix."""
         return self._frozen if self._frozen is not None else self.quantized_weight()
 
-    def inputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (re, im) of (..., 2m), rounded if ``int8_inputs``."""
-        re, im = super().inputs(x)
-        return (int8_activations(re), int8_activations(im)) if self.int8_inputs else (re, im)
-
     def phase_tensor(
         self,
         weight: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -221,13 +230,13 @@ PhaseLayer = PhaseLinear | PhaseComplexLinear
 def phase_layers(model: nn.Module) -> dict[str, PhaseLayer]:
     """Return name -> layer of every phase layer of a model."""
     return {
-        _plain_name(name): module
+        plain_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, PhaseLinear | PhaseComplexLinear)
     }
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Drop what torch.compile and FSDP put into the names of wrapped modules."""
     parts = (p for p in name.split(".") if p not in ("_orig_mod", "_fsdp_wrapped_module"))
     return ".".join(parts)

@@ -188,8 +188,9 @@ class _StraightThroughInt8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
         wide = x.float()
-        scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=IFAIRY_MIN_SCALE) / 127
-        return ((wide / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+        peak = wide.abs().amax(dim=-1, keepdim=True).clamp(min=IFAIRY_MIN_SCALE)
+        inverse = peak.reciprocal() * 127
+        return ((wide * inverse).round() / inverse).to(x.dtype)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
@@ -226,6 +227,8 @@ def quantized_complex_weight(
 
 def int8_activations(x: Tensor) -> Tensor:
     """Round (..., m) to 1/127 of the largest magnitude of each row (iFairy), straight-through.
+
+    Equal to `op.token_int8.round_tokens` bit for bit.
 
     Args:
         x: real or imaginary parts of activations, each rounded with a scale of its own.

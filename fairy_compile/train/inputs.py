@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fairy_compile.artifact.tokenizer_files import TokenizerFiles
 from fairy_compile.errors import FairyError
+from fairy_compile.frontends import complex_layers
 from fairy_compile.frontends.files import read_config
 from fairy_compile.train.blocks import Blocks, split, write_tokens
 from fairy_compile.train.config import TrainConfig
@@ -55,6 +56,20 @@ def vocabulary(directory: Path) -> int:
             f"{directory}/config.json has vocab_size = {size!r}; expected a positive integer"
         )
     return size
+
+
+def with_native_terms(config: TrainConfig, directory: Path) -> tuple[TrainConfig, str | None]:
+    """Return the run with the terms its model's layers have, and a sentence where that changes it.
+
+    Natively complex models (iFairy) train the W term with T = 1. A `QuantConfig` that asks for
+    this term is left as it is, whatever its T.
+    """
+    kind = read_config(directory).get("model_type")
+    if kind not in complex_layers.MODEL_TYPES or config.quant.terms == ("W",):
+        return config, None
+    quant = dataclasses.replace(config.quant, quant=complex_layers.PUBLISHED.quant, terms=("W",))
+    note = f"{kind} is natively complex: its layers train with the W term and T = 1"
+    return dataclasses.replace(config, quant=quant), note
 
 
 def with_block(config: TrainConfig, directory: Path) -> TrainConfig:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 import transformers
 
+import fairy_compile.qat.ifairy  # noqa: F401  registers the model with transformers
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.files import read_config
 from fairy_compile.frontends.method import LATENT_QUANT_METHOD
 from fairy_compile.frontends.packed import is_packed
 from fairy_compile.frontends.source import open_source
 from fairy_compile.qat.export import LATENTS
-
-IFAIRY_TYPES = ("complexnet", "ifairy")
 
 
 def model_directory(model: str, *, scratch: bool = False) -> Path:
@@ -29,7 +28,6 @@ def model_directory(model: str, *, scratch: bool = False) -> Path:
 
     Raises:
         FairyError: there is no such model, or it holds codes without master weights.
-        UnsupportedError: it is an iFairy model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -48,13 +46,6 @@ def model_directory(model: str, *, scratch: bool = False) -> Path:
         )
     else:
         path = open_source(model).directory
-        config = read_config(path)
-    if config.get("model_type") in IFAIRY_TYPES:
-        raise UnsupportedError(
-            f"{path} is an iFairy model (model_type {config['model_type']!r}), for which this "
-            "version has no PyTorch model to train; supported: causal language models of "
-            "transformers such as llama, qwen2, qwen3, mistral, gemma"
-        )
     return path
 
 

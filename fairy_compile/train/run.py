@@ -30,6 +30,7 @@ from fairy_compile.train.inputs import (
     tokenizer_directory,
     vocabulary,
     with_block,
+    with_native_terms,
 )
 from fairy_compile.train.metrics import CSV, EVENTS, PLOT, MetricsLog, plot_losses, read_metrics
 from fairy_compile.train.models import load_model, model_directory, quiet_transformers
@@ -107,13 +108,15 @@ def train(
     plan(config)  # finds most mistakes before the minutes of work
     directory = model_directory(config.model, scratch=config.scratch)
     tokenizer = tokenizer_directory(config, directory)
-    config = with_block(config, directory)
+    config, note = with_native_terms(with_block(config, directory), directory)
     with quiet_transformers():
         args = _arguments(config)  # joins the other processes
         _check_sharding(config, args)
         first = args.process_index == 0
         with exclusive(config.run_directory) if first else contextlib.nullcontext():
-            return _train(config, args, directory, tokenizer, force, keep_run, progress)
+            report = _train(config, args, directory, tokenizer, force, keep_run, progress)
+    report.notes.extend([note] if note else [])
+    return report
 
 
 def plan(config: TrainConfig) -> PrepareReport:
@@ -124,13 +127,15 @@ def plan(config: TrainConfig) -> PrepareReport:
     """
     directory = model_directory(config.model, scratch=config.scratch)
     check_vocabulary(tokenizer_directory(config, directory), vocabulary(directory))
-    with_block(config, directory)
+    config, note = with_native_terms(with_block(config, directory), directory)
     for data in (config.data, config.eval_data):
         if data is not None:
             data_files(data)
     with quiet_transformers(), torch.device("meta"):
         model = load_model(directory, scratch=True)
-    return prepare(model, config.quant)
+    report = prepare(model, config.quant)
+    report.notes.extend([note] if note else [])
+    return report
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""RMSNorm and the gated activation against NumPy in float64."""
+"""RMSNorm and the gated activation against NumPy in float64; rounding is in test_token_int8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import tvm
 
 from fairy_compile.kernels.attention_cpu_vector import vector_unit
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.elementwise_cpu import build_rms_norm, build_silu_product
+from fairy_compile.kernels.elementwise_cpu import (
+    build_regroup_heads,
+    build_relu2_product,
+    build_rms_norm,
+    build_silu_product,
+)
 from fairy_compile.targets import load_target
 
 EPS32 = float(np.finfo(np.float32).eps)
@@ -68,6 +73,44 @@ def test_silu_product(rows: int, size: int) -> None:
     # five more roundings.
     bound = (2e-7 + (np.abs(gate) + 5) * EPS32) * np.abs(expected)
     assert (np.abs(y - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_relu2_product(rows: int, size: int) -> None:
+    rng = np.random.default_rng([rows, size, 2])
+    gate_up = (rng.standard_normal((rows, 4 * size)) * 8).astype(np.float32)
+    gate_up[:, ::3] = np.abs(gate_up[:, ::3]) * 0  # zeros are not negative
+    unit = vector_unit(load_target("cpu"))
+    y = run(build_relu2_product(size, unit, batch_of(rows)), (rows, 2 * size), gate_up)
+    re, im, up_re, up_im = np.split(gate_up.astype(np.float64), 4, axis=1)
+    kept = ~((re < 0) & (im < 0))
+    expected = np.conj(kept * re**2 + 1j * kept * im**2) * (up_re + 1j * up_im)
+    seen = y[:, :size] + 1j * y[:, size:]
+    # Each product is rounded twice, their sum once.
+    size_of = kept * (re**2 + im**2) * (np.abs(up_re) + np.abs(up_im))
+    assert (np.abs(seen - expected) <= 2 * EPS32 * size_of).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("parts", "size"), [((4, 2, 2), 8), ((5,), 3), ((16, 16, 16), 96)])
+def test_regroup_heads_there_and_back(rows: int, parts: tuple[int, ...], size: int) -> None:
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 2 * sum(parts) * size)).astype(np.float32)
+    ends = np.cumsum([2 * heads * size for heads in parts])[:-1]
+    expected = np.concatenate(
+        [
+            part.reshape(rows, 2, -1, size).transpose(0, 2, 1, 3).reshape(rows, -1)
+            for part in np.split(x, ends, axis=1)
+        ],
+        axis=1,
+    )
+    unit = vector_unit(load_target("cpu"))
+    batch = batch_of(rows)
+    there = run(build_regroup_heads(parts, size, True, unit, batch), x.shape, x)
+    np.testing.assert_array_equal(there, expected)
+    back = run(build_regroup_heads(parts, size, False, unit, batch), x.shape, there)
+    np.testing.assert_array_equal(back, x)
 
 
 def test_silu_of_extreme_values() -> None:

@@ -68,7 +68,11 @@ def test_family_switches() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"model_type": "gpt2"}, UnsupportedError, "'gpt2'.*llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            UnsupportedError,
+            "'gpt2'.*complexnet, llama, mistral, olmo2, qwen2",
+        ),
         ({"model_type": None}, UnsupportedError, "None"),
         ({"hidden_size": 0}, ModelFileError, "hidden_size = 0"),
         ({"hidden_size": -4}, ModelFileError, "hidden_size = -4"),

@@ -10,6 +10,7 @@ import fairy_compile as fc
 from fairy_compile.frontends import open_source
 from fairy_compile.train import plan, train
 from fairy_compile.train.metrics import plot_losses, read_metrics
+from tests.tiny_ifairy import save_ifairy
 from tests.tiny_models import save_model
 
 
@@ -171,7 +172,20 @@ def test_output_and_run_directory_in_the_way(config, tmp_path):
     assert (run / "notes.txt").read_text() == "mine"
 
 
-def test_ifairy_and_packed_and_incomplete_models(config, model, tmp_path):
+def test_ifairy_trains_from_scratch_by_its_own_terms(config, tmp_path):
+    model = save_ifairy(tmp_path / "model")
+    report = train(config(model=str(model), scratch=True, steps=20))
+    assert report.loss < 5.5  # from log 320 = 5.8
+    assert any("T = 1" in note for note in report.notes)
+    packed = open_source(tmp_path / "out")
+    assert (packed.quant.quant, packed.quant.terms) == ("w1", ("W",))
+    assert len(packed.layers) == 14
+    assert len(plan(config(model=str(model))).phase) == 14
+    again = train(config(model=str(tmp_path / "out"), output=str(tmp_path / "more"), steps=2))
+    assert len(again.prepared.phase) == 14
+
+
+def test_packed_and_incomplete_models(config, model, tmp_path):
     table = json.loads((model / "config.json").read_text())
 
     def changed(name, **changes):
@@ -181,8 +195,6 @@ def test_ifairy_and_packed_and_incomplete_models(config, model, tmp_path):
         (directory / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
         return str(directory)
 
-    with pytest.raises(fc.UnsupportedError, match="iFairy"):
-        train(config(model=changed("ifairy", model_type="complexnet"), scratch=True))
     with pytest.raises(fc.UnsupportedError, match="does not read"):
         train(config(model=changed("other", model_type="nonsense"), scratch=True))
     with pytest.raises(fc.FairyError, match="--from-scratch"):
