@@ -6,6 +6,9 @@
     fc.qat.export(model, "ckpt", tokenizer=tokenizer)
     fc.build("ckpt", output="dist/model")
 
+`fairy_compile.qat.ifairy` has a natively complex model, which takes
+``fc.QuantConfig("w1", terms=("W",))``.
+
 The only part of fairy_compile that needs PyTorch, with `fairy_compile.train`.
 """
 

