@@ -90,4 +90,3 @@ def test_whole_model_equals_pytorch(
         assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= 1e-4
         assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
     assert any(name.startswith("opencl_words_single") for name in rig.launches)
-
