@@ -209,6 +209,8 @@ def test_batches_equal_single_sequences(rig, built) -> None:
         ids = [engine.add_sequence() for _ in prompts]
         together = engine.prefill_many(dict(zip(ids, prompts, strict=True)))
         step = engine.decode(ids, [int(together[i].argmax()) for i in ids])
+        for sequence in ids:
+            engine.remove_sequence(sequence)
         for i, sequence in enumerate(ids):
             assert relative_error(together[sequence], alone[i]) <= TOLERANCE["float"]
             longer = [*prompts[i], int(together[sequence].argmax())]
