@@ -1,0 +1,252 @@
+"""CUDA phase GEMM: bit planes in integer tensor cores for few rows of x, float16 ones for many.
+
+The kernels are CUDA C++ (`cuda_source/decode.cuh`, `cuda_source/prefill.cuh`), not scheduled TIR.
+Both live on one lane owning particular bytes of tensor core fragments, which loops over tensors
+cannot say: with TIR every statement would be an intrinsic on hand-numbered registers, as long as
+the C++ and harder to read, and it could not be executed without a GPU. The same C++ runs on the CPU
+under a shim (`tests/emulation/test_cuda_emulated.py`), where it is compared with the reference that
+the tensor expression in `op.phase_gemm` is compared with.
+
+A PrimFunc is a launch: grid and block, and a call of a device function whose source travels with
+it (``tirx.cuda.func_call``). So TVM launches it, plans memory around it and captures it in CUDA
+graphs like any of its own kernels.
+
+Numerical contract: decode multiplies exactly what `op.quantize_activations` makes of x, for ``int8``
+and ``int16``, and scales and adds in float32. Prefill, and ``float`` for any number of rows, rounds
+x and the entries of the real matrix to float16 and adds in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fairy_compile.errors import FairyError
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
+from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
+from fairy_compile.op import ACT_LEVELS, PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+    from fairy_compile.targets import Target
+
+MIN_ARCH = 80  # integer mma of 32 bytes, cp.async
+
+_SHARED_BYTES = 48 * 1024  # static shared memory of a block, on every architecture
+_SUM_REGISTERS = 128  # of 255, for the integer sums of decode
+_FILL = 2 * 132  # blocks that keep the largest GPU we know busy
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A grid for some numbers of rows.
+
+    Attributes:
+        function: name of the device function.
+        source: CUDA C++ that defines it.
+        blocks: blocks along the output rows, ``blockIdx.x``.
+        rows: rows of x of a block; ``blockIdx.y`` counts these.
+        threads: of a block.
+        most: most rows of x it is meant for; None is any number.
+    """
+
+    function: str
+    source: str
+    blocks: int
+    rows: int
+    threads: int
+    most: int | None
+
+
+class CudaPlanes:
+    """The kernel of every call; implements `PhaseKernel`.
+
+    Knobs:
+        warps: of a block that decodes.
+        row_tiles: row tiles of a block that decodes; its other warps split columns. ``auto`` takes
+            fewer where rows are few, so that the grid fills the GPU.
+        switch: least rows of x that prefill serves.
+        tokens: rows of x of a prefill block; fewer where shared memory is short.
+        prefill_warps: row tiles of a prefill block.
+        buffers: stages of x in shared memory for prefill.
+    """
+
+    name = "cuda.planes"
+    layout = CudaLayout()
+    knobs: Mapping[str, Sequence[Any]] = {
+        "warps": (8, 4, 16),
+        "row_tiles": ("auto", 1, 2, 4, 8),
+        "switch": (9, 3, 5, 17, 33),
+        "tokens": (128, 64, 32),
+        "prefill_warps": (4, 8, 2),
+        "buffers": (2, 3, 4),
+    }
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """See `PhaseKernel.unsupported`."""
+        kind = target.tvm.get("kind")
+        if kind != "cuda":
+            return f"it is for NVIDIA GPUs; target {target.name} is {kind}"
+        arch = str(target.tvm.get("arch", ""))
+        digits = "".join(c for c in arch if c.isdigit())
+        if digits and int(digits) < MIN_ARCH:
+            return f"its tensor core instructions need sm_{MIN_ARCH}; target {target.name} is {arch}"
+        return None
+
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """See `PhaseKernel.demands`: nothing, every knob computes the same."""
+        return {}
+
+    def build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Return a function (x, codes, scales, y) that launches `launches`.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        from fairy_compile.kernels.cuda_launch import emit
+
+        launches = self.launches(spec, target, batch, knobs)
+        return emit(spec, self.layout, launches, batch, _dtypes(target))
+
+    def launches(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> list[Launch]:
+        """Return the grids that serve a batch class, by rising number of rows.
+
+        The first whose ``most`` is not exceeded is launched.
+        """
+        chosen = self._choose(knobs)
+        dtypes = _dtypes(target)
+        if spec.act == "float":
+            small = [self._prefill(spec, dtypes, chosen, 8, most=8)]
+            if batch == "single":
+                return small
+            return [*small, *self._prefills(spec, dtypes, chosen)]
+        if batch == "single":
+            return [self._decode(spec, dtypes, chosen, operands=1, most=None)]
+        sums = max(8, planes(spec) * (2 if planes(spec) % 8 else 1) * (2 if planes(spec) == 6 else 1))
+        allowed = [n for n in (1, 2, 4) if n == 1 or sums * 4 * n <= _SUM_REGISTERS]
+        most = chosen["switch"] - 1
+        launches = []
+        for operands in allowed:
+            rows = operands * _slots(spec)
+            last = operands == allowed[-1] or rows >= most
+            launches.append(
+                self._decode(spec, dtypes, chosen, operands, most=most if last else rows)
+            )
+            if last:
+                break
+        return [*launches, *self._prefills(spec, dtypes, chosen)]
+
+    def _decode(
+        self,
+        spec: PhaseSpec,
+        dtypes: tuple[str, str],
+        chosen: Mapping[str, Any],
+        operands: int,
+        most: int | None,
+    ) -> Launch:
+        warps, tiles = chosen["warps"], self.layout.tiles(spec)
+        per_block = chosen["row_tiles"]
+        if per_block == "auto":
+            per_block = max([n for n in (4, 2) if tiles >= n * _FILL], default=1)
+        per_block = min(per_block, warps)
+        constants = {
+            "kWarps": warps,
+            "kTileWarps": per_block,
+            "kOperands": operands,
+            "kLevels": ACT_LEVELS[spec.act],
+        }
+        rows = operands * _slots(spec)
+        return self._launch("decode", spec, dtypes, constants, per_block, rows, warps, most)
+
+    def _prefills(
+        self, spec: PhaseSpec, dtypes: tuple[str, str], chosen: Mapping[str, Any]
+    ) -> list[Launch]:
+        """Return prefill for few and for any number of rows."""
+        tokens = chosen["tokens"]
+        smaller = [n for n in (32, 64) if n < tokens]
+        return [
+            *(self._prefill(spec, dtypes, chosen, n, most=n) for n in smaller),
+            self._prefill(spec, dtypes, chosen, tokens, most=None),
+        ]
+
+    def _prefill(
+        self,
+        spec: PhaseSpec,
+        dtypes: tuple[str, str],
+        chosen: Mapping[str, Any],
+        tokens: int,
+        most: int | None,
+    ) -> Launch:
+        warps, buffers = chosen["prefill_warps"], chosen["buffers"]
+        row_tables = TILE_ROWS if spec.scale == "row" else 1
+        table = row_tables * spec.stages * 8 * 4 ** len(spec.terms)
+        while warps * table + buffers * 128 * tokens > _SHARED_BYTES:
+            if tokens > 32:
+                tokens //= 2
+            elif warps > 1:
+                warps //= 2
+            else:
+                buffers = 2
+        constants = {
+            "kWarps": warps,
+            "kTokens": tokens,
+            "kBuffers": buffers,
+            "kHalfX": int(dtypes[0] == "float16"),
+        }
+        return self._launch("prefill", spec, dtypes, constants, warps, tokens, warps, most)
+
+    def _launch(
+        self,
+        program: Program,
+        spec: PhaseSpec,
+        dtypes: tuple[str, str],
+        constants: dict[str, int],
+        tiles: int,
+        rows: int,
+        warps: int,
+        most: int | None,
+    ) -> Launch:
+        name = f"{program}_{_call_name(spec)}_{'_'.join(map(str, constants.values()))}"
+        name += "".join({"float32": "f", "float16": "h", "bfloat16": "b"}[d] for d in dtypes)
+        source = render(program, name, spec, self.layout, dtypes, constants)
+        blocks = -(-self.layout.tiles(spec) // tiles)
+        return Launch(name, source, blocks, rows, 32 * warps, most)
+
+    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        for knob, value in knobs.items():
+            if value not in self.knobs.get(knob, ()):
+                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
+                raise FairyError(
+                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
+                )
+        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
+
+
+def _slots(spec: PhaseSpec) -> int:
+    """Return the rows of x in the eight columns of an operand: two digits take twice the room."""
+    return 2 if spec.act == "int16" else 4
+
+
+def _dtypes(target: Target) -> tuple[str, str]:
+    """Return the dtypes of x and y."""
+    dtype = str(target.extra.get("dtype", "float32"))
+    if dtype not in CUDA_TYPES:
+        raise FairyError(
+            f"target {target.name} has dtype {dtype!r}; allowed: {', '.join(CUDA_TYPES)}"
+        )
+    return dtype, dtype
+
+
+def _call_name(spec: PhaseSpec) -> str:
+    return (
+        f"n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
+        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}"
+    )
