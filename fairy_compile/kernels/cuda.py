@@ -18,8 +18,9 @@ x and the entries of the real matrix to float16 and adds in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.errors import FairyError
@@ -129,26 +130,33 @@ class CudaPlanes:
                 return small
             return [*small, *self._prefills(spec, dtypes, chosen)]
         if batch == "single":
-            return [self._decode(spec, dtypes, chosen, operands=1, most=None)]
-        sums = max(8, planes(spec) * (2 if planes(spec) % 8 else 1) * (2 if planes(spec) == 6 else 1))
-        allowed = [n for n in (1, 2, 4) if n == 1 or sums * 4 * n <= _SUM_REGISTERS]
+            return [self._decode(spec, dtypes, chosen, slots=2, operands=1, most=None)]
         most = chosen["switch"] - 1
         launches = []
-        for operands in allowed:
-            rows = operands * _slots(spec)
-            last = operands == allowed[-1] or rows >= most
-            launches.append(
-                self._decode(spec, dtypes, chosen, operands, most=most if last else rows)
-            )
-            if last:
+        for slots, operands in self._shapes(spec):
+            rows = slots * operands
+            launches.append(self._decode(spec, dtypes, chosen, slots, operands, rows))
+            if rows >= most:
                 break
+        launches[-1] = replace(launches[-1], most=most)
         return [*launches, *self._prefills(spec, dtypes, chosen)]
+
+    @staticmethod
+    def _shapes(spec: PhaseSpec) -> list[tuple[int, int]]:
+        """Return the (rows of x in an operand, operands) that decode comes in, by rising rows."""
+        cycle = 8 // math.gcd(planes(spec), 8)
+        most = max(1, _SUM_REGISTERS // (4 * cycle * planes(spec)))
+        operands = [n for n in (1, 2, 4) if n <= most]
+        if spec.act == "int16":  # two digits fill an operand with two rows
+            return [(2, n) for n in operands]
+        return [(2, 1), *((4, n) for n in operands)]
 
     def _decode(
         self,
         spec: PhaseSpec,
         dtypes: tuple[str, str],
         chosen: Mapping[str, Any],
+        slots: int,
         operands: int,
         most: int | None,
     ) -> Launch:
@@ -160,10 +168,11 @@ class CudaPlanes:
         constants = {
             "kWarps": warps,
             "kTileWarps": per_block,
+            "kSlots": slots,
             "kOperands": operands,
             "kLevels": ACT_LEVELS[spec.act],
         }
-        rows = operands * _slots(spec)
+        rows = slots * operands
         return self._launch("decode", spec, dtypes, constants, per_block, rows, warps, most)
 
     def _prefills(
@@ -228,11 +237,6 @@ class CudaPlanes:
                     f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
                 )
         return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
-
-
-def _slots(spec: PhaseSpec) -> int:
-    """Return the rows of x in the eight columns of an operand: two digits take twice the room."""
-    return 2 if spec.act == "int16" else 4
 
 
 def _dtypes(target: Target) -> tuple[str, str]:

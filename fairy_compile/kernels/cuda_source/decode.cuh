@@ -3,8 +3,8 @@
 //
 // A plane's bits, masked out of 128 bits of codes, are operand A as they lie: bytes of 0 or 2^s.
 // Operand B holds, in its 8 columns, the digits of Re x and Im x of some rows of x:
-//   int16  (re hi, re lo, im hi, im lo) of 2 rows     int8  (re, im) of 4 rows
-// so that 1 row of x costs what 2 (or 4) do. Let bq, bp be the bits of a code that tell the signs of
+//   int16  (re hi, re lo, im hi, im lo) of 2 rows     int8  (re, im) of 4 rows, or (re, -, im, -)
+// of 2 rows, which halves what a lane has to scale; so 1 row of x costs what 2 do. Let bq, bp be the bits of a code that tell the signs of
 // re - im and re + im (see kernels/cuda_layout.py), and x a real or imaginary part of activations:
 //   sum re x = sum x - sum bp x - sum bq x          sum im x = sum bq x - sum bp x
 // These are integers, exact for every group of 128 columns (64 with a scale for every 64x64 tile).
@@ -34,8 +34,9 @@ struct Decode {
   static constexpr int kCycle = kPlanes % 8 == 0 ? 1 : kPlanes % 4 == 0 ? 2 : 4;
 
   static constexpr bool kTwoDigits = Call::kLevels > 127;
-  static constexpr int kSlots = kTwoDigits ? 2 : 4;             // rows of x in an operand B
-  static constexpr int kHalves = kTwoDigits ? 1 : 2;            // halves of x in a lane's sums
+  static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
+  static constexpr bool kOneHalf = kSlots == 2;                 // of x in a lane's sums
+  static constexpr int kHalves = kOneHalf ? 1 : 2;
   static constexpr int kOperands = Call::kOperands;             // operands B of a pass
   static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
@@ -108,7 +109,7 @@ struct Decode {
     for (int f = 0; f < kFragments; ++f) codes[f] = load_once(own + (group * kFragments + f) * 32);
   }
 
-  // The sums carry a factor of 2^7, which the scales take back.
+  // Sums of a pair of planes carry a factor, which its scales take back.
   static __device__ __forceinline__ void load_scales(Scales& scale, const float* scales, int tile,
                                                      int column_tile, int lane) {
     const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
@@ -118,7 +119,13 @@ struct Decode {
 #pragma unroll
       for (int r = 0; r < kScaleRows; ++r)
         scale[i / 2][i % 2][r] =
-            own[i * Call::kScaleRows + (kScaleRows > 1 ? lane / 4 + 8 * r : 0)] * (1.0f / 128);
+            own[i * Call::kScaleRows + (kScaleRows > 1 ? lane / 4 + 8 * r : 0)] / factor(i / 2);
+  }
+
+  // Bits s and s + 1 of bytes count 2^s and 2^(s + 1): the factor is 2^(s + 1), or 2^7 where a pair
+  // lies at several bits.
+  static __device__ __forceinline__ constexpr int factor(int pair) {
+    return kCycle > 1 ? 128 : 2 << 2 * pair % 8;
   }
 
   // Quantises groups [first, end) of the pass's rows as op.quantize_activations does: a warp takes
@@ -158,7 +165,7 @@ struct Decode {
         values[2 * column][lane % 8] = high;
         values[2 * column + 1][lane % 8] = low;
       } else {
-        values[column][lane % 8] = low;
+        values[kOneHalf ? 2 * column : column][lane % 8] = low;
       }
       if (lane == 0) chunk.scale[group][row_half] = __fmul_rn(peak, 1.0f / Call::kLevels);
       if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum;
@@ -211,7 +218,7 @@ struct Decode {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
-        const int row_half = kTwoDigits ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
+        const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
         const float x_scale = chunk.scale[group][row_half];
         int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
         if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
@@ -227,18 +234,18 @@ struct Decode {
     float re[2] = {}, im[2] = {};
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      int both = 0, difference = 0;  // 2^7 sum (bp + bq) x and 2^7 sum (bq - bp) x
+      int both = 0, difference = 0;  // sum (bp + bq) x and sum (bq - bp) x, times the factor
 #pragma unroll
       for (int b = 0; b < kCycle && b < kFlushBlocks; ++b) {
         const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPlanes + 2 * pair;
-        const int factor = 64 >> plane % 8;
+        const int align = factor(pair) / 2 >> plane % 8;
         const int q = 2 * join_digits(sums[plane][n], r, half);
         const int p = join_digits(sums[plane + 1][n], r, half);
-        both += (q + p) * factor;
-        difference += (q - p) * factor;
+        both += (q + p) * align;
+        difference += (q - p) * align;
       }
       const int s = kScaleRows > 1 ? r : 0, term = pair % kTerms;
-      re[term] += scale[pair][0][s] * __int2float_rn(x_sum * 128 - both);
+      re[term] += scale[pair][0][s] * __int2float_rn(x_sum * factor(pair) - both);
       im[term] += scale[pair][1][s] * __int2float_rn(difference);
     }
 #pragma unroll
@@ -249,10 +256,11 @@ struct Decode {
   }
 
   static __device__ __forceinline__ int join_digits(const int (&sum)[4], int r, int half) {
-    return kTwoDigits ? sum[2 * r] * 256 + sum[2 * r + 1] : sum[2 * r + half];
+    if (kTwoDigits) return sum[2 * r] * 256 + sum[2 * r + 1];
+    return sum[2 * r + half];
   }
 
-  // Adds what Re x and Im x of a row contribute; with two digits, neighbouring lanes hold them.
+  // Adds what Re x and Im x of a row contribute; neighbouring lanes may hold them.
   static __device__ __forceinline__ void keep_partial(float (&partial)[kRows][2][16],
                                                       const Outputs& outputs, int lane) {
 #pragma unroll
@@ -260,7 +268,7 @@ struct Decode {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = lane / 4 + 8 * r;
-        if (kTwoDigits) {
+        if (kOneHalf) {
           const bool imag = lane % 2;
           float re, im;
           contributions(re, im, outputs[n][r][0], imag);

@@ -123,7 +123,11 @@ struct Prefill {
   // Copies block `block` of 32 columns of both halves of the rows, zeros beyond their ends.
   static __device__ __forceinline__ void copy_x(uint4 (&to)[2][kTokens][4], const X* x, int batch,
                                                 int first_row, int block) {
-    for (int i = threadIdx.x; i < 2 * kTokens * 4; i += Call::kWarps * 32) {
+    constexpr int threads = Call::kWarps * 32, copies = 2 * kTokens * 4;
+#pragma unroll
+    for (int first = 0; first < copies; first += threads) {
+      const int i = first + threadIdx.x;
+      if (copies % threads != 0 && i >= copies) break;
       const int part = i % 4, token = i / 4 % kTokens, half = i / (4 * kTokens);
       const int row = first_row + token, column = block * 32 + part * 8;
       const X* from = x + ((size_t)row * 2 + half) * Call::kColumns + column;
