@@ -23,7 +23,6 @@ from pathlib import Path
 from fairy_compile.compiler.cuda_binary import find_tool
 from fairy_compile.kernels.cuda import CudaPlanes, Launch
 from fairy_compile.op import PhaseSpec
-from fairy_compile.targets import Target
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 # Bytes of memory that a multiprocessor gets in a clock: nominal bandwidth, multiprocessors, clock.
@@ -118,7 +117,7 @@ def specs() -> list[PhaseSpec]:
     """Return the calls to look at."""
     both = ("U", "W")
     return [
-        PhaseSpec((2048,), 2048, stages, both, scale, act)
+        PhaseSpec((2048,), 2048, stages, both, scale, act, "float16", "float16")
         for stages, scale, act in (
             (2, "tensor", "int16"),
             (2, "tensor", "int8"),
@@ -133,12 +132,12 @@ def specs() -> list[PhaseSpec]:
 
 def decode_rows(arch: str, folder: Path) -> list[str]:
     """Return the table rows of the kernels for one row of x."""
-    kernel, target = CudaPlanes(), _target(arch)
+    kernel = CudaPlanes()
     rows = []
     _, bandwidth, processors, clock = MEMORY[arch]
     needed = bandwidth / processors / clock
     for spec in specs():
-        (launch,) = kernel.launches(spec, target, "single", {})
+        (launch,) = kernel.launches(spec, "single", {})
         code = compile_kernel(launch, "__half", arch, folder)
         loads = _wide_loads(code)
         instructions = sum(code.loop.values())
@@ -154,10 +153,10 @@ def decode_rows(arch: str, folder: Path) -> list[str]:
 
 def prefill_rows(arch: str, folder: Path) -> list[str]:
     """Return the table rows of the kernels for many rows of x."""
-    kernel, target = CudaPlanes(), _target(arch)
+    kernel = CudaPlanes()
     rows = []
     for spec in specs()[:1] + specs()[2:5]:
-        for launch in kernel.launches(spec, target, "many", {}):
+        for launch in kernel.launches(spec, "many", {}):
             if not launch.function.startswith("prefill"):
                 continue
             code = compile_kernel(launch, "__half", arch, folder)
@@ -174,11 +173,6 @@ def prefill_rows(arch: str, folder: Path) -> list[str]:
 def _wide_loads(code: Code) -> int:
     """Return the 128-bit loads from global memory."""
     return sum(n for o, n in code.loop.items() if o.startswith("LDG.") and ".128" in o)
-
-
-def _target(arch: str) -> Target:
-    tvm_target = {"kind": "cuda", "arch": arch}
-    return Target("static", "", tvm_target, frozenset(), (), extra={"dtype": "float16"})
 
 
 def main() -> None:

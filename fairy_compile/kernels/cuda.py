@@ -12,8 +12,9 @@ it (``tirx.cuda.func_call``). So TVM launches it, plans memory around it and cap
 graphs like any of its own kernels.
 
 Numerical contract: decode multiplies exactly what `op.quantize_activations` makes of x, for ``int8``
-and ``int16``, and scales and adds in float32. Prefill, and ``float`` for any number of rows, rounds
-x and the entries of the real matrix to float16 and adds in float32.
+and ``int16``, and scales and adds in float32. Prefill does not quantise: it rounds x and the entries
+of the real matrix to float16 (2^-11) and adds in float32, which is nearer to exact activations than
+``int8``, and not as near as ``int16``.
 """
 
 from __future__ import annotations
@@ -96,6 +97,12 @@ class CudaPlanes:
         digits = "".join(c for c in arch if c.isdigit())
         if digits and int(digits) < MIN_ARCH:
             return f"its tensor core instructions need sm_{MIN_ARCH}; target {target.name} is {arch}"
+        if spec.act not in ACT_LEVELS:
+            known = " or ".join(ACT_LEVELS)
+            return f"it computes with {known} activations; this call asks for {spec.act}"
+        unknown = {spec.dtype, spec.out_dtype} - set(CUDA_TYPES)
+        if unknown:
+            return f"it takes {', '.join(CUDA_TYPES)}; this call has {', '.join(unknown)}"
         return None
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
@@ -112,34 +119,27 @@ class CudaPlanes:
         """
         from fairy_compile.kernels.cuda_launch import emit
 
-        launches = self.launches(spec, target, batch, knobs)
-        return emit(spec, self.layout, launches, batch, _dtypes(target))
+        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
 
     def launches(
-        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+        self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]
     ) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.
 
         The first whose ``most`` is not exceeded is launched.
         """
         chosen = self._choose(knobs)
-        dtypes = _dtypes(target)
-        if spec.act == "float":
-            small = [self._prefill(spec, dtypes, chosen, 8, most=8)]
-            if batch == "single":
-                return small
-            return [*small, *self._prefills(spec, dtypes, chosen)]
         if batch == "single":
-            return [self._decode(spec, dtypes, chosen, slots=2, operands=1, most=None)]
+            return [self._decode(spec, chosen, slots=2, operands=1, most=None)]
         most = chosen["switch"] - 1
         launches = []
         for slots, operands in self._shapes(spec):
             rows = slots * operands
-            launches.append(self._decode(spec, dtypes, chosen, slots, operands, rows))
+            launches.append(self._decode(spec, chosen, slots, operands, rows))
             if rows >= most:
                 break
         launches[-1] = replace(launches[-1], most=most)
-        return [*launches, *self._prefills(spec, dtypes, chosen)]
+        return [*launches, *self._prefills(spec, chosen)]
 
     @staticmethod
     def _shapes(spec: PhaseSpec) -> list[tuple[int, int]]:
@@ -154,7 +154,6 @@ class CudaPlanes:
     def _decode(
         self,
         spec: PhaseSpec,
-        dtypes: tuple[str, str],
         chosen: Mapping[str, Any],
         slots: int,
         operands: int,
@@ -173,23 +172,22 @@ class CudaPlanes:
             "kLevels": ACT_LEVELS[spec.act],
         }
         rows = slots * operands
-        return self._launch("decode", spec, dtypes, constants, per_block, rows, warps, most)
+        return self._launch("decode", spec, constants, per_block, rows, warps, most)
 
     def _prefills(
-        self, spec: PhaseSpec, dtypes: tuple[str, str], chosen: Mapping[str, Any]
+        self, spec: PhaseSpec, chosen: Mapping[str, Any]
     ) -> list[Launch]:
         """Return prefill for few and for any number of rows."""
         tokens = chosen["tokens"]
         smaller = [n for n in (32, 64) if n < tokens]
         return [
-            *(self._prefill(spec, dtypes, chosen, n, most=n) for n in smaller),
-            self._prefill(spec, dtypes, chosen, tokens, most=None),
+            *(self._prefill(spec, chosen, n, most=n) for n in smaller),
+            self._prefill(spec, chosen, tokens, most=None),
         ]
 
     def _prefill(
         self,
         spec: PhaseSpec,
-        dtypes: tuple[str, str],
         chosen: Mapping[str, Any],
         tokens: int,
         most: int | None,
@@ -208,15 +206,14 @@ class CudaPlanes:
             "kWarps": warps,
             "kTokens": tokens,
             "kBuffers": buffers,
-            "kHalfX": int(dtypes[0] == "float16"),
+            "kHalfX": int(spec.dtype == "float16"),
         }
-        return self._launch("prefill", spec, dtypes, constants, warps, tokens, warps, most)
+        return self._launch("prefill", spec, constants, warps, tokens, warps, most)
 
     def _launch(
         self,
         program: Program,
         spec: PhaseSpec,
-        dtypes: tuple[str, str],
         constants: dict[str, int],
         tiles: int,
         rows: int,
@@ -224,8 +221,8 @@ class CudaPlanes:
         most: int | None,
     ) -> Launch:
         name = f"{program}_{_call_name(spec)}_{'_'.join(map(str, constants.values()))}"
-        name += "".join({"float32": "f", "float16": "h", "bfloat16": "b"}[d] for d in dtypes)
-        source = render(program, name, spec, self.layout, dtypes, constants)
+        name += f"_{spec.dtype}_{spec.out_dtype}"
+        source = render(program, name, spec, self.layout, constants)
         blocks = -(-self.layout.tiles(spec) // tiles)
         return Launch(name, source, blocks, rows, 32 * warps, most)
 
@@ -237,16 +234,6 @@ class CudaPlanes:
                     f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
                 )
         return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
-
-
-def _dtypes(target: Target) -> tuple[str, str]:
-    """Return the dtypes of x and y."""
-    dtype = str(target.extra.get("dtype", "float32"))
-    if dtype not in CUDA_TYPES:
-        raise FairyError(
-            f"target {target.name} has dtype {dtype!r}; allowed: {', '.join(CUDA_TYPES)}"
-        )
-    return dtype, dtype
 
 
 def _call_name(spec: PhaseSpec) -> str:

@@ -24,17 +24,15 @@ def emit(
     layout: CudaLayout,
     launches: Sequence[Launch],
     batch: Batch,
-    dtypes: tuple[str, str],
 ) -> PrimFunc:
     """Return a function (x, codes, scales, y) that launches the first grid meant for its rows."""
     with IRBuilder() as ir, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        rows = 1 if batch == "single" else T.int64()
-        x = T.arg("x", T.buffer((rows, spec.in_features), dtypes[0]))
+        rows = 1 if batch == "single" else T.int32()
+        x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
         arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
-        y = T.arg("y", T.buffer((rows, spec.out_features), dtypes[1]))
-        count = T.cast(rows, "int32") if batch == "many" else 1
-        _launch_first(launches, count, [buffer.data for buffer in (x, *arrays, y)])
+        y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
+        _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)])
         T.func_name(f"phase_gemm_{launches[-1].function}_{batch}")
     return ir.get()
 

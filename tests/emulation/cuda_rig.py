@@ -30,12 +30,13 @@ def missing_tools() -> str | None:
 
 
 class Emulator:
-    """A program that runs any of some launches."""
+    """A program that runs any of some launches, all with one dtype of x and one of y."""
 
-    def __init__(self, launches: Sequence[Launch], dtypes: tuple[str, str], folder: Path) -> None:
+    def __init__(self, launches: Sequence[Launch], folder: Path, x: str, y: str) -> None:
         self.functions = {launch.function: launch for launch in launches}
         self.order = list(self.functions)
-        x, y = (CUDA_TYPES[dtype] for dtype in dtypes)
+        self.out_dtype = y
+        x, y = CUDA_TYPES[x], CUDA_TYPES[y]
         parts = [(_HERE / "cuda_shim.h").read_text("utf-8")]
         parts += [_for_shim(launch.source) for launch in self.functions.values()]
         parts.append("static void* pointers[4];\nstatic int rows;")
@@ -62,7 +63,7 @@ class Emulator:
         features: int,
         order: int = 0,
     ) -> np.ndarray:
-        """Return y (rows, features), in x's dtype.
+        """Return y (rows, features).
 
         Args:
             launch: one of those the emulator was made of.
@@ -71,7 +72,7 @@ class Emulator:
             features: real output features.
             order: of threads; 0 rising, 1 falling, others random.
         """
-        y_bytes = len(x) * features * x.itemsize
+        y_bytes = len(x) * features * np.dtype(self.out_dtype).itemsize
         head = [self.order.index(launch.function), launch.blocks, -(-len(x) // launch.rows)]
         head += [order, len(x), x.nbytes, codes.nbytes, scales.nbytes, y_bytes]
         arrays = (np.array(head, np.int64), x, codes, scales)
@@ -83,7 +84,7 @@ class Emulator:
         )
         if done.returncode:
             raise RuntimeError(f"{launch.function}: {done.returncode} {done.stderr.decode()}")
-        return np.frombuffer(done.stdout, x.dtype).reshape(len(x), features)
+        return np.frombuffer(done.stdout, self.out_dtype).reshape(len(x), features)
 
 
 def _for_shim(source: str) -> str:

@@ -12,7 +12,6 @@ from fairy_compile.kernels.cuda import CudaPlanes, Launch
 from fairy_compile.op import PhaseSpec, dequantize_activations, phase_gemm_reference
 from fairy_compile.op import quantize_activations as quantize
 from fairy_compile.phase import PhaseTensor, tile_shape
-from fairy_compile.targets import Target
 from tests.emulation.cuda_rig import Emulator, missing_tools
 from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
 
@@ -35,18 +34,13 @@ ALL = [
 ]
 
 
-def make_target(dtype: str) -> Target:
-    tvm_target = {"kind": "cuda", "arch": "sm_80"}
-    return Target("test", "", tvm_target, frozenset(), (), extra={"dtype": dtype})
-
-
 def launches(spec: PhaseSpec, dtype: str, batch: str = "many", **knobs) -> list[Launch]:
-    return KERNEL.launches(spec, make_target(dtype), batch, knobs)
+    return KERNEL.launches(replace(spec, dtype=dtype, out_dtype=dtype), batch, knobs)
 
 
 def emulator(specs: list[PhaseSpec], dtype: str, folder, batch="many", **knobs) -> Emulator:
     grids = [launch for spec in specs for launch in launches(spec, dtype, batch, **knobs)]
-    return Emulator(grids, (dtype, dtype), folder)
+    return Emulator(grids, folder, dtype, dtype)
 
 
 def pick(grids: list[Launch], rows: int) -> Launch:
@@ -140,11 +134,25 @@ def test_zeros_give_zeros(quick):
 
 
 def test_float32_activations(tmp_path):
-    specs = [QUICK[0], replace(QUICK[1], act="float")]
+    specs = QUICK[:2]
     emulated = emulator(specs, "float32", tmp_path)
     for spec in specs:
         for batch in (1, 2, 17):
             check(emulated, spec, make_x(spec, batch))
+
+
+def test_float16_activations_and_float32_outputs(tmp_path):
+    """What a model's head asks for."""
+    spec = replace(QUICK[0], dtype="float16", out_dtype="float32")
+    emulated = Emulator(KERNEL.launches(spec, "many", {}), tmp_path, "float16", "float32")
+    parts, arrays = make_parts(spec), KERNEL.layout.pack(make_parts(spec), spec)
+    for batch in (1, 17):
+        x = make_x(spec, batch).astype(np.float16)
+        grid = pick(KERNEL.launches(spec, "many", {}), batch)
+        got = emulated.run(grid, x, *arrays.values(), spec.out_features)
+        prefill, full = batch > 1, x.astype(np.float32)
+        want = phase_gemm_reference(full, parts, "float" if prefill else spec.act)
+        assert np.all(np.abs(got - want) <= tolerance(spec, parts, full, prefill))
 
 
 def test_int16_is_exact_to_5e_5(tmp_path):
@@ -190,7 +198,7 @@ def test_missing_synchronisation_is_noticed(tmp_path, program, removed, spec):
     kept = removed.split("__syncthreads")[0] if program == "decode" else ""
     assert removed in grid.source
     broken = replace(grid, source=grid.source.replace(removed, kept))
-    emulated = Emulator([broken], ("float16", "float16"), tmp_path)
+    emulated = Emulator([broken], tmp_path, "float16", "float16")
     parts, x = make_parts(spec), make_x(spec, 2).astype(np.float16)
     arrays = KERNEL.layout.pack(parts, spec)
     want = phase_gemm_reference(x.astype(np.float32), parts)

@@ -33,7 +33,6 @@ def render(
     name: str,
     spec: PhaseSpec,
     layout: CudaLayout,
-    dtypes: tuple[str, str],
     constants: Mapping[str, int],
 ) -> str:
     """Return CUDA C++ that defines a device function for one call.
@@ -44,7 +43,6 @@ def render(
             scales, Y* y, int batch)``.
         spec: the call.
         layout: of ``codes`` and ``scales``.
-        dtypes: of x and y.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
     """
     scales = layout.arrays(spec)["scales"].shape
@@ -58,7 +56,7 @@ def render(
         "kScaleRows": scales[4],
         **constants,
     }
-    x, y = (CUDA_TYPES[dtype] for dtype in dtypes)
+    x, y = (CUDA_TYPES[dtype] for dtype in (spec.dtype, spec.out_dtype))
     lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
     return f"""{library_source(program)}
 struct {name}_call {{
