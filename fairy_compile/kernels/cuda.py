@@ -28,6 +28,7 @@ from fairy_compile.errors import FairyError
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
+from fairy_compile.kernels.gpu import GpuKernel
 from fairy_compile.op import ACT_LEVELS, PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
@@ -90,9 +91,8 @@ class CudaPlanes:
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
         """See `PhaseKernel.unsupported`."""
-        kind = target.tvm.get("kind")
-        if kind != "cuda":
-            return f"it is for NVIDIA GPUs; target {target.name} is {kind}"
+        if target.device != "cuda":
+            return f"it is for cuda; target {target.name} runs on {target.device}"
         arch = str(target.tvm.get("arch", ""))
         digits = "".join(c for c in arch if c.isdigit())
         if digits and int(digits) < MIN_ARCH:
@@ -234,6 +234,11 @@ class CudaPlanes:
                     f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
                 )
         return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
+
+
+CUDA_PLANES = (CudaPlanes(),)
+CUDA_WORDS = (GpuKernel("cuda"),)
+"""The kernel all GPUs share, for ``--act float``, which is exact."""
 
 
 def _call_name(spec: PhaseSpec) -> str:
