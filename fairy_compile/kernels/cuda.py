@@ -84,7 +84,7 @@ class CudaPlanes:
         "warps": (8, 4, 16),
         "row_tiles": ("auto", 1, 2, 4, 8),
         "switch": (9, 3, 5, 17, 33),
-        "tokens": (128, 64, 32),
+        "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
         "buffers": (2, 3, 4),
     }
@@ -197,7 +197,7 @@ class CudaPlanes:
         table = row_tables * spec.stages * 8 * 4 ** len(spec.terms)
         while warps * table + buffers * 128 * tokens > _SHARED_BYTES:
             if tokens > 32:
-                tokens //= 2
+                tokens -= 32
             elif warps > 1:
                 warps //= 2
             else:

@@ -255,6 +255,8 @@ inline Word pick_bytes(Word low, Word high, Word selector) {
   return picked;
 }
 
+inline Word mask_or(Word word, Word mask, Word or_with) { return (word & mask) | or_with; }
+
 inline Word pack_halves(float low, float high) {
   const __half halves[2] = {(__half)low, (__half)high};
   Word packed;
@@ -285,6 +287,12 @@ T shuffle_xor(T value, int lanes, int line = __builtin_LINE()) {
   Exchange<T> exchange = {value, value, lanes};
   emulated::wait(emulated::Wait::warp, line, Exchange<T>::together, &exchange);
   return exchange.other;
+}
+
+inline Word shared_address(const void* at) { return (const char*)at - emulated::shared_bytes; }
+
+inline uint2 load_shared(Word address, int offset) {
+  return *(const uint2*)(emulated::shared_bytes + address + offset);
 }
 
 inline void copy_async(void* to, const void* from, bool inside) {

@@ -106,7 +106,8 @@ struct Decode {
   static __device__ __forceinline__ void load(uint4 (&codes)[kFragments], const uint4* own,
                                               int group) {
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f) codes[f] = load_once(own + (group * kFragments + f) * 32);
+    for (int f = 0; f < kFragments; ++f)
+      codes[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
   }
 
   // Sums of a pair of planes carry a factor, which its scales take back.

@@ -76,7 +76,7 @@ struct Prefill {
         if (!active) continue;
         if (kTileScales && b % 2 == 0) fill_table(table, scales, tile, block / 2, lane);
         Operands operands;
-        decode(operands, table, fragments, b, lane);
+        decode(operands, shared_address(&table), fragments, b, lane);
         if (group + 1 < kGroups) refill(fragments, own, group + 1, b);
         multiply(sums, operands, shared.x[block % kBuffers], lane);
       }
@@ -91,7 +91,7 @@ struct Prefill {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
       if ((8 * f + 7) / kPlanes == block)
-        fragments[f] = load_once(own + (group * kFragments + f) * 32);
+        fragments[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
   }
 
   // Computes a warp's own tables; only its lanes read them.
@@ -120,44 +120,51 @@ struct Prefill {
     __syncwarp();
   }
 
-  // Copies block `block` of 32 columns of both halves of the rows, zeros beyond their ends.
+  // Copies block `block` of 32 columns of both halves of the rows, zeros beyond their ends. A thread
+  // copies eight columns, of every so many rows.
   static __device__ __forceinline__ void copy_x(uint4 (&to)[2][kTokens][4], const X* x, int batch,
                                                 int first_row, int block) {
-    constexpr int threads = Call::kWarps * 32, copies = 2 * kTokens * 4;
+    constexpr int step = Call::kWarps * 32 / 4;
+    const int own = threadIdx.x / 4, part = threadIdx.x % 4, column = block * 32 + part * 8;
+    const X* from = x + (size_t)(first_row + own) * 2 * Call::kColumns + column;
 #pragma unroll
-    for (int first = 0; first < copies; first += threads) {
-      const int i = first + threadIdx.x;
-      if (copies % threads != 0 && i >= copies) break;
-      const int part = i % 4, token = i / 4 % kTokens, half = i / (4 * kTokens);
-      const int row = first_row + token, column = block * 32 + part * 8;
-      const X* from = x + ((size_t)row * 2 + half) * Call::kColumns + column;
-      uint4& at = to[half][token][part];
-      if (kAsync) {
-        const bool inside = row < batch && column < Call::kColumns;
-        copy_async(&at, inside ? from : x, inside);
-      } else {
-        float value[8];
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int c = 0; c < 8; ++c)
-          value[c] = row < batch && column + c < Call::kColumns ? to_float(from[c]) : 0.0f;
-        at = {pack_halves(value[0], value[1]), pack_halves(value[2], value[3]),
-              pack_halves(value[4], value[5]), pack_halves(value[6], value[7])};
+      for (int first = 0; first < kTokens; first += step) {
+        if (kTokens % step != 0 && first + own >= kTokens) continue;
+        copy_columns(to[half][first + own][part], from + (first * 2 + half) * Call::kColumns,
+                     first_row + first + own < batch, column);
       }
+  }
+
+  static __device__ __forceinline__ void copy_columns(uint4& to, const X* from, bool inside,
+                                                      int column) {
+    if (kAsync) {
+      inside = inside && (Call::kColumns % 32 == 0 || column < Call::kColumns);
+      copy_async(&to, from, inside);
+      return;
     }
+    float value[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      value[c] = inside && column + c < Call::kColumns ? to_float(from[c]) : 0.0f;
+    to = {pack_halves(value[0], value[1]), pack_halves(value[2], value[3]),
+          pack_halves(value[4], value[5]), pack_halves(value[6], value[7])};
   }
 
   // Looks up a lane's weights of a block. Register r holds row g + 8 (r % 2), columns 8 t +
   // 4 (r / 2) + 0 .. 3; two neighbouring columns are a register of an operand.
-  static __device__ __forceinline__ void decode(
-      Operands& operands, const uint2 (&table)[kTableRows][kStages][kEntries],
-      const uint4 (&codes)[kFragments], int block, int lane) {
+  static __device__ __forceinline__ void decode(Operands& operands, Word tables,
+                                                const uint4 (&codes)[kFragments], int block,
+                                                int lane) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int row = kTableRows > 1 ? lane / 4 + 8 * (r % 2) : 0;
+      const Word row_tables = tables + row * (kStages * kEntries * 8);
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        const uint2 first = look_up(table[row], codes, block, r, e);
-        const uint2 second = look_up(table[row], codes, block, r, e + 1);
+        const uint2 first = look_up(row_tables, codes, block, r, e);
+        const uint2 second = look_up(row_tables, codes, block, r, e + 1);
         const int to = r % 2 + e, columns = r / 2;
         operands[0][0][columns][to] = pick_bytes(first.x, second.x, 0x5410);
         operands[0][1][columns][to] = pick_bytes(first.x, second.x, 0x7632);
@@ -167,16 +174,20 @@ struct Prefill {
     }
   }
 
-  static __device__ __forceinline__ uint2 look_up(const uint2 (&table)[kStages][kEntries],
-                                                  const uint4 (&codes)[kFragments], int block,
-                                                  int r, int e) {
+  // Sums the entries of a weight's digits. Tables of a stage lie at multiples of their size, so that
+  // an address is put together by bits.
+  static __device__ __forceinline__ uint2 look_up(Word row_tables, const uint4 (&codes)[kFragments],
+                                                  int block, int r, int e) {
     uint2 sum = {};
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
       const int bit = block * kPlanes + stage * kDigitBits;
       const uint4 bytes = codes[bit / 8];
       const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
-      const uint2 entry = table[stage][word >> (8 * e + bit % 8) & (kEntries - 1)];
+      const int shift = 8 * e + bit % 8 - 3;  // an entry has 8 bytes
+      const Word digit = shift < 0 ? word << -shift : word >> shift;
+      const Word at = mask_or(digit, (kEntries - 1) << 3, row_tables);
+      const uint2 entry = load_shared(at, stage * (kEntries * 8));
       sum = stage == 0 ? entry : uint2{add_halves(sum.x, entry.x), add_halves(sum.y, entry.y)};
     }
     return sum;

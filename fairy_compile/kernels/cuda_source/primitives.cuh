@@ -57,6 +57,13 @@ __device__ __forceinline__ Word pick_bytes(Word low, Word high, Word selector) {
   return __byte_perm(low, high, selector);
 }
 
+// (word & mask) | or_with. Compilers prefer an `and` and an addition where bits cannot overlap.
+__device__ __forceinline__ Word mask_or(Word word, Word mask, Word or_with) {
+  Word result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(or_with));
+  return result;
+}
+
 __device__ __forceinline__ Word pack_halves(float low, float high) {
   Word packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -74,10 +81,22 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
-// 16 bytes from global to shared memory, without waiting; zeros unless `inside`.
+__device__ __forceinline__ Word shared_address(const void* at) {
+  return (Word)__cvta_generic_to_shared(at);
+}
+
+__device__ __forceinline__ uint2 load_shared(Word address, int offset) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(address + offset)
+               : "memory");
+  return v;
+}
+
+// 16 bytes from global to shared memory, without waiting; unless `inside`, zeros, and no access.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
-  unsigned address = (unsigned)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(inside ? 16 : 0)
                : "memory");
 }
