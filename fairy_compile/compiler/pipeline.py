@@ -41,7 +41,8 @@ def phases(entry_points: list[str], target: Target) -> list[Phase]:
     t = relax.transform
     schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
     if target.limits:
-        schedule = (BindElementwise(target.limits.max_threads), CheckBound())
+        # Reshapes become views first, while they can be told from copies.
+        schedule = (t.RewriteDataflowReshape(), BindElementwise(target.limits.max_threads), CheckBound())
     return [
         Phase("legalise operators", (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())),
         Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),
