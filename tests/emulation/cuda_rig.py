@@ -6,6 +6,7 @@ no array is read or written beyond its end. It says nothing about speed.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,12 +17,15 @@ import numpy as np
 from fairy_compile.kernels.cuda import Launch
 from fairy_compile.kernels.cuda_source import CUDA_TYPES
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 # Undefined shifts, indices and alignments end the program; local variables start as garbage.
-_FLAGS = (
+FLAGS = (
     "-std=c++17 -O1 -w -ffp-contract=off -ftrivial-auto-var-init=pattern -fno-strict-aliasing "
     "-fsanitize=bounds,alignment,shift,signed-integer-overflow -fno-sanitize-recover=all"
 ).split()
+
+
+_PRIMITIVES = re.compile("#ifndef FAIRY_PRIMITIVES.*?#endif  // FAIRY_PRIMITIVES", re.DOTALL)
 
 
 def missing_tools() -> str | None:
@@ -37,8 +41,8 @@ class Emulator:
         self.order = list(self.functions)
         self.out_dtype = y
         x, y = CUDA_TYPES[x], CUDA_TYPES[y]
-        parts = [(_HERE / "cuda_shim.h").read_text("utf-8")]
-        parts += [_for_shim(launch.source) for launch in self.functions.values()]
+        parts = [(HERE / "cuda_shim.h").read_text("utf-8")]
+        parts += [for_shim(launch.source) for launch in self.functions.values()]
         parts.append("static void* pointers[4];\nstatic int rows;")
         for name in self.order:
             parts.append(
@@ -47,11 +51,11 @@ class Emulator:
                 " rows); }"
             )
         table = ", ".join(f"{{{self.functions[n].threads}, run_{n}}}" for n in self.order)
-        parts.append(f"struct Launch {{ int threads; void (*run)(); }} launches[] = {{{table}}};")
-        parts.append((_HERE / "run_cuda.cpp").read_text("utf-8"))
+        parts.append(f"struct Launch {{ unsigned threads; void (*run)(); }} launches[] = {{{table}}};")
+        parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
         source, self.program = folder / "emulated.cpp", folder / "emulated"
         source.write_text("\n".join(parts), "utf-8")
-        command = ["g++", *_FLAGS, str(source), "-o", str(self.program)]
+        command = ["g++", *FLAGS, str(source), "-o", str(self.program)]
         subprocess.run(command, check=True)
 
     def run(
@@ -87,9 +91,9 @@ class Emulator:
         return np.frombuffer(done.stdout, self.out_dtype).reshape(len(x), features)
 
 
-def _for_shim(source: str) -> str:
+def for_shim(source: str) -> str:
     """Leave out primitives.cuh, whose functions the shim has, and use its shared memory."""
-    start, end = source.index("#ifndef FAIRY_PRIMITIVES"), source.index("#endif  // FAIRY_PRIM")
-    kernels = source[:start] + source[end:].split("\n", 1)[1]
+    kernels = _PRIMITIVES.sub("", source)
     emulated = "Shared& shared = emulated::shared_memory<Shared>();"
-    return kernels.replace("__shared__ Shared shared;", emulated)
+    kernels = kernels.replace("__shared__ Shared shared;", emulated)
+    return re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", kernels)

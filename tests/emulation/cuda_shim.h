@@ -3,8 +3,8 @@
 //
 // Threads run one after the other, in an order of choice, each until it needs others: at a barrier
 // of the block or of its warp, or at an instruction that all lanes of a warp execute together. Those
-// are executed once all 32 lanes have arrived at the same one. A thread that waits for others that
-// will never come ends the program with a message. Shared memory starts as 0xff, i.e. NaN, for every
+// are executed once all 32 lanes have arrived at the same one. Threads that wait for others that will
+// never come are an error. Shared memory starts as 0xff, i.e. NaN, for every
 // block, and asynchronous copies arrive as late as they may, so that a missing wait or barrier shows
 // in some order.
 #pragma once
@@ -18,18 +18,35 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #define __device__
+#define __global__
 #define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __restrict__ __restrict
+#define __shared__ static
 
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-typedef _Float16 __half;
+typedef _Float16 __half, half;
+typedef unsigned char uchar;
+typedef unsigned int uint;
+typedef long long longlong;
+#define VECTORS(T)                                                          \
+  struct alignas(2 * sizeof(T)) T##2 {                                      \
+    T x, y;                                                                 \
+  };                                                                        \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) T##4 {            \
+    T x, y, z, w;                                                           \
+  };                                                                        \
+  static inline T##2 make_##T##2(T x, T y) { return {x, y}; }               \
+  static inline T##4 make_##T##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+VECTORS(float)
+VECTORS(half)
+VECTORS(int)
+VECTORS(uint)
+VECTORS(longlong)
+#undef VECTORS
 struct __nv_bfloat16 {
   uint16_t bits;
 };
@@ -66,9 +83,15 @@ static ucontext_t scheduler;
 static int current;
 static void (*body)();
 
-[[noreturn]] static void fail(const char* what) {
-  fprintf(stderr, "%s (block %u %u, thread %d)\n", what, blockIdx.x, blockIdx.y, current);
-  exit(3);
+static std::string error;
+static bool in_thread;
+
+// Ends the grid. A thread that calls this does not go on.
+static void fail(const char* what) {
+  if (error.empty())
+    error = std::string(what) + " (block " + std::to_string(blockIdx.x) + " " +
+            std::to_string(blockIdx.y) + ", thread " + std::to_string(current) + ")";
+  if (in_thread) swapcontext(&threads[current].context, &scheduler);
 }
 
 static void wait(Wait what, int line, Together together = nullptr, void* operands = nullptr) {
@@ -95,14 +118,16 @@ static void release(int first, int count) {
 static bool advance() {
   const int count = threads.size();
   bool any = false;
-  for (int first = 0; first < count; first += kWarp)
-    if (all(first, kWarp, Wait::warp)) {
-      void* operands[kWarp];
-      for (int lane = 0; lane < kWarp; ++lane) operands[lane] = threads[first + lane].operands;
+  for (int first = 0; first < count; first += kWarp) {
+    const int lanes = std::min(kWarp, count - first);
+    if (all(first, lanes, Wait::warp)) {
+      void* operands[kWarp] = {};
+      for (int lane = 0; lane < lanes; ++lane) operands[lane] = threads[first + lane].operands;
       if (threads[first].together) threads[first].together(operands);
-      release(first, kWarp);
+      release(first, lanes);
       any = true;
     }
+  }
   if (!any && std::all_of(threads.begin(), threads.end(),
                           [](Thread& t) { return t.wait == Wait::block; })) {
     release(0, count);
@@ -120,7 +145,7 @@ Shared& shared_memory() {
   return *(Shared*)shared_bytes;
 }
 
-static void run_block(const std::vector<int>& order) {
+static void run_block(const std::vector<int>& order, Index block) {
   memset(shared_bytes, 0xff, sizeof shared_bytes);
   for (Thread& t : threads) {
     getcontext(&t.context);
@@ -136,26 +161,31 @@ static void run_block(const std::vector<int>& order) {
     for (int i : order) {
       if (threads[i].wait != Wait::nothing) continue;
       current = i;
-      threadIdx = {(unsigned)i, 0, 0};
+      threadIdx = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+      in_thread = true;
       swapcontext(&scheduler, &threads[i].context);
+      in_thread = false;
     }
-  } while (advance());
-  if (!all(0, threads.size(), Wait::over)) fail("threads wait for others that will not come");
+  } while (error.empty() && advance());
+  if (error.empty() && !all(0, threads.size(), Wait::over)) fail("threads wait for others that will not come");
 }
 
-// Runs a grid; order 0 is by rising index, 1 by falling, others are random.
-static void run_grid(Index grid, int block, int order, void (*kernel)()) {
+// Runs a grid and returns what went wrong, if anything did. Order 0 of threads is by rising index, 1
+// by falling, others are random.
+static const char* run_grid(Index grid, Index block, int order, void (*kernel)()) {
+  const size_t count = block.x * block.y * block.z;
   body = kernel;
-  threads = std::vector<Thread>(block);
-  std::vector<int> by(block);
+  error.clear();
+  if (threads.size() != count) threads = std::vector<Thread>(count);
+  std::vector<int> by(count);
   std::iota(by.begin(), by.end(), 0);
   if (order == 1) std::reverse(by.begin(), by.end());
   if (order > 1) std::shuffle(by.begin(), by.end(), std::mt19937(order));
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = {x, y, 0};
-      run_block(by);
-    }
+  for (unsigned i = 0; i < grid.x * grid.y * grid.z && error.empty(); ++i) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    run_block(by, block);
+  }
+  return error.empty() ? nullptr : error.c_str();
 }
 
 }  // namespace emulated
@@ -322,3 +352,44 @@ void wait_copies() {
 }
 
 }  // namespace fairy
+
+// What kernels that TVM generates use besides.
+static unsigned __activemask() { return 0xffffffffu; }
+static __half __float2half_rn(float x) { return (__half)x; }
+
+template <class T>
+struct Fetch {
+  T value, other;
+  int from;
+
+  static void together(void* const (&operands)[32]) {
+    for (int lane = 0; lane < 32; ++lane)
+      if (operands[lane]) {
+        Fetch& own = *(Fetch*)operands[lane];
+        if (const void* source = operands[own.from & 31]) own.other = ((Fetch*)source)->value;
+      }
+  }
+};
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from, int width, int line = __builtin_LINE()) {
+  const int lane = emulated::current % 32;
+  Fetch<T> fetch = {value, value, lane / width * width + from % width};
+  emulated::wait(emulated::Wait::warp, line, Fetch<T>::together, &fetch);
+  return fetch.other;
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int by, int width, int line = __builtin_LINE()) {
+  const int lane = emulated::current % 32;
+  return __shfl_sync(mask, value, lane % width + by < width ? lane + by : lane, width, line);
+}
+
+template <class T>
+T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}

@@ -31,6 +31,11 @@ int main() {
   const Launch& launch = launches[head[0]];
   for (int i = 0; i < 4; ++i) pointers[i] = arrays[i];
   rows = head[4];
-  emulated::run_grid({(unsigned)head[1], (unsigned)head[2], 1}, launch.threads, head[3], launch.run);
+  const Index grid = {(unsigned)head[1], (unsigned)head[2], 1};
+  const char* error = emulated::run_grid(grid, {launch.threads, 1, 1}, head[3], launch.run);
+  if (error) {
+    fprintf(stderr, "%s\n", error);
+    return 3;
+  }
   transfer(arrays[3], head[8], false);
 }
