@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import fairy_compile as fc
-from fairy_compile.compiler import build as building
-from fairy_compile.compiler import pipeline
+from fairy_compile.compiler import cuda_binary, pipeline
 from tests.emulation import cuda_library, cuda_rig, metal_rig
 from tests.emulation.gpu_targets import use_linux_host
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
@@ -44,7 +43,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: str, act: str):
     use_linux_host(patch, tmp_path / "targets", "cuda")
     patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
-    patch.setattr(building, "check_nvcc", lambda target: "")
+    patch.setattr(cuda_binary, "find_tool", lambda name: name)
     source, out = tmp_path / "model", tmp_path / "out"
     save_model(source, family)
     report = fc.build(source, target="cuda", act=act, output=out, context=128, prefill_chunk=32)
