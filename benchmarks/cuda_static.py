@@ -99,8 +99,9 @@ def inner_loop(sass: str) -> Counter[str]:
         Counter(opcodes[a:b])
         for a, b in loops
         if any("MMA" in opcode for opcode in opcodes[a:b])
-        and not any(a <= c and d <= b and (c, d) != (a, b) and _has_mma(opcodes[c:d])
-                    for c, d in loops)
+        and not any(
+            a <= c and d <= b and (c, d) != (a, b) and _has_mma(opcodes[c:d]) for c, d in loops
+        )
     ]
     return max(candidates, key=lambda c: sum(n for o, n in c.items() if "MMA" in o))
 
@@ -182,13 +183,17 @@ def main() -> None:
     archs = parser.parse_args().arch or ARCHS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print("| arch | call | registers | spilled bytes | 128-bit loads | IMMA | LOP3 | I2F |"
-              " instructions | a byte | bytes a clock | memory gives |")
+        print(
+            "| arch | call | registers | spilled bytes | 128-bit loads | IMMA | LOP3 | I2F |"
+            " instructions | a byte | bytes a clock | memory gives |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for arch in archs:
             print("\n".join(decode_rows(arch, folder)), flush=True)
-        print("\n| arch | call | rows of x | threads | registers | spilled bytes | shared bytes |"
-              " 128-bit loads | HMMA | LDS | LDGSTS | instructions |")
+        print(
+            "\n| arch | call | rows of x | threads | registers | spilled bytes | shared bytes |"
+            " 128-bit loads | HMMA | LDS | LDGSTS | instructions |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for arch in archs:
             print("\n".join(prefill_rows(arch, folder)), flush=True)

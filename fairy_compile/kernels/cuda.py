@@ -96,7 +96,9 @@ class CudaPlanes:
         arch = str(target.tvm.get("arch", ""))
         digits = "".join(c for c in arch if c.isdigit())
         if digits and int(digits) < MIN_ARCH:
-            return f"its tensor core instructions need sm_{MIN_ARCH}; target {target.name} is {arch}"
+            return (
+                f"its tensor core instructions need sm_{MIN_ARCH}; target {target.name} is {arch}"
+            )
         if spec.act not in ACT_LEVELS:
             known = " or ".join(ACT_LEVELS)
             return f"it computes with {known} activations; this call asks for {spec.act}"
@@ -121,9 +123,7 @@ class CudaPlanes:
 
         return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
 
-    def launches(
-        self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]
-    ) -> list[Launch]:
+    def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.
 
         The first whose ``most`` is not exceeded is launched.
@@ -174,9 +174,7 @@ class CudaPlanes:
         rows = slots * operands
         return self._launch("decode", spec, constants, per_block, rows, warps, most)
 
-    def _prefills(
-        self, spec: PhaseSpec, chosen: Mapping[str, Any]
-    ) -> list[Launch]:
+    def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
         """Return prefill for few and for any number of rows."""
         tokens = chosen["tokens"]
         smaller = [n for n in (32, 64) if n < tokens]

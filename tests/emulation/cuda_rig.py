@@ -19,10 +19,7 @@ from fairy_compile.kernels.cuda_source import CUDA_TYPES
 
 HERE = Path(__file__).parent
 # Undefined shifts, indices and alignments end the program; local variables start as garbage.
-FLAGS = (
-    "-std=c++17 -O1 -w -ffp-contract=off -ftrivial-auto-var-init=pattern -fno-strict-aliasing "
-    "-fsanitize=bounds,alignment,shift,signed-integer-overflow -fno-sanitize-recover=all"
-).split()
+FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-fsanitize=bounds,alignment,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
 
 
 _PRIMITIVES = re.compile("#ifndef FAIRY_PRIMITIVES.*?#endif  // FAIRY_PRIMITIVES", re.DOTALL)
@@ -51,7 +48,9 @@ class Emulator:
                 " rows); }"
             )
         table = ", ".join(f"{{{self.functions[n].threads}, run_{n}}}" for n in self.order)
-        parts.append(f"struct Launch {{ unsigned threads; void (*run)(); }} launches[] = {{{table}}};")
+        parts.append(
+            f"struct Launch {{ unsigned threads; void (*run)(); }} launches[] = {{{table}}};"
+        )
         parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
         source, self.program = folder / "emulated.cpp", folder / "emulated"
         source.write_text("\n".join(parts), "utf-8")
