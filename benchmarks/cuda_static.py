@@ -1,12 +1,13 @@
 """Static checks of the CUDA kernels: registers, spills and the instructions of their inner loops.
 
-Compiles the kernels of a layer of a LLaMA-2-7B for several architectures and reads the machine code.
-Not a measurement. An instruction of the inner loop is one of a warp, for 32 lanes; a scheduler
+Compiles the kernels of a layer of a LLaMA-2-7B for several architectures and reads the machine
+code. Not a measurement. An instruction of the inner loop is one of a warp, for 32 lanes; a scheduler
 issues one in a clock, and a multiprocessor has four. So a kernel that takes `i` instructions for
 every byte of weights of a lane reads at most 128 / i bytes of weights in a clock, which is to be
 compared with what memory delivers.
 
-    python benchmarks/cuda_static.py     # needs nvcc; pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
+    pip install nvidia-cuda-nvdisasm     # and nvcc
+    python benchmarks/cuda_static.py
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def compile_kernel(launch: Launch, dtype: str, arch: str, folder: Path) -> Code:
     """Compile a launch as a kernel of its own and read it."""
     source, binary = folder / "kernel.cu", folder / "kernel.cubin"
     kernel = (
-        f'\nextern "C" __global__ void __launch_bounds__({launch.threads}) kernel(const {dtype}* x, '
-        f"const unsigned char* codes, const float* scales, {dtype}* y, int batch) {{\n"
+        f'\nextern "C" __global__ void __launch_bounds__({launch.threads}) kernel('
+        f"const {dtype}* x, const unsigned char* codes, const float* scales, {dtype}* y, int batch) {{\n"
         f"  {launch.function}(x, codes, scales, y, batch);\n}}\n"
     )
     source.write_text(launch.source + kernel, "utf-8")

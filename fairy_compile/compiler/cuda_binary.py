@@ -120,7 +120,7 @@ def compile_fatbin(source: str, names: Sequence[str], nvcc: str) -> bytes:
 
 @contextmanager
 def machine_code(target: Target) -> Iterator[None]:
-    """Within this context, TVM compiles CUDA modules to machine code for the target's architectures.
+    """Within this context, TVM compiles CUDA modules to machine code for all architectures.
 
     Raises:
         FairyError: nvcc, a C compiler or the CUDA runtime is missing.

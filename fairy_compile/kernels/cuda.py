@@ -8,13 +8,13 @@ under a shim (`tests/emulation/test_cuda_emulated.py`), where it is compared wit
 the tensor expression in `op.phase_gemm` is compared with.
 
 A PrimFunc is a launch: grid and block, and a call of a device function whose source travels with
-it (``tirx.cuda.func_call``). So TVM launches it, plans memory around it and captures it in CUDA
-graphs like any of its own kernels.
+it (``tirx.cuda.func_call``). So TVM launches it and plans memory around it as with any of its own
+kernels.
 
-Numerical contract: decode multiplies exactly what `op.quantize_activations` makes of x, for ``int8``
-and ``int16``, and scales and adds in float32. Prefill does not quantise: it rounds x and the entries
-of the real matrix to float16 (2^-11) and adds in float32, which is nearer to exact activations than
-``int8``, and not as near as ``int16``.
+Numerical contract: decode multiplies exactly what `op.quantize_activations` makes of x, for
+``int8`` and ``int16``, and scales and adds in float32. Prefill does not quantise: it rounds x and
+the entries of the real matrix to float16 (2^-11) and adds in float32, which is nearer to exact
+activations than ``int8``, and not as near as ``int16``.
 """
 
 from __future__ import annotations

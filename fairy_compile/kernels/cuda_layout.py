@@ -3,8 +3,8 @@
 A weight serves decode, whose operand A of ``mma.m16n8k32`` (u8 x s8) is a 128-bit load of codes and
 a mask, and prefill, which looks bits of the same load up to float16 operands of ``mma.m16n8k16``.
 
-**Bits.** A 2-bit code w is stored as g = w ^ (w >> 1). Write the code's phase as re + i im; then the
-bits of g are the signs of two sums:
+**Bits.** A 2-bit code w is stored as g = w ^ (w >> 1). Write the code's phase as re + i im; then
+the bits of g are the signs of two sums:
 
     code  phase   g    bit 0: sign of q = re - im    bit 1: sign of p = re + im
     0      1      00   q =  1                        p =  1

@@ -40,7 +40,7 @@ def test_architectures_are_checked_and_sorted():
 @needs_nvcc
 def test_what_nvcc_says_is_passed_on():
     nvcc = cuda_binary.find_tool("nvcc")
-    with pytest.raises(FairyError, match="nvcc could not compile the kernels: .*undefined"):
+    with pytest.raises(FairyError, match=r"nvcc could not compile the kernels: .*undefined"):
         cuda_binary.compile_fatbin("int f() { return missing; }", ["sm_80"], nvcc)
 
 

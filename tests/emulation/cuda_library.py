@@ -109,8 +109,8 @@ extern "C" int __tvm_ffi_{kernel.symbol}(void*, const FfiAny* arguments, int, Ff
   unsigned size[6] = {{1, 1, 1, 1, 1, 1}};
   {extents}
   entry_{kernel.symbol}::arguments = arguments;
-  const char* error = emulated::run_grid({{size[0], size[1], size[2]}}, {{size[3], size[4], size[5]}},
-                                         ORDER, entry_{kernel.symbol}::run);
+  const Index grid = {{size[0], size[1], size[2]}}, block = {{size[3], size[4], size[5]}};
+  const char* error = emulated::run_grid(grid, block, ORDER, entry_{kernel.symbol}::run);
   if (error) fprintf(stderr, "{kernel.name}: %s\\n", error);
   return error ? -1 : 0;
 }}"""

@@ -19,7 +19,11 @@ from fairy_compile.kernels.cuda_source import CUDA_TYPES
 
 HERE = Path(__file__).parent
 # Undefined shifts, indices and alignments end the program; local variables start as garbage.
-FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-fsanitize=bounds,alignment,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
+FLAGS = (
+    "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern",
+    "-fno-strict-aliasing", "-fsanitize=bounds,alignment,shift,signed-integer-overflow",
+    "-fno-sanitize-recover=all",
+)  # fmt: skip
 
 
 _PRIMITIVES = re.compile("#ifndef FAIRY_PRIMITIVES.*?#endif  // FAIRY_PRIMITIVES", re.DOTALL)
