@@ -1,8 +1,7 @@
 """Static checks of the CUDA kernels: registers, spills and the instructions of their inner loops.
 
-Compiles the kernels of a layer of a LLaMA-2-7B for several architectures and reads the machine
-code. Not a measurement. An instruction of the inner loop is one of a warp, for 32 lanes; a scheduler
-issues one in a clock, and a multiprocessor has four. So a kernel that takes `i` instructions for
+Compiles the kernels of a LLaMA-2-7B layer for several architectures and reads the machine code. Not
+a measurement. An instruction of the inner loop is one of a warp, for 32 lanes; a scheduler issues one in a clock, and a multiprocessor has four. So a kernel that takes `i` instructions for
 every byte of weights of a lane reads at most 128 / i bytes of weights in a clock, which is to be
 compared with what memory delivers.
 
@@ -56,7 +55,8 @@ def compile_kernel(launch: Launch, dtype: str, arch: str, folder: Path) -> Code:
     source, binary = folder / "kernel.cu", folder / "kernel.cubin"
     kernel = (
         f'\nextern "C" __global__ void __launch_bounds__({launch.threads}) kernel('
-        f"const {dtype}* x, const unsigned char* codes, const float* scales, {dtype}* y, int batch) {{\n"
+        f"const {dtype}* x, const unsigned char* codes, const float* scales, {dtype}* y, "
+        f"int batch) {{\n"
         f"  {launch.function}(x, codes, scales, y, batch);\n}}\n"
     )
     source.write_text(launch.source + kernel, "utf-8")
