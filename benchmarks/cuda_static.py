@@ -1,9 +1,10 @@
 """Static checks of the CUDA kernels: registers, spills and the instructions of their inner loops.
 
 Compiles the kernels of a LLaMA-2-7B layer for several architectures and reads the machine code. Not
-a measurement. An instruction of the inner loop is one of a warp, for 32 lanes; a scheduler issues one in a clock, and a multiprocessor has four. So a kernel that takes `i` instructions for
-every byte of weights of a lane reads at most 128 / i bytes of weights in a clock, which is to be
-compared with what memory delivers.
+a measurement. An instruction of the inner loop is one of a warp, for 32 lanes; a scheduler issues
+one in a clock, and a multiprocessor has four. A kernel that takes `i` instructions for every byte
+of weights of a lane reads at most 128 / i bytes of weights in a clock, which is to be compared with
+what memory delivers.
 
     pip install nvidia-cuda-nvdisasm     # and nvcc
     python benchmarks/cuda_static.py

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairy_compile.kernels.cuda_layout import CudaLayout, planes
-from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec
+from fairy_compile.op import phase_gemm_reference, quantize_activations
+from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
 
 LAYOUT = CudaLayout()
 
@@ -64,3 +65,57 @@ def test_bits_lie_where_the_index_formula_says(stages, terms):
 def test_codes_take_no_more_than_their_bits(terms, stages):
     spec = make_spec((64,), 256, stages, terms)
     assert LAYOUT.arrays(spec)["codes"].nbytes * 8 == planes(spec) * 64 * 256
+
+
+def _operand_a(fragment: np.ndarray, mask: int) -> np.ndarray:
+    """Return A (16, 32) of mma.m16n8k32 from a lane's 16 bytes, by the table of the PTX ISA."""
+    a = np.zeros((16, 32), np.int64)
+    for lane, register, e in np.ndindex(32, 4, 4):
+        row = lane // 4 + 8 * (register % 2)
+        column = 4 * (lane % 4) + 16 * (register // 2) + e
+        a[row, column] = fragment[lane, 4 * register + e] & mask
+    return a
+
+
+def _operand_b(columns: np.ndarray) -> np.ndarray:
+    """Return B (32, 8); a lane's two registers are eight neighbouring columns of x.
+
+    Args:
+        columns: (8, 32), a block of columns of x for every column of B.
+    """
+    b = np.zeros((32, 8), np.int64)
+    for lane, register, e in np.ndindex(32, 2, 4):
+        row = 4 * (lane % 4) + 16 * register + e
+        b[row, lane // 4] = columns[lane // 4, 8 * (lane % 4) + 4 * register + e]
+    return b
+
+
+@pytest.mark.parametrize("terms", [BOTH, ONLY_W], ids="".join)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_bit_planes_on_a_tensor_core_are_the_phase_gemm(stages, terms):
+    """Signs from planes, digits of int16, sums of stages, scales: all of decode in NumPy."""
+    spec = make_spec((16,), 128, stages, terms, act="int16")
+    (part,), x = make_parts(spec), make_x(spec)
+    fragments, p = LAYOUT.pack([part], spec)["codes"][0, 0], planes(spec)
+    q, scale = quantize_activations(x, act="int16")
+    q = q[0].astype(np.int64)  # (half, column)
+    high = (q + 128) >> 8
+    digits = np.concatenate([high, q - 256 * high, np.zeros_like(q), np.zeros_like(q)])
+    bits = np.zeros((p, 16, 2), np.int64)  # sum of bit * x, of (plane, row, half)
+    for block, plane in np.ndindex(4, p):
+        bit = block * p + plane
+        a = _operand_a(fragments[bit // 8], 1 << bit % 8)
+        c = a @ _operand_b(digits[:, 32 * block : 32 * block + 32])
+        joined = 256 * c[:, :2] + c[:, 2:4]
+        assert not np.any(joined % (1 << bit % 8))
+        bits[plane] += joined >> bit % 8
+    y = np.zeros((2, 16))
+    for plane in range(0, p, 2):
+        stage, term = divmod(plane // 2, len(terms))
+        s_re, s_im = part.scales[stage, term, :, 0, 0].astype(float)
+        re = s_re * (q.sum(axis=1) - bits[plane] - bits[plane + 1]) * scale[0, :, 0]
+        im = s_im * (bits[plane] - bits[plane + 1]) * scale[0, :, 0]
+        sign = 1 if terms[term] == "U" else -1
+        y[0] += re[:, 0] - sign * im[:, 1]
+        y[1] += im[:, 0] + sign * re[:, 1]
+    np.testing.assert_allclose(y.ravel(), phase_gemm_reference(x, [part], "int16")[0], atol=2e-6)
