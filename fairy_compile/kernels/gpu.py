@@ -76,7 +76,7 @@ class GpuKernel:
         shared = self.shared_bytes(spec, target)
         if shared > target.limits.shared_bytes:
             return (
-                f"it needs {shared} bytes of shared memory; {target.name} has "
+                f"it needs {shared} bytes of shared memory; target {target.name} has "
                 f"{target.limits.shared_bytes}"
             )
         return None

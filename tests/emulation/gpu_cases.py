@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fairy_compile.phase import PhaseTensor
 from fairy_compile.targets import Target, load_target
 from tests.kernels.cases import make_parts, make_spec, make_x
 
+_NUMBERS = itertools.count()
 BOTH, ONLY_W = ("U", "W"), ("W",)
 # (parts, m, stages, terms, scale): odd sizes, fused parts, every T and granularity.
 SHAPES = [
@@ -39,7 +41,7 @@ def host_target(name: str) -> Target:
 def compile_functions(functions: Mapping[str, Any], target: Target, directory: Path) -> Any:
     """Return a loaded library of scheduled functions."""
     named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
-    path = directory / f"{'_'.join(named)[:80]}.so"
+    path = directory / f"{next(_NUMBERS)}.so"  # the loader remembers libraries by path
     tvm.tirx.build(tvm.IRModule(named), target=target.to_tvm()).export_library(str(path))
     return tvm.runtime.load_module(str(path))
 
