@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.compiler.cuda_binary import check_nvcc
 from fairy_compile.compiler.export import check_linker, export_library
 from fairy_compile.compiler.library import Sizes, entry_points
 from fairy_compile.compiler.pipeline import Progress, compile_module
@@ -111,6 +112,8 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
+        if compile_for.device == "cuda":
+            check_nvcc(compile_for)
     name = source.directory.resolve().name if Path(model).is_dir() else str(model)
     if source.quant is not None:
         notes.append("the checkpoint is packed: its own stages and scales were kept")

@@ -7,6 +7,7 @@ module after each phase.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.device_pipeline import tir_pipeline
 from fairy_compile.compiler.passes import (
     BindElementwise,
@@ -103,12 +105,13 @@ def compile_module(
         if progress:
             progress("generate code", len(steps), len(steps) + 1)
         nothing_left = tvm.transform.Sequential([])
-        return relax.build(
-            module,
-            target=tvm_target,
-            relax_pipeline=nothing_left,
-            tir_pipeline=tir_pipeline(target),
-        )
+        with machine_code(target) if target.device == "cuda" else nullcontext():
+            return relax.build(
+                module,
+                target=tvm_target,
+                relax_pipeline=nothing_left,
+                tir_pipeline=tir_pipeline(target),
+            )
 
 
 def _dump(directory: Path | None, index: int, name: str, module: tvm.IRModule) -> None:

@@ -1,0 +1,246 @@
+"""CUDA phase GEMM: bit planes in integer tensor cores for few rows of x, float16 ones for many.
+
+The kernels are CUDA C++ (`cuda_source/decode.cuh`, `cuda_source/prefill.cuh`), not scheduled TIR.
+Both live on one lane owning particular bytes of tensor core fragments, which loops over tensors
+cannot say: with TIR every statement would be an intrinsic on hand-numbered registers, as long as
+the C++ and harder to read, and it could not be executed without a GPU. The same C++ runs on the CPU
+under a shim (`tests/emulation/test_cuda_emulated.py`), where it is compared with the reference that
+the tensor expression in `op.phase_gemm` is compared with.
+
+A PrimFunc is a launch: grid and block, and a call of a device function whose source travels with
+it (``tirx.cuda.func_call``). So TVM launches it and plans memory around it as with any of its own
+kernels.
+
+Numerical contract: decode multiplies exactly what `op.quantize_activations` makes of x, for
+``int8`` and ``int16``, and scales and adds in float32. Prefill does not quantise: it rounds x and
+the entries of the real matrix to float16 (2^-11) and adds in float32, which is nearer to exact
+activations than ``int8``, and not as near as ``int16``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fairy_compile.errors import FairyError
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
+from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
+from fairy_compile.kernels.gpu import GpuKernel
+from fairy_compile.op import ACT_LEVELS, PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+    from fairy_compile.targets import Target
+
+MIN_ARCH = 80  # integer mma of 32 bytes, cp.async
+
+_SHARED_BYTES = 48 * 1024  # static shared memory of a block, on every architecture
+_SUM_REGISTERS = 128  # of 255, for the integer sums of decode
+_FILL = 2 * 132  # blocks that keep the largest GPU we know busy
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A grid for some numbers of rows.
+
+    Attributes:
+        function: name of the device function.
+        source: CUDA C++ that defines it.
+        blocks: blocks along the output rows, ``blockIdx.x``.
+        rows: rows of x of a block; ``blockIdx.y`` counts these.
+        threads: of a block.
+        most: most rows of x it is meant for; None is any number.
+    """
+
+    function: str
+    source: str
+    blocks: int
+    rows: int
+    threads: int
+    most: int | None
+
+
+class CudaPlanes:
+    """The kernel of every call; implements `PhaseKernel`.
+
+    Knobs:
+        warps: of a block that decodes.
+        row_tiles: row tiles of a block that decodes; its other warps split columns. ``auto`` takes
+            fewer where rows are few, so that the grid fills the GPU.
+        switch: least rows of x that prefill serves.
+        tokens: rows of x of a prefill block; fewer where shared memory is short.
+        prefill_warps: row tiles of a prefill block.
+        buffers: stages of x in shared memory for prefill.
+    """
+
+    name = "cuda.planes"
+    layout = CudaLayout()
+    knobs: Mapping[str, Sequence[Any]] = {
+        "warps": (8, 4, 16),
+        "row_tiles": ("auto", 1, 2, 4, 8),
+        "switch": (9, 3, 5, 17, 33),
+        "tokens": (96, 128, 64, 32),
+        "prefill_warps": (4, 8, 2),
+        "buffers": (2, 3, 4),
+    }
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """See `PhaseKernel.unsupported`."""
+        if target.device != "cuda":
+            return f"it is for cuda; target {target.name} runs on {target.device}"
+        arch = str(target.tvm.get("arch", ""))
+        digits = "".join(c for c in arch if c.isdigit())
+        if digits and int(digits) < MIN_ARCH:
+            return (
+                f"its tensor core instructions need sm_{MIN_ARCH}; target {target.name} is {arch}"
+            )
+        if spec.act not in ACT_LEVELS:
+            known = " or ".join(ACT_LEVELS)
+            return f"it computes with {known} activations; this call asks for {spec.act}"
+        unknown = {spec.dtype, spec.out_dtype} - set(CUDA_TYPES)
+        if unknown:
+            return f"it takes {', '.join(CUDA_TYPES)}; this call has {', '.join(unknown)}"
+        return None
+
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """See `PhaseKernel.demands`: nothing, every knob computes the same."""
+        return {}
+
+    def build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Return a function (x, codes, scales, y) that launches `launches`.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        from fairy_compile.kernels.cuda_launch import emit
+
+        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
+
+    def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
+        """Return the grids that serve a batch class, by rising number of rows.
+
+        The first whose ``most`` is not exceeded is launched.
+        """
+        chosen = self._choose(knobs)
+        if batch == "single":
+            return [self._decode(spec, chosen, slots=2, operands=1, most=None)]
+        most = chosen["switch"] - 1
+        launches = []
+        for slots, operands in self._shapes(spec):
+            rows = slots * operands
+            launches.append(self._decode(spec, chosen, slots, operands, rows))
+            if rows >= most:
+                break
+        launches[-1] = replace(launches[-1], most=most)
+        return [*launches, *self._prefills(spec, chosen)]
+
+    @staticmethod
+    def _shapes(spec: PhaseSpec) -> list[tuple[int, int]]:
+        """Return the (rows of x in an operand, operands) that decode comes in, by rising rows."""
+        cycle = 8 // math.gcd(planes(spec), 8)
+        most = max(1, _SUM_REGISTERS // (4 * cycle * planes(spec)))
+        operands = [n for n in (1, 2, 4) if n <= most]
+        if spec.act == "int16":  # two digits fill an operand with two rows
+            return [(2, n) for n in operands]
+        return [(2, 1), *((4, n) for n in operands)]
+
+    def _decode(
+        self,
+        spec: PhaseSpec,
+        chosen: Mapping[str, Any],
+        slots: int,
+        operands: int,
+        most: int | None,
+    ) -> Launch:
+        warps, tiles = chosen["warps"], self.layout.tiles(spec)
+        per_block = chosen["row_tiles"]
+        if per_block == "auto":
+            per_block = max([n for n in (4, 2) if tiles >= n * _FILL], default=1)
+        per_block = min(per_block, warps)
+        constants = {
+            "kWarps": warps,
+            "kTileWarps": per_block,
+            "kSlots": slots,
+            "kOperands": operands,
+            "kLevels": ACT_LEVELS[spec.act],
+        }
+        rows = slots * operands
+        return self._launch("decode", spec, constants, per_block, rows, warps, most)
+
+    def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
+        """Return prefill for few and for any number of rows."""
+        tokens = chosen["tokens"]
+        smaller = [n for n in (32, 64) if n < tokens]
+        return [
+            *(self._prefill(spec, chosen, n, most=n) for n in smaller),
+            self._prefill(spec, chosen, tokens, most=None),
+        ]
+
+    def _prefill(
+        self,
+        spec: PhaseSpec,
+        chosen: Mapping[str, Any],
+        tokens: int,
+        most: int | None,
+    ) -> Launch:
+        warps, buffers = chosen["prefill_warps"], chosen["buffers"]
+        row_tables = TILE_ROWS if spec.scale == "row" else 1
+        table = row_tables * spec.stages * 8 * 4 ** len(spec.terms)
+        while warps * table + buffers * 128 * tokens > _SHARED_BYTES:
+            if tokens > 32:
+                tokens -= 32
+            elif warps > 1:
+                warps //= 2
+            else:
+                buffers = 2
+        constants = {
+            "kWarps": warps,
+            "kTokens": tokens,
+            "kBuffers": buffers,
+            "kHalfX": int(spec.dtype == "float16"),
+        }
+        return self._launch("prefill", spec, constants, warps, tokens, warps, most)
+
+    def _launch(
+        self,
+        program: Program,
+        spec: PhaseSpec,
+        constants: dict[str, int],
+        tiles: int,
+        rows: int,
+        warps: int,
+        most: int | None,
+    ) -> Launch:
+        name = f"{program}_{_call_name(spec)}_{'_'.join(map(str, constants.values()))}"
+        name += f"_{spec.dtype}_{spec.out_dtype}"
+        source = render(program, name, spec, self.layout, constants)
+        blocks = -(-self.layout.tiles(spec) // tiles)
+        return Launch(name, source, blocks, rows, 32 * warps, most)
+
+    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        for knob, value in knobs.items():
+            if value not in self.knobs.get(knob, ()):
+                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
+                raise FairyError(
+                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
+                )
+        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
+
+
+CUDA_PLANES = (CudaPlanes(),)
+CUDA_WORDS = (GpuKernel("cuda"),)
+"""The kernel all GPUs share, for ``--act float``, which is exact."""
+
+
+def _call_name(spec: PhaseSpec) -> str:
+    return (
+        f"n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
+        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}"
+    )

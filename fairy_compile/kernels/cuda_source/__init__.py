@@ -1,0 +1,91 @@
+"""CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
+
+`decode.cuh` and `prefill.cuh` are templates over a struct of constants; `render` writes the struct
+of one call and a device function that runs it. A PrimFunc launches the grid and calls the function,
+see `kernels.cuda`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout
+from fairy_compile.op import PhaseSpec
+
+Program = Literal["decode", "prefill"]
+
+CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+_CLASSES: dict[Program, str] = {"decode": "Decode", "prefill": "Prefill"}
+
+
+@cache
+def library_source(program: Program) -> str:
+    """Return the template of ``program`` and what it includes."""
+    files = ("primitives.cuh", f"{program}.cuh")
+    return "\n".join(Path(__file__).with_name(file).read_text("utf-8") for file in files)
+
+
+def render(
+    program: Program,
+    name: str,
+    spec: PhaseSpec,
+    layout: CudaLayout,
+    constants: Mapping[str, int],
+) -> str:
+    """Return CUDA C++ that defines a device function for one call.
+
+    Args:
+        program: which template.
+        name: of the function ``void name(const X* x, const unsigned char* codes, const float*
+            scales, Y* y, int batch)``.
+        spec: the call.
+        layout: of ``codes`` and ``scales``.
+        constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
+    """
+    scales = layout.arrays(spec)["scales"].shape
+    values = {
+        "kColumns": spec.m,
+        "kRowTiles": layout.tiles(spec),
+        "kFeatures": spec.out_features,
+        "kStages": spec.stages,
+        "kTerms": len(spec.terms),
+        "kColumnTiles": scales[1],
+        "kScaleRows": scales[4],
+        **constants,
+    }
+    x, y = (CUDA_TYPES[dtype] for dtype in (spec.dtype, spec.out_dtype))
+    lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
+    return f"""{library_source(program)}
+struct {name}_call {{
+  typedef {x} X;
+  typedef {y} Y;
+{chr(10).join(lines)}
+{_feature_function(spec, layout)}
+}};
+
+__device__ __forceinline__ void {name}(const {x}* x, const unsigned char* codes,
+                                       const float* scales, {y}* y, int batch) {{
+  fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, y, batch);
+}}
+"""
+
+
+def _feature_function(spec: PhaseSpec, layout: CudaLayout) -> str:
+    """Return the function from (row tile, row in it, half of y) to output feature, or -1."""
+    cases = []
+    runs = zip(layout.tile_starts(spec), spec.output_runs(), strict=True)
+    for start, (_, rows, feature) in reversed(list(runs)):
+        cases.append(
+            f"    if (tile >= {start}) {{\n"
+            f"      row += (tile - {start}) * {TILE_ROWS};\n"
+            f"      return row < {rows} ? {feature} + half * {rows} + row : -1;\n"
+            "    }"
+        )
+    body = "\n".join(cases)
+    return (
+        "  static __device__ __forceinline__ int feature(int tile, int row, int half) {\n"
+        f"{body}\n    return -1;\n  }}"
+    )

@@ -1,0 +1,316 @@
+// Phase GEMM for few rows of x: bit planes of the codes meet quantised activations in the integer
+// tensor cores. `Call` holds the constants of one call, see kernels/cuda_source/__init__.py.
+//
+// A plane's bits, masked out of 128 bits of codes, are operand A as they lie: bytes of 0 or 2^s.
+// Operand B holds, in its 8 columns, the digits of Re x and Im x of some rows of x:
+//   int16  (re hi, re lo, im hi, im lo) of 2 rows     int8  (re, im) of 4 rows, or (re, -, im, -)
+// of 2 rows, which halves what a lane has to scale; so 1 row of x costs what 2 do. Let bq, bp be the bits of a code that tell the signs of
+// re - im and re + im (see kernels/cuda_layout.py), and x a real or imaginary part of activations:
+//   sum re x = sum x - sum bp x - sum bq x          sum im x = sum bq x - sum bp x
+// These are integers, exact for every group of 128 columns (64 with a scale for every 64x64 tile).
+// Then they are scaled and added up in float:
+//   U x        re += R re - I im,  im += R im + I re
+//   W conj x   re += R re + I im,  im += I re - R im      with R, I the scaled sums
+#ifndef FAIRY_DECODE
+#define FAIRY_DECODE
+
+namespace fairy {
+
+template <class Call>
+struct Decode {
+  typedef typename Call::X X;
+  typedef typename Call::Y Y;
+
+  static constexpr int kTerms = Call::kTerms;
+  static constexpr int kPairs = Call::kStages * kTerms;  // pairs of planes: a stage of a term
+  static constexpr int kPlanes = 2 * kPairs;
+  static constexpr int kFragments = kPlanes / 2;  // 128-bit loads of a lane for a group
+  static constexpr int kGroups = (Call::kColumns + 127) / 128;
+  static constexpr bool kTileScales = Call::kColumnTiles > 1;
+  static constexpr int kScaleRows = Call::kScaleRows > 1 ? 2 : 1;  // of a lane
+  static constexpr int kFlushBlocks = kTileScales ? 2 : 4;         // blocks between scalings
+
+  // Blocks of 32 columns whose planes lie at the same bits of a byte share sums.
+  static constexpr int kCycle = kPlanes % 8 == 0 ? 1 : kPlanes % 4 == 0 ? 2 : 4;
+
+  static constexpr bool kTwoDigits = Call::kLevels > 127;
+  static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
+  static constexpr bool kOneHalf = kSlots == 2;                 // of x in a lane's sums
+  static constexpr int kHalves = kOneHalf ? 1 : 2;
+  static constexpr int kOperands = Call::kOperands;             // operands B of a pass
+  static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
+  static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
+  static constexpr int kChunk = kGroups < 32 / kOperands ? kGroups : 32 / kOperands;
+
+  // Activations of a chunk of groups, as operands B.
+  struct Chunk {
+    Word values[kChunk * 4][kOperands][8][8];  // block, operand, column of B, 4 columns of x
+    float scale[kChunk][kRows * 2];            // of a group: (row, half)
+    int sums[kChunk][2][kRows * 2];            // of 64 columns
+  };
+  union Shared {
+    Chunk chunk;
+    float partial[Call::kWarps][kRows][2][16];  // of a warp: (row of x, half of y, complex row)
+  };
+
+  // Scaled sums of one half of x (or both) with U and W.
+  struct Sums {
+    float re[2];
+    float im[2];
+  };
+  typedef Sums Outputs[kOperands][2][kHalves];  // operand, row g or g + 8, half of x
+  typedef float Scales[kPairs][2][kScaleRows];
+
+  static __device__ void run(const X* x, const unsigned char* codes, const float* scales, Y* y,
+                             int batch) {
+    __shared__ Shared shared;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tile = blockIdx.x * Call::kTileWarps + warp % Call::kTileWarps;
+    const int slice = warp / Call::kTileWarps, first_row = blockIdx.y * kRows;
+    const bool active = tile < Call::kRowTiles;
+
+    // Codes are asked for before the activations are quantised: that hides most of its time.
+    const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
+    int group = slice;
+    uint4 next[kFragments];
+    if (active && group < kGroups) load(next, own, group);
+
+    Scales scale;
+    if (active && !kTileScales) load_scales(scale, scales, tile, 0, lane);
+    Outputs outputs = {};
+    for (int first = 0; first < kGroups; first += kChunk) {
+      const int end = first + kChunk < kGroups ? first + kChunk : kGroups;
+      if (first > 0) __syncthreads();
+      quantize(shared.chunk, x, batch, first_row, first, end, warp, lane);
+      __syncthreads();
+      if (!active) continue;
+      for (; group < end; group += kSlices) {
+        uint4 now[kFragments];
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) now[f] = next[f];
+        if (group + kSlices < kGroups) load(next, own, group + kSlices);
+#pragma unroll
+        for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
+          if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
+          multiply(outputs, now, shared.chunk, group - first, flush, scale, lane);
+        }
+      }
+    }
+    __syncthreads();
+    if (active) keep_partial(shared.partial[warp], outputs, lane);
+    __syncthreads();
+    add_partials(shared, y, batch, first_row);
+  }
+
+ private:
+  static __device__ __forceinline__ void load(uint4 (&codes)[kFragments], const uint4* own,
+                                              int group) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f)
+      codes[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  }
+
+  // Sums of a pair of planes carry a factor, which its scales take back.
+  static __device__ __forceinline__ void load_scales(Scales& scale, const float* scales, int tile,
+                                                     int column_tile, int lane) {
+    const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
+                                    Call::kScaleRows;
+#pragma unroll
+    for (int i = 0; i < kPairs * 2; ++i)
+#pragma unroll
+      for (int r = 0; r < kScaleRows; ++r)
+        scale[i / 2][i % 2][r] =
+            own[i * Call::kScaleRows + (kScaleRows > 1 ? lane / 4 + 8 * r : 0)] / factor(i / 2);
+  }
+
+  // Bits s and s + 1 of bytes count 2^s and 2^(s + 1): the factor is 2^(s + 1), or 2^7 where a pair
+  // lies at several bits.
+  static __device__ __forceinline__ constexpr int factor(int pair) {
+    return kCycle > 1 ? 128 : 2 << 2 * pair % 8;
+  }
+
+  // Quantises groups [first, end) of the pass's rows as op.quantize_activations does: a warp takes
+  // a group of one half of one row, a lane four columns of it.
+  static __device__ __forceinline__ void quantize(Chunk& chunk, const X* x, int batch,
+                                                  int first_row, int first, int end, int warp,
+                                                  int lane) {
+    for (int task = warp; task < (end - first) * kRows * 2; task += Call::kWarps) {
+      const int group = task / (kRows * 2), row_half = task % (kRows * 2);
+      const int row = first_row + row_half / 2, half = row_half % 2;
+      float value[4] = {};
+      if (row < batch)
+        load_columns(value, x + ((size_t)row * 2 + half) * Call::kColumns,
+                     (first + group) * 128 + 4 * lane);
+      float peak = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) peak = fmaxf(peak, fabsf(value[i]));
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) peak = fmaxf(peak, shuffle_xor(peak, lanes));
+      const float inverse = peak > 0 ? __fdiv_rn((float)Call::kLevels, peak) : 0.0f;
+
+      Word high = 0, low = 0;
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int q = __float2int_rn(__fmul_rn(value[i], inverse));
+        sum += q;
+        low |= (Word)(q & 255) << (8 * i);
+        high |= (Word)(((q + 128) >> 8) & 255) << (8 * i);
+      }
+#pragma unroll
+      for (int lanes = 8; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+
+      const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
+      Word(&values)[8][8] = chunk.values[group * 4 + lane / 8][operand];
+      if (kTwoDigits) {
+        values[2 * column][lane % 8] = high;
+        values[2 * column + 1][lane % 8] = low;
+      } else {
+        values[kOneHalf ? 2 * column : column][lane % 8] = low;
+      }
+      if (lane == 0) chunk.scale[group][row_half] = __fmul_rn(peak, 1.0f / Call::kLevels);
+      if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum;
+    }
+  }
+
+  static __device__ __forceinline__ void load_columns(float (&value)[4], const X* from, int column) {
+    if (Call::kColumns % 4 == 0) {
+      if (column >= Call::kColumns) return;
+      struct alignas(4 * sizeof(X)) Four {
+        X x[4];
+      };
+      const Four four = *(const Four*)(from + column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) value[i] = to_float(four.x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (column + i < Call::kColumns) value[i] = to_float(from[column + i]);
+    }
+  }
+
+  // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`.
+  static __device__ __forceinline__ void multiply(Outputs& outputs, const uint4 (&codes)[kFragments],
+                                                  const Chunk& chunk, int group, int flush,
+                                                  const Scales& scale, int lane) {
+    int sums[kCycle * kPlanes][kOperands][4] = {};
+#pragma unroll
+    for (int b = 0; b < kFlushBlocks; ++b) {
+      const int block = flush * kFlushBlocks + b;
+      uint2 operand[kOperands];
+#pragma unroll
+      for (int n = 0; n < kOperands; ++n)
+        operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane];
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        const int bit = block * kPlanes + plane;
+        const uint4 bytes = codes[bit / 8];
+        const Word mask = 0x01010101u << (bit % 8);
+        const Word a[4] = {bytes.x & mask, bytes.y & mask, bytes.z & mask, bytes.w & mask};
+#pragma unroll
+        for (int n = 0; n < kOperands; ++n) {
+          int(&sum)[4] = sums[block % kCycle * kPlanes + plane][n];
+          multiply_bytes(sum, a, operand[n], sum);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kOperands; ++n)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
+        const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
+        const float x_scale = chunk.scale[group][row_half];
+        int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
+        if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          flush_sums(outputs[n][r][half], sums, n, r, half, flush, x_sum, x_scale, scale);
+      }
+  }
+
+  static __device__ __forceinline__ void flush_sums(
+      Sums& out, const int (&sums)[kCycle * kPlanes][kOperands][4], int n, int r, int half,
+      int flush, int x_sum, float x_scale, const Scales& scale) {
+    float re[2] = {}, im[2] = {};
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      int both = 0, difference = 0;  // sum (bp + bq) x and sum (bq - bp) x, times the factor
+#pragma unroll
+      for (int b = 0; b < kCycle && b < kFlushBlocks; ++b) {
+        const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPlanes + 2 * pair;
+        const int align = factor(pair) / 2 >> plane % 8;
+        const int q = 2 * join_digits(sums[plane][n], r, half);
+        const int p = join_digits(sums[plane + 1][n], r, half);
+        both += (q + p) * align;
+        difference += (q - p) * align;
+      }
+      const int s = kScaleRows > 1 ? r : 0, term = pair % kTerms;
+      re[term] += scale[pair][0][s] * __int2float_rn(x_sum * factor(pair) - both);
+      im[term] += scale[pair][1][s] * __int2float_rn(difference);
+    }
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+      out.re[term] += x_scale * re[term];
+      out.im[term] += x_scale * im[term];
+    }
+  }
+
+  static __device__ __forceinline__ int join_digits(const int (&sum)[4], int r, int half) {
+    if (kTwoDigits) return sum[2 * r] * 256 + sum[2 * r + 1];
+    return sum[2 * r + half];
+  }
+
+  // Adds what Re x and Im x of a row contribute; neighbouring lanes may hold them.
+  static __device__ __forceinline__ void keep_partial(float (&partial)[kRows][2][16],
+                                                      const Outputs& outputs, int lane) {
+#pragma unroll
+    for (int n = 0; n < kOperands; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = lane / 4 + 8 * r;
+        if (kOneHalf) {
+          const bool imag = lane % 2;
+          float re, im;
+          contributions(re, im, outputs[n][r][0], imag);
+          re += shuffle_xor(re, 1);
+          im += shuffle_xor(im, 1);
+          partial[2 * n + lane % 4 / 2][imag][row] = imag ? im : re;
+        } else {
+          float re[2], im[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            contributions(re[half], im[half], outputs[n][r][half % kHalves], half);
+          partial[4 * n + lane % 4][0][row] = re[0] + re[1];
+          partial[4 * n + lane % 4][1][row] = im[0] + im[1];
+        }
+      }
+  }
+
+  static __device__ __forceinline__ void contributions(float& re, float& im, const Sums& sums,
+                                                       bool imag) {
+    const float u_re = kTerms == 2 ? sums.re[0] : 0, u_im = kTerms == 2 ? sums.im[0] : 0;
+    const float w_re = sums.re[kTerms - 1], w_im = sums.im[kTerms - 1];
+    re = imag ? w_im - u_im : u_re + w_re;
+    im = imag ? u_re - w_re : u_im + w_im;
+  }
+
+  static __device__ __forceinline__ void add_partials(const Shared& shared, Y* y, int batch,
+                                                      int first_row) {
+    for (int i = threadIdx.x; i < Call::kTileWarps * kRows * 2 * 16; i += Call::kWarps * 32) {
+      const int row = i % 16, half = i / 16 % 2, slot = i / 32 % kRows, own = i / (32 * kRows);
+      const int tile = blockIdx.x * Call::kTileWarps + own;
+      if (tile >= Call::kRowTiles || first_row + slot >= batch) continue;
+      const int feature = Call::feature(tile, row, half);
+      if (feature < 0) continue;
+      float sum = 0;
+#pragma unroll
+      for (int slice = 0; slice < kSlices; ++slice)
+        sum += shared.partial[slice * Call::kTileWarps + own][slot][half][row];
+      store(y + (size_t)(first_row + slot) * Call::kFeatures + feature, sum);
+    }
+  }
+};
+
+}  // namespace fairy
+#endif  // FAIRY_DECODE

@@ -1,0 +1,115 @@
+// What the kernels ask of the hardware, one instruction each. tests/emulation/cuda_shim.h has the
+// same functions for the CPU, so that everything below runs without a GPU.
+//
+// Fragment layouts are those of the PTX ISA, section "Matrix fragments for mma.m16n8k32" and
+// "... mma.m16n8k16". With g = lane / 4 and t = lane % 4:
+//   A (16 x 32 bytes)   register r, byte e: row g + 8 (r % 2), column 4 t + 16 (r / 2) + e
+//   A (16 x 16 halves)  register r, half e: row g + 8 (r % 2), column 2 t +  8 (r / 2) + e
+//   B                   as A with columns for rows: register r is that of A's registers 2 r
+//   C, D (16 x 8)       register r: row g + 8 (r / 2), column 2 t + r % 2
+#ifndef FAIRY_PRIMITIVES
+#define FAIRY_PRIMITIVES
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace fairy {
+
+typedef unsigned int Word;  // four bytes, or two halves
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+
+// 128 bits that are read once: they should not displace what stays in the caches.
+__device__ __forceinline__ uint4 load_once(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// sums = a b + before; a is unsigned bytes, b signed ones.
+__device__ __forceinline__ void multiply_bytes(int (&sums)[4], const Word (&a)[4], uint2 b,
+                                               const int (&before)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(before[0]),
+        "r"(before[1]), "r"(before[2]), "r"(before[3]));
+}
+
+// sums += a b in halves, summed in float.
+__device__ __forceinline__ void multiply_halves(float (&sums)[4], const Word (&a)[4], Word b0,
+                                                Word b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Byte i of the result is byte (selector >> 4 i) & 7 of (low, high).
+__device__ __forceinline__ Word pick_bytes(Word low, Word high, Word selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// (word & mask) | or_with. Compilers prefer an `and` and an addition where bits cannot overlap.
+__device__ __forceinline__ Word mask_or(Word word, Word mask, Word or_with) {
+  Word result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(or_with));
+  return result;
+}
+
+__device__ __forceinline__ Word pack_halves(float low, float high) {
+  Word packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ Word add_halves(Word a, Word b) {
+  Word sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+__device__ __forceinline__ Word shared_address(const void* at) {
+  return (Word)__cvta_generic_to_shared(at);
+}
+
+__device__ __forceinline__ uint2 load_shared(Word address, int offset) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(address + offset)
+               : "memory");
+  return v;
+}
+
+// 16 bytes from global to shared memory, without waiting; unless `inside`, zeros, and no access.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `kPending` of the latest commits are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace fairy
+#endif  // FAIRY_PRIMITIVES

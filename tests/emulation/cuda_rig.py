@@ -1,0 +1,102 @@
+"""Running CUDA kernels on this machine's CPU: C++ with `cuda_shim.h` in place of the hardware.
+
+Emulation shows that results are right, that threads that share data wait for each other, and that
+no array is read or written beyond its end. It says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fairy_compile.kernels.cuda import Launch
+from fairy_compile.kernels.cuda_source import CUDA_TYPES
+
+HERE = Path(__file__).parent
+# Undefined shifts, indices and alignments end the program; local variables start as garbage.
+FLAGS = (
+    "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern",
+    "-fno-strict-aliasing", "-fsanitize=bounds,alignment,shift,signed-integer-overflow",
+    "-fno-sanitize-recover=all",
+)  # fmt: skip
+
+
+_PRIMITIVES = re.compile("#ifndef FAIRY_PRIMITIVES.*?#endif  // FAIRY_PRIMITIVES", re.DOTALL)
+
+
+def missing_tools() -> str | None:
+    """Return what to install to run these tests, or None."""
+    return None if shutil.which("g++") else "needs a C++ compiler, Debian's package g++"
+
+
+class Emulator:
+    """A program that runs any of some launches, all with one dtype of x and one of y."""
+
+    def __init__(self, launches: Sequence[Launch], folder: Path, x: str, y: str) -> None:
+        self.functions = {launch.function: launch for launch in launches}
+        self.order = list(self.functions)
+        self.out_dtype = y
+        x, y = CUDA_TYPES[x], CUDA_TYPES[y]
+        parts = [(HERE / "cuda_shim.h").read_text("utf-8")]
+        parts += [for_shim(launch.source) for launch in self.functions.values()]
+        parts.append("static void* pointers[4];\nstatic int rows;")
+        for name in self.order:
+            parts.append(
+                f"static void run_{name}() {{ {name}((const {x}*)pointers[0], "
+                f"(const unsigned char*)pointers[1], (const float*)pointers[2], ({y}*)pointers[3],"
+                " rows); }"
+            )
+        table = ", ".join(f"{{{self.functions[n].threads}, run_{n}}}" for n in self.order)
+        parts.append(
+            f"struct Launch {{ unsigned threads; void (*run)(); }} launches[] = {{{table}}};"
+        )
+        parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
+        source, self.program = folder / "emulated.cpp", folder / "emulated"
+        source.write_text("\n".join(parts), "utf-8")
+        command = ["g++", *FLAGS, str(source), "-o", str(self.program)]
+        subprocess.run(command, check=True)
+
+    def run(
+        self,
+        launch: Launch,
+        x: np.ndarray,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        features: int,
+        order: int = 0,
+    ) -> np.ndarray:
+        """Return y (rows, features).
+
+        Args:
+            launch: one of those the emulator was made of.
+            x: (rows, 2m).
+            codes, scales: packed weight.
+            features: real output features.
+            order: of threads; 0 rising, 1 falling, others random.
+        """
+        y_bytes = len(x) * features * np.dtype(self.out_dtype).itemsize
+        head = [self.order.index(launch.function), launch.blocks, -(-len(x) // launch.rows)]
+        head += [order, len(x), x.nbytes, codes.nbytes, scales.nbytes, y_bytes]
+        arrays = (np.array(head, np.int64), x, codes, scales)
+        done = subprocess.run(
+            [str(self.program)],
+            input=b"".join(np.ascontiguousarray(a).tobytes() for a in arrays),
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{launch.function}: {done.returncode} {done.stderr.decode()}")
+        return np.frombuffer(done.stdout, self.out_dtype).reshape(len(x), features)
+
+
+def for_shim(source: str) -> str:
+    """Leave out primitives.cuh, whose functions the shim has, and use its shared memory."""
+    kernels = _PRIMITIVES.sub("", source)
+    emulated = "Shared& shared = emulated::shared_memory<Shared>();"
+    kernels = kernels.replace("__shared__ Shared shared;", emulated)
+    return re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", kernels)

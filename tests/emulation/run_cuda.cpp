@@ -1,0 +1,41 @@
+// Main program of emulated launches: arrays from standard input to standard output. The rig puts the
+// kernels and a table of them in front: struct Launch {name, threads, run} and launches[].
+//
+// Input: int64 launch, blocks x, blocks y, order, rows, then the sizes in bytes of x, codes, scales
+// and y, then x, codes and scales. Output: y. Every array ends where a page ends that may not be
+// touched.
+#include <sys/mman.h>
+#include <unistd.h>
+
+static void* guarded(size_t size) {
+  const size_t page = sysconf(_SC_PAGESIZE), pages = (size + page - 1) / page * page;
+  char* start = (char*)mmap(nullptr, pages + page, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED || mprotect(start + pages, page, PROT_NONE)) exit(4);
+  return start + pages - size;
+}
+
+static void transfer(void* data, size_t size, bool in) {
+  if ((in ? fread(data, 1, size, stdin) : fwrite(data, 1, size, stdout)) != size) exit(5);
+}
+
+int main() {
+  int64_t head[9];
+  transfer(head, sizeof head, true);
+  void* arrays[4];
+  for (int i = 0; i < 4; ++i) {
+    arrays[i] = guarded(head[5 + i]);
+    if (i < 3) transfer(arrays[i], head[5 + i], true);
+  }
+  memset(arrays[3], 0xff, head[8]);
+  const Launch& launch = launches[head[0]];
+  for (int i = 0; i < 4; ++i) pointers[i] = arrays[i];
+  rows = head[4];
+  const Index grid = {(unsigned)head[1], (unsigned)head[2], 1};
+  const char* error = emulated::run_grid(grid, {launch.threads, 1, 1}, head[3], launch.run);
+  if (error) {
+    fprintf(stderr, "%s\n", error);
+    return 3;
+  }
+  transfer(arrays[3], head[8], false);
+}

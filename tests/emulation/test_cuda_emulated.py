@@ -1,0 +1,216 @@
+"""The CUDA kernels on emulated tensor cores: numbers against the NumPy reference."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fairy_compile.kernels.cuda import CudaPlanes, Launch
+from fairy_compile.op import PhaseSpec, dequantize_activations, phase_gemm_reference
+from fairy_compile.op import quantize_activations as quantize
+from fairy_compile.phase import PhaseTensor, tile_shape
+from tests.emulation.cuda_rig import Emulator, missing_tools
+from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
+
+pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
+
+KERNEL = CudaPlanes()
+ODD, EVEN = {"parts": (37, 9), "m": 203}, {"parts": (35,), "m": 264}
+QUICK = [
+    make_spec(**ODD, stages=2, act="int16"),
+    make_spec(**EVEN, stages=1, scale="row", act="int16"),
+    make_spec(**EVEN, stages=2, scale="tile64", act="int8"),
+    make_spec(**ODD, stages=3, terms=ONLY_W, act="int8"),
+]
+ALL = [
+    make_spec(**size, stages=stages, terms=terms, scale=scale, act=act)
+    for size, act in ((ODD, "int16"), (EVEN, "int8"))
+    for stages in (1, 2, 3, 4)
+    for terms in (BOTH, ONLY_W)
+    for scale in ("tensor", "row", "tile64")
+]
+
+
+def launches(spec: PhaseSpec, dtype: str, batch: str = "many", **knobs) -> list[Launch]:
+    return KERNEL.launches(replace(spec, dtype=dtype, out_dtype=dtype), batch, knobs)
+
+
+def emulator(specs: list[PhaseSpec], dtype: str, folder, batch="many", **knobs) -> Emulator:
+    grids = [launch for spec in specs for launch in launches(spec, dtype, batch, **knobs)]
+    return Emulator(grids, folder, dtype, dtype)
+
+
+def pick(grids: list[Launch], rows: int) -> Launch:
+    return next(launch for launch in grids if launch.most is None or rows <= launch.most)
+
+
+def tolerance(spec: PhaseSpec, parts: list[PhaseTensor], x: np.ndarray, prefill: bool):
+    """Bound on |y - reference|, (b, 2n).
+
+    S, the sum of |x| times the largest scale of a weight, bounds every partial sum.
+
+    Decode: integer sums are exact. Their conversion to float32, and the product with a scale, round
+    once for every stage, term and flush; then come N = 2 flushes sums of two roundings each, and
+    those of warps and halves: at most (2 T + 2 flushes + 10) eps S with eps = 2^-24. The
+    reference's weights and scales are rounded T times too.
+
+    Prefill: entries of the real matrix are rounded to float16 once for every stage, and once for
+    every addition of stages, x once where it is not float16, each by 2^-11 of S. Products are
+    exact; tensor cores may truncate sums, so an addition is off by 2^-23 S.
+    """
+    if not prefill:
+        x = dequantize_activations(*quantize(x, act=spec.act))
+    magnitude = np.abs(x).astype(np.float64)
+    a, b = np.split(magnitude, 2, axis=1)
+    flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
+    if prefill:
+        roundings = 2 * spec.stages
+        relative = roundings * 2.0**-11 + 2 * spec.m * 2.0**-23
+    else:
+        relative = (3 * spec.stages + 2 * flushes + 12) * 2.0**-24
+    bounds = []
+    for part in parts:
+        rows, columns = tile_shape(spec.scale, part.n, part.m)
+        largest = part.scales.max(axis=2).sum(axis=(0, 1))
+        largest = np.kron(largest, np.ones((rows, columns)))[: part.n, : part.m]
+        bound = relative * ((a + b) @ largest.T)
+        bounds += [bound, bound]
+    return np.concatenate(bounds, axis=1)
+
+
+def check(emulated, spec, x, order=0, code=None, batch="many", **knobs) -> None:
+    parts = make_parts(spec, code=code)
+    grid = pick(launches(spec, x.dtype.name, batch, **knobs), len(x))
+    arrays = KERNEL.layout.pack(parts, spec)
+    got = emulated.run(grid, x, *arrays.values(), spec.out_features, order).astype(np.float64)
+    prefill = grid.function.startswith("prefill")
+    full = x.astype(np.float32)
+    want = phase_gemm_reference(full, parts, "float" if prefill else spec.act)
+    allowed = tolerance(spec, parts, full, prefill)
+    if x.dtype == np.float16:
+        allowed = allowed + 2.0**-11 * np.abs(want)
+    worst = np.max(np.abs(got - want) - allowed)
+    assert worst <= 0, f"{grid.function}: off by {np.abs(got - want).max():.3g}, {worst:.3g} more"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Emulator:
+    return emulator(QUICK, "float16", tmp_path_factory.mktemp("quick"))
+
+
+@pytest.mark.parametrize("spec", QUICK, ids=PhaseSpec.describe)
+def test_batches(quick, spec):
+    for batch in (1, 2, 3, 8, 17, 64, 66):
+        check(quick, spec, make_x(spec, batch).astype(np.float16))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_threads_in_another_order(quick, order):
+    for spec in QUICK[:3]:
+        for batch in (2, 17):
+            check(quick, spec, make_x(spec, batch).astype(np.float16), order)
+
+
+def test_sums_do_not_overflow(tmp_path):
+    """All products of a group have one sign and full size; both digits are 127, or 127 and -128."""
+    emulated = emulator(QUICK, "float32", tmp_path, "single")
+    for spec, code in itertools.product(QUICK, range(4)):
+        for second in (32639, 32512 - 128):
+            x = np.full((1, 2 * spec.m), second, np.float32)
+            x[0, ::128] = 32639
+            for sign in (1, -1):
+                check(emulated, spec, sign * x, code=code, batch="single")
+
+
+def test_zeros_give_zeros(quick):
+    spec = QUICK[0]
+    x = np.zeros((1, 2 * spec.m), np.float16)
+    arrays = KERNEL.layout.pack(make_parts(spec), spec)
+    grid = pick(launches(spec, "float16"), 1)
+    assert not quick.run(grid, x, *arrays.values(), spec.out_features).any()
+
+
+def test_float32_activations(tmp_path):
+    specs = QUICK[:2]
+    emulated = emulator(specs, "float32", tmp_path)
+    for spec in specs:
+        for batch in (1, 2, 17):
+            check(emulated, spec, make_x(spec, batch))
+
+
+def test_float16_activations_and_float32_outputs(tmp_path):
+    """What a model's head asks for."""
+    spec = replace(QUICK[0], dtype="float16", out_dtype="float32")
+    emulated = Emulator(KERNEL.launches(spec, "many", {}), tmp_path, "float16", "float32")
+    parts, arrays = make_parts(spec), KERNEL.layout.pack(make_parts(spec), spec)
+    for batch in (1, 17):
+        x = make_x(spec, batch).astype(np.float16)
+        grid = pick(KERNEL.launches(spec, "many", {}), batch)
+        got = emulated.run(grid, x, *arrays.values(), spec.out_features)
+        prefill, full = batch > 1, x.astype(np.float32)
+        want = phase_gemm_reference(full, parts, "float" if prefill else spec.act)
+        assert np.all(np.abs(got - want) <= tolerance(spec, parts, full, prefill))
+
+
+def test_int16_is_exact_to_5e_5(tmp_path):
+    """Against activations that were not rounded, on the shape of a real layer's columns."""
+    spec = make_spec(parts=(32,), m=1024, act="int16")
+    emulated = emulator([spec], "float32", tmp_path)
+    parts, x = make_parts(spec), make_x(spec, 2)
+    arrays = KERNEL.layout.pack(parts, spec)
+    got = emulated.run(launches(spec, "float32")[0], x, *arrays.values(), spec.out_features)
+    want = phase_gemm_reference(x, parts)
+    assert np.linalg.norm(got - want) <= 5e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"warps": 4, "row_tiles": 4},
+        {"warps": 8, "row_tiles": 2},
+        {"switch": 33, "prefill_warps": 2, "tokens": 32, "buffers": 4},
+    ],
+    ids=str,
+)
+def test_knobs(tmp_path, knobs):
+    spec = QUICK[1]
+    emulated = emulator([spec], "float16", tmp_path, **knobs)
+    for batch in (1, 17, 40):
+        check(emulated, spec, make_x(spec, batch).astype(np.float16), **knobs)
+
+
+@pytest.mark.parametrize(
+    ("program", "removed", "spec"),
+    [
+        ("decode", "warp, lane);\n      __syncthreads();", QUICK[1]),
+        ("decode", "lane);\n    __syncthreads();", QUICK[1]),
+        ("prefill", "__syncthreads();", QUICK[1]),
+        ("prefill", "__syncwarp();", QUICK[2]),
+        ("prefill", "wait_copies<kBuffers - 2>();", QUICK[1]),
+    ],
+    ids=["chunk", "partial sums", "x", "tables", "copies"],
+)
+def test_missing_synchronisation_is_noticed(tmp_path, program, removed, spec):
+    grid = next(g for g in launches(spec, "float16") if g.function.startswith(program))
+    kept = removed.split("__syncthreads")[0] if program == "decode" else ""
+    assert removed in grid.source
+    broken = replace(grid, source=grid.source.replace(removed, kept))
+    emulated = Emulator([broken], tmp_path, "float16", "float16")
+    parts, x = make_parts(spec), make_x(spec, 2).astype(np.float16)
+    arrays = KERNEL.layout.pack(parts, spec)
+    want = phase_gemm_reference(x.astype(np.float32), parts)
+    results = [
+        emulated.run(broken, x, *arrays.values(), spec.out_features, order) for order in (0, 1, 2)
+    ]
+    assert not all(np.allclose(y, want, atol=0.02 * np.abs(want).max()) for y in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ALL, ids=PhaseSpec.describe)
+def test_every_form(tmp_path, spec):
+    emulated = emulator([spec], "float16", tmp_path)
+    for batch in (1, 2, 17, 64):
+        check(emulated, spec, make_x(spec, batch).astype(np.float16))

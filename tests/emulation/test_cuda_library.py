@@ -1,0 +1,69 @@
+"""Whole models on a simulated CUDA device, against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+import fairy_compile as fc
+from fairy_compile.compiler import cuda_binary, pipeline
+from tests.emulation import cuda_library, cuda_rig, metal_rig
+from tests.emulation.gpu_targets import use_linux_host
+from tests.tiny_models import SIZES, Oracle, relative_error, save_model
+
+# The device itself is compiled by the compiler of the other simulated devices.
+missing = cuda_rig.missing_tools() or metal_rig.missing_tools()
+pytestmark = [
+    pytest.mark.skipif(missing is not None, reason=str(missing)),
+    pytest.mark.slow,
+]
+
+TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
+# float: float32 throughout. int16: float16 activations and, for prefill, float16 weights.
+TOLERANCE = {"float": 1e-4, "int16": 4e-3}
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.CudaRig:
+    return cuda_library.CudaRig(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield monkeypatch
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("act", ["float", "int16"])
+def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: str, act: str):
+    use_linux_host(patch, tmp_path / "targets", "cuda")
+    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
+    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    source, out = tmp_path / "model", tmp_path / "out"
+    save_model(source, family)
+    report = fc.build(source, target="cuda", act=act, output=out, context=128, prefill_chunk=32)
+    assert set(report.kernels()) == {"cuda.words" if act == "float" else "cuda.planes"}
+    oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
+    with fc.load(out) as model:
+        assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= TOLERANCE[act]
+        # Token by token, which decodes with quantised activations.
+        sequence = model.engine.add_sequence()
+        logits = [model.engine.prefill(sequence, TOKENS[:3])]
+        logits += [model.engine.decode([sequence], [token])[0] for token in TOKENS[3:8]]
+        want = oracle.logits(TOKENS[:8])[2:]
+        assert relative_error(np.array(logits), want) <= TOLERANCE[act]
+        if act == "float":
+            assert _greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+
+
+def _greedy(model, prompt: list[int], count: int) -> list[int]:
+    sequence = model.engine.add_sequence()
+    logits, tokens = model.engine.prefill(sequence, prompt), []
+    for _ in range(count):
+        tokens.append(int(np.argmax(logits)))
+        logits = model.engine.decode([sequence], tokens[-1:])[0]
+    return tokens
