@@ -66,10 +66,9 @@ class GpuKernel:
             return f"it keeps activations in floating point; this call asks for {spec.act}"
         if spec.dtype == "float16" and not target.has("float16"):
             return f"target {target.name} has no 16-bit floats; --act float computes in float32"
-        if target.limits.max_threads < GROUP:
-            return (
-                f"it needs {GROUP} threads a group; {target.name} has {target.limits.max_threads}"
-            )
+        most = target.limits.max_threads
+        if most < GROUP:
+            return f"it needs {GROUP} threads a group; target {target.name} has {most}"
         words = self.layout.arrays(spec)["codes"].nbytes // 4
         if words > _MAX_WORDS:
             return f"the packed codes take {words} words; its offsets reach {_MAX_WORDS}"
