@@ -88,20 +88,19 @@ def test_dynamic_shapes_with_64_bit_indices():
 def sum_rows(x: T.Buffer((4, 256), "float32"), y: T.Buffer((4,), "float32")):
     for i in T.thread_binding(4, "blockIdx.x"):
         for j in T.thread_binding(64, "threadIdx.x"):
-            with T.sblock("sum"):
-                partial = T.alloc_buffer((64,), "float32", scope="shared")
-                total = T.alloc_buffer((1,), "float32", scope="local")
-                total[0] = T.float32(0)
-                for k in T.unroll(4):
-                    total[0] = total[0] + x[i, k * 64 + j]
-                partial[j] = total[0]
+            partial = T.alloc_buffer((64,), "float32", scope="shared")
+            total = T.alloc_buffer((1,), "float32", scope="local")
+            total[0] = T.float32(0)
+            for k in T.unroll(4):
+                total[0] = total[0] + x[i, k * 64 + j]
+            partial[j] = total[0]
+            T.tvm_storage_sync("shared")
+            for step in range(6):
+                if j < T.shift_right(32, step):
+                    partial[j] = partial[j] + partial[j + T.shift_right(32, step)]
                 T.tvm_storage_sync("shared")
-                for step in range(6):
-                    if j < T.shift_right(32, step):
-                        partial[j] = partial[j] + partial[j + T.shift_right(32, step)]
-                    T.tvm_storage_sync("shared")
-                if j == 0:
-                    y[i] = partial[0]
+            if j == 0:
+                y[i] = partial[0]
 
 
 def test_reduction_through_shared_memory():
@@ -132,17 +131,16 @@ def test_reduction_across_threads_that_tvm_lowers():
 @T.prim_func(s_tir=True)
 def collatz(x: T.Buffer((64,), "int32"), y: T.Buffer((64,), "int32")):
     for j in T.thread_binding(64, "threadIdx.x"):
-        with T.sblock("collatz"):
-            state = T.alloc_buffer((2,), "int32", scope="local")
-            state[0] = x[j]
-            state[1] = 0
-            while state[0] > 1:
-                if T.truncmod(state[0], 2) == 0:
-                    state[0] = T.truncdiv(state[0], 2)
-                else:
-                    state[0] = state[0] * 3 + 1
-                state[1] = state[1] + 1
-            y[j] = state[1]
+        state = T.alloc_buffer((2,), "int32", scope="local")
+        state[0] = x[j]
+        state[1] = 0
+        while state[0] > 1:
+            if T.truncmod(state[0], 2) == 0:
+                state[0] = T.truncdiv(state[0], 2)
+            else:
+                state[0] = state[0] * 3 + 1
+            state[1] = state[1] + 1
+        y[j] = state[1]
 
 
 def test_while_loops_and_branches():
@@ -186,11 +184,10 @@ def transpose(x: T.Buffer((32, 32), "float32"), y: T.Buffer((32, 32), "float32")
         for by in T.thread_binding(2, "blockIdx.y"):
             for tx in T.thread_binding(16, "threadIdx.x"):
                 for ty in T.thread_binding(16, "threadIdx.y"):
-                    with T.sblock("transpose"):
-                        tile = T.alloc_buffer((16, 17), "float32", scope="shared")
-                        tile[ty, tx] = x[by * 16 + ty, bx * 16 + tx]
-                        T.tvm_storage_sync("shared")
-                        y[bx * 16 + ty, by * 16 + tx] = tile[tx, ty]
+                    tile = T.alloc_buffer((16, 17), "float32", scope="shared")
+                    tile[ty, tx] = x[by * 16 + ty, bx * 16 + tx]
+                    T.tvm_storage_sync("shared")
+                    y[bx * 16 + ty, by * 16 + tx] = tile[tx, ty]
 
 
 def test_blocks_and_threads_of_two_dimensions():
