@@ -9,7 +9,7 @@ import numpy as np
 import tvm
 from tvm import s_tir, te, tirx
 
-from tests.emulation.vulkan_target import run
+from tests.emulation.vulkan_target import HOST, run
 
 THREADS = 16
 
@@ -62,6 +62,6 @@ def run_both(
     """Return (llvm, lavapipe) for every result of ``body`` over ``inputs``."""
     function, results = define(body, [str(array.dtype) for array in inputs], len(inputs[0]))
     expected = [tvm.runtime.tensor(np.zeros(len(inputs[0]), dtype)) for dtype in results]
-    tvm.compile(function, target="llvm")(*map(tvm.runtime.tensor, inputs), *expected)
+    tvm.compile(function, target=HOST)(*map(tvm.runtime.tensor, inputs), *expected)
     seen = run_vulkan(body, inputs, lanes, **target)
     return [(e.numpy(), s) for e, s in zip(expected, seen, strict=True)]
