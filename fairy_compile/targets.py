@@ -12,12 +12,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fairy_compile.config import ActContract, check_choice
 from fairy_compile.errors import FairyError, nearest
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
+
+
+DEVICES = ("cpu", "cuda", "metal", "opencl", "vulkan", "webgpu")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one thread group of a GPU target may use.
+
+    Attributes:
+        max_threads: threads of a group.
+        shared_bytes: shared (threadgroup, local, workgroup) memory of a group.
+        simd_width: threads that run in lockstep and can exchange registers; 1 where that is not
+            known when the library is built.
+    """
+
+    max_threads: int
+    shared_bytes: int
+    simd_width: int = 1
 
 
 @dataclass(frozen=True)
@@ -27,12 +47,14 @@ class Target:
     Attributes:
         name: file stem, what ``--target`` takes.
         description: one line for ``fairy_compile targets``.
-        tvm: keys of the TVM target, e.g. ``{"kind": "llvm", "mcpu": "haswell"}``.
-        features: instruction-set features kernels may ask for, in LLVM's names
-            (``avx2``, ``avx512vnni``, ``dotprod``).
+        tvm: keys of the TVM target, e.g. ``{"kind": "llvm", "mcpu": "haswell"}``; for a GPU, its
+            ``host`` is the CPU target of the code that launches kernels.
+        features: what kernels may ask for: instruction sets of CPUs in LLVM's names (``avx2``,
+            ``avx512vnni``, ``dotprod``); of GPUs ``float16`` and names their kernel files define.
         kernels: kernel family names in order of preference.
         library: ``so``, ``dylib``, ``dll`` or ``tar`` (objects to link elsewhere).
-        device: TVM device name the artifact runs on, ``cpu``.
+        device: TVM device kind the artifact runs on, one of `DEVICES`.
+        limits: of a thread group; None for CPUs.
         linkers: commands that link a library for a foreign machine, tried in order; empty where
             the host's own compiler does it.
         detected: True where features were read from this machine.
@@ -45,6 +67,7 @@ class Target:
     kernels: tuple[str, ...]
     library: str = "so"
     device: str = "cpu"
+    limits: Limits | None = None
     linkers: tuple[str, ...] = ()
     detected: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
@@ -53,25 +76,65 @@ class Target:
         """Tell whether the target has all the named features."""
         return all(f in self.features for f in features)
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether kernels run on a device other than the CPU."""
+        return self.device != "cpu"
+
+    @property
+    def host(self) -> dict[str, Any]:
+        """Keys of the TVM target of the CPU code: the target itself, or a GPU's host."""
+        return dict(self.tvm.get("host", self.tvm))
+
     def to_tvm(self) -> Any:
         """Return the `tvm.target.Target`, with a CPU host for device targets."""
         import tvm
 
-        return tvm.target.Target(dict(self.tvm))
+        keys = dict(self.tvm)
+        if self.limits:
+            # Of TVM's two names for the most threads, upstream kernels read the larger number.
+            keys |= {
+                "max_num_threads": self.limits.max_threads,
+                "max_threads_per_block": self.limits.max_threads,
+                "max_shared_memory_per_block": self.limits.shared_bytes,
+                "thread_warp_size": self.limits.simd_width,
+            }
+        return tvm.target.Target(keys)
 
     def runs_here(self) -> bool:
         """Tell whether a library for this target can be executed by this process."""
-        triple = str(self.tvm.get("mtriple", ""))
+        if self.is_gpu and not _has_device(self.device):
+            return False
+        triple = str(self.host.get("mtriple", ""))
         if not triple:
-            return True
+            return not self.is_gpu or self.library != "tar"
         machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
         system = {"Linux": "linux", "Darwin": "apple", "Windows": "windows"}[platform.system()]
         return (
             triple.split("-")[0].replace("arm64", "aarch64") == machine
             and system in triple
             and "android" not in triple
-            and self.features <= host_features()
+            and (self.is_gpu or self.features <= host_features())
         )
+
+
+def _has_device(kind: str) -> bool:
+    """Tell whether this installation of TVM can use a device of this kind here."""
+    import tvm
+
+    try:
+        return bool(tvm.runtime.device(kind).exist)
+    except (ValueError, RuntimeError):
+        return False
+
+
+def activation_dtype(target: Target, act: ActContract) -> str:
+    """Return the dtype of activations between kernels.
+
+    CPUs keep them in float32. GPUs that compute in float16 keep them in float16, except under the
+    contract ``float``, which asks for exact activations; sums are float32 either way.
+    """
+    return "float16" if target.is_gpu and target.has("float16") and act != "float" else "float32"
 
 
 def targets_directory() -> Path:
@@ -117,13 +180,22 @@ def load_target(name: str) -> Target:
             features=features,
             kernels=kernels,
             library=data.pop("library", "so"),
-            device=data.pop("device", "cpu"),
+            device=_device(data),
+            limits=Limits(**data.pop("limits")) if "limits" in data else None,
             linkers=tuple(data.pop("linkers", [])),
             extra=data,
         )
-    except (KeyError, tomllib.TOMLDecodeError) as error:
+    except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         raise FairyError(f"target file {path} is malformed: {error}") from error
+    if target.is_gpu and target.limits is None:
+        raise FairyError(f"target file {path} is malformed: a GPU needs a table [limits]")
     return _detect_host(target) if target.tvm.get("mcpu") == "native" else target
+
+
+def _device(data: dict[str, Any]) -> str:
+    device = data.pop("device", "cpu")
+    check_choice("device", device, DEVICES)
+    return device
 
 
 def _detect_host(target: Target) -> Target:

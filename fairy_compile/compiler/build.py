@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 from fairy_compile.artifact import check_output, staged_directory
 from fairy_compile.compiler.export import check_linker, export_library
-from fairy_compile.compiler.library import ENTRY_POINTS, Sizes
+from fairy_compile.compiler.library import Sizes, entry_points
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
 from fairy_compile.compiler.write import Work, param_nbytes, write_configs, write_params
 from fairy_compile.config import Granularity, QuantConfig, check_choice
-from fairy_compile.errors import FairyError
+from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.source import open_source
 from fairy_compile.models import DecoderConfig, parse_config
 from fairy_compile.models.config import KV_DTYPES
-from fairy_compile.targets import load_target
+from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
 if TYPE_CHECKING:
@@ -67,9 +67,10 @@ def build(
         scale: granularity of scales.
         calibrate: text to calibrate on, see `convert`; needs the extra ``train``.
         bits: mean bits a weight under which T is chosen for every layer, see `convert`.
-        act: activation contract, ``int8``, ``int16`` or ``float``.
+        act: activation contract, ``int8``, ``int16`` or ``float``. GPU kernels without the asked
+            one keep activations in float16, or in float32 for ``float``.
         kv_dtype: dtype of cached keys and values, ``float16`` or ``float32``; default float32 with
-            float activations, else float16.
+            float activations and on GPUs without 16-bit floats, else float16.
         output: artifact directory; may be left out for a dry run.
         force: replace an existing artifact.
         dry_run: plan and report, write nothing.
@@ -97,7 +98,11 @@ def build(
             asked, calibrated=calibrate is not None, by_budget=bits is not None
         )
         decoder = parse_config(source.config)
-        decoder = replace(decoder, kv_dtype=_kv_dtype(kv_dtype, config_quant.act))
+        decoder = replace(
+            decoder,
+            kv_dtype=_kv_dtype(kv_dtype, config_quant.act, compile_for),
+            act_dtype=activation_dtype(compile_for, config_quant.act),
+        )
         sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
         if quant_note:
             notes.append(quant_note)
@@ -150,7 +155,7 @@ def build(
             executable = compile_module(
                 work.module,
                 compile_for,
-                list(ENTRY_POINTS),
+                entry_points(compile_for),
                 debug_dump=Path(debug_dump) if debug_dump else None,
                 progress=progress,
             )
@@ -204,10 +209,15 @@ def _quant_config(
     )
 
 
-def _kv_dtype(asked: str | None, act: str) -> str:
+def _kv_dtype(asked: str | None, act: str, target: Target) -> str:
+    lacks_float16 = target.is_gpu and not target.has("float16")
     if asked is None:
-        return "float32" if act == "float" else "float16"
+        return "float32" if act == "float" or lacks_float16 else "float16"
     check_choice("--kv-dtype", asked, KV_DTYPES)
+    if asked == "float16" and lacks_float16:
+        raise UnsupportedError(
+            f"--kv-dtype float16: target {target.name} has no 16-bit floats; allowed: float32"
+        )
     return asked
 
 
@@ -253,6 +263,7 @@ def _report(work: Work, notes: list[str]) -> BuildReport:
             "prefill_chunk": work.sizes.prefill_chunk,
             "max_batch": work.sizes.max_batch,
             "kv_dtype": work.decoder.kv_dtype,
+            "act_dtype": work.decoder.act_dtype,
         },
         notes=notes,
     )

@@ -10,19 +10,25 @@ from tvm import relax
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from fairy_compile.artifact.contract import REQUIRED_FUNCTIONS
+from fairy_compile.artifact.contract import (
+    CHAT_FUNCTIONS,
+    GPU_SAMPLER_FUNCTIONS,
+    REQUIRED_FUNCTIONS,
+)
 from fairy_compile.compiler.plan import Planner
 from fairy_compile.models import DecoderConfig
 from fairy_compile.models import engine_functions as engine
 from fairy_compile.models.decoder import CausalLM
+from fairy_compile.models.gpu_sampler import add_gpu_sampler
 from fairy_compile.models.kv_cache import add_kv_cache
 from fairy_compile.models.linear import LinearCall, PlannedLinear
 from fairy_compile.targets import Target
 
-ACT_DTYPE = "float32"
 
-ENTRY_POINTS = tuple(REQUIRED_FUNCTIONS["cpu"])
-"""What an engine calls in a library for CPUs; everything else is internal."""
+def entry_points(target: Target) -> list[str]:
+    """Return what an engine calls in a library for ``target``; everything else is internal."""
+    required = REQUIRED_FUNCTIONS[target.device]
+    return list(CHAT_FUNCTIONS | required if target.is_gpu else required)
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,12 @@ def define(
     metadata = _metadata(config, sizes, params, quantization)
     bb = relax.BlockBuilder(module)
     add_kv_cache(bb, config, target)
-    engine.add_embedding_buffer(bb, sizes.prefill_chunk, config.hidden_size, ACT_DTYPE)
+    engine.add_embedding_buffer(bb, sizes.prefill_chunk, config.hidden_size, config.act_dtype)
     engine.add_metadata(bb, metadata)
+    if GPU_SAMPLER_FUNCTIONS.keys() & REQUIRED_FUNCTIONS[target.device].keys():
+        add_gpu_sampler(bb, config.vocab_size)
     module = bb.finalize()
-    for name, func in engine.inplace_functions().items():
+    for name, func in engine.inplace_functions(target).items():
         module[name] = func
     return module, params, metadata
 
@@ -94,7 +102,7 @@ def _entry_points(config: DecoderConfig) -> dict[str, Any]:
     cache = spec.Object(object_type=PagedKVCache)
 
     def tokens(*shape: Any) -> Any:
-        return spec.Tensor([*shape, hidden], ACT_DTYPE)
+        return spec.Tensor([*shape, hidden], config.act_dtype)
 
     def ints(*shape: Any) -> Any:
         return spec.Tensor(list(shape), "int32")

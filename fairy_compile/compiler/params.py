@@ -31,7 +31,9 @@ def call_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[st
     elif call.shared:
         arrays = {}
     else:
-        weights = [source.dense(f"{layer}.weight") for layer in call.sources]
+        weights = [
+            stored_as(call.dtype, source.dense(f"{layer}.weight"), layer) for layer in call.sources
+        ]
         arrays = {"weight": weights[0] if len(weights) == 1 else np.concatenate(weights)}
     if call.bias:
         biases = [source.dense(f"{layer}.bias") for layer in call.sources]
@@ -40,13 +42,31 @@ def call_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[st
 
 
 def plain_array(param: Param, source: ModelSource) -> np.ndarray:
-    """Return a parameter outside linear calls (embedding, norm), widened where asked."""
+    """Return a parameter outside linear calls (embedding, norm) in the dtype it is stored in."""
     array = source.dense(param.name)
     if array.shape != param.shape:
         raise FairyError(
             f"tensor {param.name} has shape {array.shape}; config.json implies {param.shape}"
         )
-    return array.astype(np.float32) if param.dtype == "float32" else array
+    return stored_as(param.dtype, array, param.name)
+
+
+def stored_as(dtype: str, array: np.ndarray, name: str) -> np.ndarray:
+    """Return ``array`` in the dtype a library stores it in.
+
+    Raises:
+        FairyError: a value is too large for float16.
+    """
+    if str(array.dtype) == dtype:
+        return array
+    if dtype == "float16":
+        largest = float(np.abs(array.astype(np.float32)).max(initial=0.0))
+        if largest > np.finfo(np.float16).max:
+            raise FairyError(
+                f"tensor {name} has values up to {largest:g}, and float16 ends at 65504; build "
+                "with --act float, which keeps float32"
+            )
+    return array.astype(dtype)
 
 
 def iterate(

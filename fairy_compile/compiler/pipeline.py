@@ -14,7 +14,12 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from fairy_compile.compiler.passes import ParallelizeElementwise, keep_only
+from fairy_compile.compiler.passes import (
+    BindElementwise,
+    CheckBound,
+    ParallelizeElementwise,
+    keep_only,
+)
 from fairy_compile.targets import Target
 
 Progress = Callable[[str, int, int], None]
@@ -29,13 +34,16 @@ class Phase:
     passes: tuple[Any, ...]
 
 
-def phases(entry_points: list[str]) -> list[Phase]:
+def phases(entry_points: list[str], target: Target) -> list[Phase]:
     """Return the phases in order; ``entry_points`` are the functions an engine may call."""
     t = relax.transform
+    schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
+    if target.limits:
+        schedule = (BindElementwise(target.limits.max_threads), CheckBound())
     return [
         Phase("legalise operators", (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())),
         Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),
-        Phase("schedule element-wise", (ParallelizeElementwise(),)),
+        Phase("schedule element-wise", schedule),
         Phase(
             "plan memory",
             (
@@ -79,7 +87,7 @@ def compile_module(
     Returns:
         The Relax VM executable.
     """
-    steps = phases(entry_points)
+    steps = phases(entry_points, target)
     tvm_target = target.to_tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
         _dump(debug_dump, 0, "input", module)

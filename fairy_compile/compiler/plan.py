@@ -14,7 +14,7 @@ from fairy_compile.kernels import FAMILIES
 from fairy_compile.kernels.base import Batch, PhaseKernel
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op.spec import PhaseSpec
-from fairy_compile.targets import Target
+from fairy_compile.targets import Target, activation_dtype
 
 
 def pick_kernel(spec: PhaseSpec, target: Target) -> tuple[PhaseKernel, PhaseSpec, str]:
@@ -71,11 +71,12 @@ class Planner:
         self.calls: list[LinearCall] = []
         self.layer_plans: dict[str, LayerPlan] = {}
         self._names = frozenset(source.names())
+        self.act_dtype = activation_dtype(target, quant.act)
         self._tuned = load_knobs(target)
 
     def dtype(self, name: str) -> str:
-        """See `LinearPlanner.dtype`."""
-        return self.source.dtype(name)
+        """See `LinearPlanner.dtype`. GPUs store real weights as they compute with them."""
+        return self.act_dtype if self.target.is_gpu else self.source.dtype(name)
 
     def linear(
         self,
@@ -84,6 +85,7 @@ class Planner:
         in_features: int,
         out_features: Sequence[int],
         bias: bool = False,
+        out_dtype: str | None = None,
     ) -> list[LinearCall]:
         """See `LinearPlanner.linear`: neighbours that agree on everything share a call."""
         for layer, rows in zip(sources, out_features, strict=True):
@@ -102,7 +104,7 @@ class Planner:
             layers = tuple(sources[i] for i in group)
             rows = tuple(out_features[i] for i in group)
             own_name = name if len(groups) == 1 else layers[0] if len(layers) == 1 else name
-            calls.append(self._call(own_name, layers, in_features, rows, bias))
+            calls.append(self._call(own_name, layers, in_features, rows, bias, out_dtype))
         if len(groups) > 1:
             note = "; not fused with its neighbours: they differ in form"
             calls = [replace(c, reason=c.reason + note) for c in calls]
@@ -123,7 +125,7 @@ class Planner:
             )
         plan = self.source.plan(name, self.quant)
         if plan.phase or weight not in self.source.tied:
-            return self.linear(name, [name], in_features, [vocab])
+            return self.linear(name, [name], in_features, [vocab], out_dtype="float32")
         self._check_shape(weight, (vocab, in_features))
         call = LinearCall(
             name=name,
@@ -132,8 +134,9 @@ class Planner:
             out_features=(vocab,),
             bias=False,
             reason=f"{plan.reason}; reads the tied embedding",
-            dtype=self.source.dtype(weight),
+            dtype=self.dtype(weight),
             shared=self.source.tied[weight],
+            act_dtype=self.act_dtype,
         )
         self.calls.append(call)
         return [call]
@@ -152,17 +155,21 @@ class Planner:
         in_features: int,
         rows: tuple[int, ...],
         bias: bool,
+        out_dtype: str | None,
     ) -> LinearCall:
         plan = self.layer_plans[layers[0]]
+        out_dtype = out_dtype or self.act_dtype
         common: dict[str, Any] = {
             "name": name,
             "sources": layers,
             "in_features": in_features,
             "out_features": rows,
             "bias": bias,
+            "act_dtype": self.act_dtype,
+            "out_dtype": out_dtype,
         }
         if not plan.phase:
-            dtype = self.source.dtype(f"{layers[0]}.weight")
+            dtype = self.dtype(f"{layers[0]}.weight")
             return LinearCall(**common, reason=plan.reason, dtype=dtype)
         spec = PhaseSpec(
             parts=tuple(n // 2 for n in rows),
@@ -171,6 +178,8 @@ class Planner:
             terms=plan.terms,
             scale=plan.scale,
             act=self.quant.act,
+            dtype=self.act_dtype,
+            out_dtype=out_dtype,
         )
         kernel, spec, reason = pick_kernel(spec, self.target)
         demanded = dict(self.demands.get(name, {}))

@@ -82,6 +82,10 @@ class BuildReport:
         return asdict(self) | {"kernels": self.kernels()}
 
 
+def _float(dtype: str) -> str:
+    return "float" if dtype == "float32" else dtype
+
+
 def describe_call(call: LinearCall) -> LayerReport:
     """Return the report row of one planned call."""
     spec = call.spec
@@ -94,7 +98,7 @@ def describe_call(call: LinearCall) -> LayerReport:
         shape=(sum(call.out_features), call.in_features),
         kernel=call.kernel_name,
         layout=call.layout_name,
-        act=spec.act if spec else "float",
+        act=spec.contract if spec else _float(call.act_dtype),
         stages=spec.stages if spec else 0,
         terms="".join(spec.terms) if spec else "",
         scale=spec.scale if spec else "",

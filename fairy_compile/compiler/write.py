@@ -31,7 +31,7 @@ from fairy_compile.artifact.schema import dump_json, load_object
 from fairy_compile.artifact.tensor_cache import ITEMSIZE, TENSOR_CACHE
 from fairy_compile.compiler import params as parameters
 from fairy_compile.compiler.export import library_name
-from fairy_compile.compiler.library import ENTRY_POINTS, Param, Sizes, define
+from fairy_compile.compiler.library import Param, Sizes, define, entry_points
 from fairy_compile.compiler.pipeline import Progress
 from fairy_compile.compiler.plan import Planner
 from fairy_compile.compiler.report import BuildReport, describe_call
@@ -183,7 +183,7 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
         ),
         params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
         library=library,
-        functions={name: str(work.signatures[name]) for name in ENTRY_POINTS},
+        functions={name: str(work.signatures[name]) for name in entry_points(work.target)},
         metadata=work.metadata,
     )
     manifest.write(directory)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from fairy_compile.kernels.arm import CODEBOOK_KERNELS as ARM_CODEBOOK
 from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.kernels.generic import GenericKernel
+from fairy_compile.kernels.metal import METAL_KERNELS
+from fairy_compile.kernels.opencl import OPENCL_KERNELS
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86_CODEBOOK
 
 FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
     "x86.codebook": X86_CODEBOOK,
     "arm.codebook": ARM_CODEBOOK,
+    "metal.words": METAL_KERNELS,
+    "opencl.words": OPENCL_KERNELS,
     "generic": (GenericKernel(),),
 }
 """Family name -> its kernels, best first."""

@@ -88,8 +88,8 @@ class PhaseKernel(Protocol):
     ) -> PrimFunc:
         """Return a scheduled function (x, *arrays in `layout.arrays` order, y).
 
-        x is float32 (b, 2m) and y float32 (b, 2n); b is 1 for batch ``single`` and symbolic for
-        ``many``.
+        x is (b, 2m) in ``spec.dtype`` and y (b, 2n) in ``spec.out_dtype``, both float32 on CPUs; b
+        is 1 for batch ``single`` and symbolic for ``many``.
         """
 
 

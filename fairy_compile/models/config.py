@@ -37,7 +37,8 @@ class DecoderConfig:
     Attributes mirror config.json; ``context`` is the longest sequence the model takes and
     ``context_reason`` says where that number came from. ``qkv_bias``, ``qk_norm`` and the like
     are set by the family file, not read from config.json, unless the family says so.
-    ``kv_dtype`` is the dtype of cached keys and values, which the build chooses.
+    ``kv_dtype`` is the dtype of cached keys and values and ``act_dtype`` that of activations between
+    kernels; the build chooses both.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     kv_dtype: str = "float32"
+    act_dtype: str = "float32"
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """The Llama-style decoder all dense families share, as Relax modules.
 
 Linear layers come from a planner, so that this file says what a model computes and nothing about
-how weights are stored. Activations are float32 on CPU targets.
+how weights are stored. Activations have the dtype ``config.act_dtype``, logits are float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner, make_linear
 
 
-def gather_rows(table: Tensor, rows: Tensor, name: str) -> Tensor:
-    """Return table[rows] as float32: (v, h) and int32 (n,) -> (n, h).
+def gather_rows(table: Tensor, rows: Tensor, name: str, dtype: str) -> Tensor:
+    """Return table[rows] as ``dtype``: (v, h) and int32 (n,) -> (n, h).
 
     Indices are clamped into the table, so that a wrong one can never read outside it.
     """
@@ -30,7 +30,7 @@ def gather_rows(table: Tensor, rows: Tensor, name: str) -> Tensor:
         last = tirx.Cast("int32", values.shape[0]) - 1
         return te.compute(
             (index.shape[0], values.shape[1]),
-            lambda i, j: tirx.Cast("float32", values[te.max(te.min(index[i], last), 0), j]),
+            lambda i, j: tirx.Cast(dtype, values[te.max(te.min(index[i], last), 0), j]),
             name=name,
         )
 
@@ -38,14 +38,15 @@ def gather_rows(table: Tensor, rows: Tensor, name: str) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Token embedding (vocab, hidden) in its storage dtype; rows come out as float32."""
+    """Token embedding (vocab, hidden) in its storage dtype; rows come out as ``act_dtype``."""
 
-    def __init__(self, vocab: int, hidden: int, dtype: str) -> None:
+    def __init__(self, vocab: int, hidden: int, dtype: str, act_dtype: str) -> None:
         self.weight = nn.Parameter((vocab, hidden), dtype)
+        self.act_dtype = act_dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up ids int32 (n,) -> float32 (n, hidden)."""
-        return gather_rows(self.weight, ids, "embed_tokens")
+        """Look up ids int32 (n,) -> (n, hidden)."""
+        return gather_rows(self.weight, ids, "embed_tokens", self.act_dtype)
 
 
 class Attention(nn.Module):
@@ -146,7 +147,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, planner.dtype("model.embed_tokens.weight")
+            config.vocab_size,
+            config.hidden_size,
+            planner.dtype("model.embed_tokens.weight"),
+            config.act_dtype,
         )
         self.layers = nn.ModuleList(
             [
@@ -168,6 +172,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: DecoderConfig, planner: LinearPlanner, target: Any) -> None:
         self.config = config
+        self.target = target
         self.model = Decoder(config, planner, target)
         self.lm_head = make_linear(
             planner.head("lm_head", config.hidden_size, config.vocab_size),
@@ -176,7 +181,7 @@ class CausalLM(nn.Module):
         )
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embed ids int32 (n,) -> float32 (n, hidden)."""
+        """Embed ids int32 (n,) -> (n, hidden)."""
         return self.model.embed_tokens(ids)
 
     def prefill(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
@@ -199,7 +204,7 @@ class CausalLM(nn.Module):
         """
         hidden = self.model(x, cache)
         rows = op.reshape(hidden, (hidden.shape[1], self.config.hidden_size))
-        picked = gather_rows(rows, logit_positions, "pick_logit_rows")
+        picked = gather_rows(rows, logit_positions, "pick_logit_rows", hidden.dtype)
         return self.lm_head(op.reshape(picked, (1, picked.shape[0], picked.shape[1]))), cache
 
     def decode(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
@@ -212,4 +217,4 @@ class CausalLM(nn.Module):
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """See `engine_functions.softmax_with_temperature`."""
-        return softmax_with_temperature(logits, temperature)
+        return softmax_with_temperature(logits, temperature, self.target)

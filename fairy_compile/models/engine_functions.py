@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax, te, tirx
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
+from fairy_compile.kernels import logits_gpu
+
+if TYPE_CHECKING:
+    from fairy_compile.targets import Target
+
 # Below this temperature an engine expects the arg-max distribution.
 GREEDY_TEMPERATURE = 1e-5
 
 
-def softmax_with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+def softmax_with_temperature(logits: Tensor, temperature: Tensor, target: Target) -> Tensor:
     """Softmax of logits (b, 1, v) at temperature (b,), both float32 -> (b, 1, v).
 
     At temperatures up to `GREEDY_TEMPERATURE` the maxima share probability 1 evenly.
     """
+    if target.is_gpu:
+        return op.tensor_ir_op(
+            logits_gpu.build_softmax(GREEDY_TEMPERATURE).with_attr("op_pattern", 8),
+            "softmax_with_temperature",
+            [logits, temperature],
+            Tensor.placeholder(logits.shape, "float32"),
+        )
 
     def define(x: te.Tensor, t: te.Tensor) -> te.Tensor:
         batch, vocab = x.shape[0], x.shape[2]
@@ -49,8 +61,12 @@ def _scheduled(name: str) -> dict[str, Any]:
     return {"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True}
 
 
-def inplace_functions() -> dict[str, tirx.PrimFunc]:
+def inplace_functions(target: Target) -> dict[str, tirx.PrimFunc]:
     """Return the three functions that edit logits (b, v) float32 in place."""
+    return logits_gpu.inplace_functions() if target.is_gpu else _inplace_functions_cpu()
+
+
+def _inplace_functions_cpu() -> dict[str, tirx.PrimFunc]:
 
     @T.prim_func(s_tir=True)
     def apply_logit_bias(

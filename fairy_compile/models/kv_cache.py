@@ -1,19 +1,26 @@
 """The paged KV cache of a model: how it is created, and attention over it.
 
 The cache is the runtime's (`vm.builtin.paged_attention_kv_cache_create`), which manages sequences
-and pages; the functions it calls to work on them are `kernels.attention_cpu`'s. It demands one
-dtype for pages and for everything that goes in and comes out, so a float16 cache means that queries
-and outputs are rounded to float16 as well. Arithmetic in between is float32.
+and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs and those of
+TVM's `TIRPagedKVCache` on GPUs. It demands one dtype for pages and for everything that goes in and
+comes out, so a float16 cache means that queries and outputs are rounded to float16 as well.
+Arithmetic in between is float32.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax, te, tirx
 from tvm.relax.frontend.nn import Tensor, op
-from tvm.relax.frontend.nn.llm.kv_cache import AttnKind, PagedKVCache, RopeMode
+from tvm.relax.frontend.nn.llm.kv_cache import (
+    AttnKind,
+    PagedKVCache,
+    RopeMode,
+    TIRPagedKVCache,
+)
 
 from fairy_compile.kernels import attention_cpu as kernels
 
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
 
 CREATE = "create_tir_paged_kv_cache"
 _FLOAT16_MAX = 65504.0
+PAGE_SIZE = 16
+"""Tokens of a page; engines use no other size."""
 
 
 def attend(cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig) -> Tensor:
@@ -31,17 +40,20 @@ def attend(cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig) 
     Args:
         cache: the cache, in ``config.kv_dtype``.
         layer: which layer's pages.
-        qkv: float32 (b, s, heads + 2 kv_heads, head_dim).
+        qkv: ``config.act_dtype`` (b, s, heads + 2 kv_heads, head_dim).
         config: sizes of the model.
 
     Returns:
-        float32 (b, s, heads, head_dim).
+        ``config.act_dtype`` (b, s, heads, head_dim).
     """
-    if config.kv_dtype == "float16":
-        qkv = op.tensor_expr_op(_to_float16, "to_float16", [qkv])
+    if config.kv_dtype != qkv.dtype:
+        if config.kv_dtype == "float16":
+            qkv = op.tensor_expr_op(_to_float16, "to_float16", [qkv])
+        else:
+            qkv = qkv.astype(config.kv_dtype)
     scale = config.head_dim**-0.5
     y = cache.attention_with_fused_qkv(layer, qkv, config.num_heads, sm_scale=scale)
-    return y if config.kv_dtype == "float32" else y.astype("float32")
+    return y if y.dtype == config.act_dtype else y.astype(config.act_dtype)
 
 
 def _to_float16(x: te.Tensor) -> te.Tensor:
@@ -63,6 +75,7 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
     sizes = [tirx.Var(name, "int64") for name in names]
     params = [relax.Var(f"{v.name}_", relax.ShapeType([v])) for v in sizes]
     rope = config.rope
+    functions = (_gpu_functions if target.is_gpu else _functions)(bb, config, target)
     with bb.function(CREATE, params=params):
         prim = relax.prim_value
         arguments = [
@@ -80,7 +93,7 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
             prim(rope.theta),
             prim(0),  # no rope extension factors
             relax.op.zeros((), config.kv_dtype),
-            *_functions(bb, config, target),
+            *functions,
         ]
         create = "vm.builtin.paged_attention_kv_cache_create"
         cache = relax.call_pure_packed(create, *arguments, ty_args=relax.AnyType())
@@ -120,3 +133,66 @@ def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) ->
         add(kernels.build_read(shape, unit, config.num_layers)),
         add(kernels.build_compact(shape, unit)),
     ]
+
+
+def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> list[Any]:
+    """Return the function arguments of the runtime's constructor that TVM gives it for a GPU.
+
+    Left out are kernels for sliding windows, token trees and latent attention, which nothing calls.
+    """
+    rope = config.rope
+    names = ("max_sequences", "max_total_tokens", "prefill_chunk", "sliding_window")
+    sizes = {name: tirx.Var(name, "int64") for name in names}
+    params = [relax.Var(f"{name}_", relax.ShapeType([var])) for name, var in sizes.items()]
+    # TVM builds the call as a class; it is emitted into a function that is dropped later.
+    with bb.function("upstream_kv_cache", params=params, private=True):
+        cache = TIRPagedKVCache(
+            "mha",
+            sizes["max_sequences"],
+            sizes["max_total_tokens"],
+            sizes["prefill_chunk"],
+            PAGE_SIZE,
+            sizes["sliding_window"],
+            layer_partition=relax.ShapeExpr([0, config.num_layers]),
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            qk_head_dim=config.head_dim,
+            v_head_dim=config.head_dim,
+            mla_original_qk_head_dim=0,
+            mla_original_v_head_dim=0,
+            rope_mode=RopeMode.NORMAL,
+            rope_scale=rope.scale,
+            rope_theta=rope.theta,
+            rope_scaling=dict(rope.scaling),
+            rope_ext_factors=relax.prim_value(0),
+            rotary_dim=config.head_dim,
+            enable_disaggregation=False,
+            dtype=config.kv_dtype,
+            target=_attention_target(config, target),
+        )
+        call = bb.lookup_binding(cache._expr)
+        bb.emit_func_output(cache._expr)
+    # Before the functions are the name of the packed function and 13 sizes.
+    functions = list(call.args)[14:]
+    functions[_APPEND_LATENT] = relax.prim_value(0)
+    for index in _UNUSED_KERNELS:
+        functions[index] = relax.Tuple([])
+    return functions
+
+
+# Places among the functions, in the order of `_functions`.
+_APPEND_LATENT = 1
+_UNUSED_KERNELS = (5, 6, 7, 8)
+
+
+def _attention_target(config: DecoderConfig, target: Target) -> Any:
+    """Return the TVM target upstream's attention kernels are shaped for.
+
+    They count two bytes an element whatever the dtype, and would take more shared memory than there
+    is with float32 keys and values; half the threads take half the memory.
+    """
+    limits = target.limits
+    if limits and config.kv_dtype == "float32":
+        target = replace(target, limits=replace(limits, max_threads=min(256, limits.max_threads)))
+    return target.to_tvm()

@@ -10,8 +10,10 @@ from tvm import tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from fairy_compile.kernels import dense
+from fairy_compile.kernels import dense, dense_gpu
 from fairy_compile.kernels.base import ArraySpec, PhaseKernel
+from fairy_compile.models.elementwise import add_bias
+from fairy_compile.models.shapes import product
 from fairy_compile.op.spec import PhaseSpec
 
 
@@ -29,6 +31,7 @@ class LinearCall:
         spec, kernel: of a phase call; None for a dense one.
         knobs: batch class -> knobs that differ from the kernel's defaults.
         dtype: storage dtype of a dense weight.
+        act_dtype, out_dtype: of its input and its output.
         shared: parameter that already holds the dense weight (tied embeddings), or None.
     """
 
@@ -43,6 +46,8 @@ class LinearCall:
     knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
     shared: str | None = None
+    act_dtype: str = "float32"
+    out_dtype: str = "float32"
 
     @property
     def kernel_name(self) -> str:
@@ -89,17 +94,20 @@ def kernel_symbol(call: LinearCall, batch: str) -> str:
     Calls of equal shape and contract share one function.
     """
     shape = f"{sum(call.out_features)}x{call.in_features}"
+    if call.out_dtype != call.act_dtype:
+        shape += f"_{call.out_dtype}"
     if call.spec is None:
-        return f"dense_{call.dtype}_{batch}_{shape}"
+        act = "" if call.act_dtype == "float32" else f"_{call.act_dtype}"
+        return f"dense_{call.dtype}_{batch}_{shape}{act}"
     spec = call.spec
     return (
         f"{call.kernel_name.replace('.', '_')}_{batch}_{shape}_t{spec.stages}"
-        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}"
+        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.contract}"
     )
 
 
 class PlannedLinear(nn.Module):
-    """y = x A^T + bias for one `LinearCall`, x (..., in) float32 -> (..., out) float32."""
+    """y = x A^T + bias for one `LinearCall`, x (..., in) -> y (..., out), in the call's dtypes."""
 
     def __init__(self, call: LinearCall, target: Any, shared: nn.Parameter | None = None) -> None:
         self.call = call
@@ -122,15 +130,17 @@ class PlannedLinear(nn.Module):
             self._function(batch),
             kernel_symbol(self.call, batch),
             [flat, *weights],
-            Tensor.placeholder((rows, out), "float32"),
+            Tensor.placeholder((rows, out), self.call.out_dtype),
         )
         y = op.reshape(y, (*lead, out))
-        return y + self.bias if self.bias is not None else y
+        return add_bias(y, self.bias) if self.bias is not None else y
 
     def _function(self, batch: str) -> tirx.PrimFunc:
         call = self.call
         if call.kernel and call.spec:
             func = call.kernel.build(call.spec, self.target, batch, call.knobs.get(batch, {}))
+        elif self.target.is_gpu:
+            func = dense_gpu.build_dense(call, self.target.limits, batch)
         else:
             func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
         # Opaque to operator fusion: the function is already scheduled.
@@ -159,17 +169,3 @@ def make_linear(
     if len(calls) == 1:
         return PlannedLinear(calls[0], target, shared)
     return LinearRow(calls, target)
-
-
-def product(dims: Sequence[Any]) -> Any:
-    """Multiply static and symbolic dimensions, dropping static ones."""
-    static, symbolic = 1, []
-    for dim in dims:
-        if isinstance(dim, (int, tirx.IntImm)):
-            static *= int(dim)
-        else:
-            symbolic.append(dim)
-    product: Any = static
-    for dim in symbolic:
-        product = dim if isinstance(product, int) and product == 1 else product * dim
-    return product

@@ -22,6 +22,8 @@ class PhaseSpec:
         terms: ("U", "W") or ("W",).
         scale: granularity of the scales in the source tensors.
         act: activation contract.
+        dtype: of x, ``float32`` or ``float16``.
+        out_dtype: of y, likewise.
     """
 
     parts: tuple[int, ...]
@@ -30,6 +32,8 @@ class PhaseSpec:
     terms: tuple[Term, ...]
     scale: Granularity
     act: ActContract
+    dtype: str = "float32"
+    out_dtype: str = "float32"
 
     @property
     def n(self) -> int:
@@ -61,5 +65,10 @@ class PhaseSpec:
         """Return a short text for reports, e.g. ``8192x4096 T=2 UW tensor int8``."""
         return (
             f"{self.out_features}x{self.in_features} T={self.stages} "
-            f"{''.join(self.terms)} {self.scale} {self.act}"
+            f"{''.join(self.terms)} {self.scale} {self.contract}"
         )
+
+    @property
+    def contract(self) -> str:
+        """What activations are computed with: ``int8``, ``int16``, ``float`` or ``float16``."""
+        return self.dtype if self.act == "float" and self.dtype != "float32" else self.act

@@ -1,0 +1,166 @@
+"""The phase kernel that all GPU backends without integer matrix units share.
+
+One packed weight (`gpu_layout`), two ways through it: `gpu_decode` for few rows of x, `gpu_prefill`
+for many. A backend says how threads add up their sums and which matrix units it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tvm.tirx.script import builder as T
+
+from fairy_compile.errors import FairyError
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.gpu_builder import build_function, ceildiv, launch_if, reduce_group
+from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Reduce
+from fairy_compile.kernels.gpu_layout import WordsLayout
+from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
+from fairy_compile.kernels.gpu_tile import GROUP, TileGemm
+from fairy_compile.kernels.gpu_weights import Weights
+from fairy_compile.op import PhaseSpec
+from fairy_compile.phase import PhaseTensor
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, PrimFunc
+
+    from fairy_compile.targets import Target
+
+_MAX_WORDS = 2**31 - 1  # offsets are int32
+# Thread groups that keep a GPU busy; with fewer, more threads share a row.
+_GROUPS = 128
+
+
+class GpuKernel:
+    """Phase GEMM for one kind of device; implements `PhaseKernel`.
+
+    Knobs:
+        threads: threads that share a matrix row while decoding; ``auto`` takes more of them where
+            rows are few.
+        rows: complex matrix rows of such a team.
+        tokens: rows of x that one pass of decoding serves, in batch ``many``.
+        switch: most rows of x that are served by decoding; more go to the tiled GEMM.
+        tile_tokens: rows of x of a tile.
+    """
+
+    layout = WordsLayout()
+    knobs: Mapping[str, Sequence[Any]] = {
+        "threads": ("auto", 16, 32, 64, 128),
+        "rows": (2, 1, 4),
+        "tokens": (4, 2, 1, 8),
+        "switch": (8, 0, 4, 16, 32),
+        "tile_tokens": ("auto", 32, 64),
+    }
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.name = f"{device}.words"
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """See `PhaseKernel.unsupported`."""
+        if target.device != self.device or target.limits is None:
+            return f"it is for {self.device}; target {target.name} runs on {target.device}"
+        if spec.act != "float":
+            return f"it keeps activations in floating point; this call asks for {spec.act}"
+        if spec.dtype == "float16" and not target.has("float16"):
+            return f"target {target.name} has no 16-bit floats; --act float computes in float32"
+        if target.limits.max_threads < GROUP:
+            return f"it needs {GROUP} threads a group; {target.name} has {target.limits.max_threads}"
+        words = self.layout.arrays(spec)["codes"].nbytes // 4
+        if words > _MAX_WORDS:
+            return f"the packed codes take {words} words; its offsets reach {_MAX_WORDS}"
+        shared = self.shared_bytes(spec, target)
+        if shared > target.limits.shared_bytes:
+            return (
+                f"it needs {shared} bytes of shared memory; {target.name} has "
+                f"{target.limits.shared_bytes}"
+            )
+        return None
+
+    def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
+        """See `PhaseKernel.demands`: nothing, every knob computes the same."""
+        return {}
+
+    def shared_bytes(self, spec: PhaseSpec, target: Target) -> int:
+        """Return the shared memory of the larger launch with default knobs."""
+        size = 2 if spec.dtype == "float16" else 4
+        return 32 * (64 + self._tile_tokens(spec, "auto")) * size
+
+    def build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """See `PhaseKernel.build`.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        chosen = self._choose(knobs)
+        arrays = self.layout.arrays(spec)
+
+        def body() -> None:
+            rows: Any = 1 if batch == "single" else T.int32()
+            x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
+            packed = [
+                T.arg(name, T.buffer(array.shape, array.dtype)) for name, array in arrays.items()
+            ]
+            y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
+            weights = Weights(spec, *packed)
+            tokens = 1 if batch == "single" else chosen["tokens"]
+            shape = self._decode_shape(spec, target, tokens, chosen)
+            decode = Decode(weights, x, y, shape, self.reduction(shape, target))
+            if batch == "single":
+                decode.emit(rows)
+                return
+            gemm = self.tile_gemm(weights, y, self._tile_tokens(spec, chosen["tile_tokens"]))
+            switch = chosen["switch"]
+            if not switch:
+                gemm.emit(x, rows)
+                return
+            with launch_if(rows <= switch):
+                decode.emit(rows)
+            with launch_if(rows > switch):
+                gemm.emit(x, rows)
+
+        return build_function("phase_gemm", body).without_attr("global_symbol")
+
+    def reduction(self, shape: DecodeShape, target: Target) -> Reduce:
+        """Return how the threads of a team add up their sums: through shared memory."""
+
+        def reduce(values: Sequence[Any], thread: Any, team: Any) -> Sequence[Any]:
+            return reduce_group(
+                values, lambda a, b: a + b, thread, shape.threads, team=team, teams=shape.teams
+            )
+
+        return reduce
+
+    def tile_gemm(self, weights: Weights, y: Buffer, tokens: int) -> TileGemm:
+        """Return the launch for many rows of x."""
+        return phase_tile_gemm(weights, y, tokens)
+
+    def _decode_shape(
+        self, spec: PhaseSpec, target: Target, tokens: int, knobs: Mapping[str, Any]
+    ) -> DecodeShape:
+        rows, threads = knobs["rows"], knobs["threads"]
+        if threads == "auto":
+            threads = max(32, target.limits.simd_width)
+            groups = ceildiv(spec.n, rows * max(1, GROUP // 2 // threads))
+            if groups < _GROUPS and spec.m > 64 * 32:
+                threads = 128
+        return DecodeShape(threads, max(1, GROUP // 2 // threads), rows, tokens)
+
+    @staticmethod
+    def _tile_tokens(spec: PhaseSpec, knob: Any) -> int:
+        """Return the rows of x of a tile: half as many where elements take twice the memory."""
+        if knob != "auto":
+            return knob
+        return 64 if spec.dtype == "float16" else 32
+
+    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        for knob, value in knobs.items():
+            if value not in self.knobs.get(knob, ()):
+                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
+                raise FairyError(
+                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
+                )
+        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}

@@ -1,0 +1,188 @@
+"""Few rows of x: every thread decodes its share of a matrix row and multiplies at once.
+
+A team of threads (threadIdx.x) shares ``rows`` complex matrix rows. Its threads take units of 16
+columns in turn, so that neighbours read neighbouring words, and add up their sums at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tvm.tirx.script import builder as T
+
+from fairy_compile.kernels.gpu_builder import ceildiv, launch, local, store, when
+from fairy_compile.kernels.gpu_layout import UNIT, code_place
+from fairy_compile.kernels.gpu_weights import Weights
+from fairy_compile.op.spec import PhaseSpec
+
+if TYPE_CHECKING:
+    from tvm.ir import Expr
+    from tvm.tirx import Buffer
+
+Reduce = Callable[[Sequence[Any], Any, Any], Sequence[Any]]
+"""reduce(values, thread of the team, team) -> their sums over the team, for its first thread."""
+
+_CHUNK = 4
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """How a launch is cut.
+
+    Attributes:
+        threads: of a team.
+        teams: of a thread group.
+        rows: complex matrix rows of a team.
+        tokens: rows of x of a thread group.
+    """
+
+    threads: int
+    teams: int
+    rows: int
+    tokens: int
+
+
+class Decode:
+    """Emits one launch; arguments are declared by the caller."""
+
+    def __init__(
+        self, weights: Weights, x: Buffer, y: Buffer, shape: DecodeShape, reduce: Reduce
+    ) -> None:
+        self.weights, self.x, self.y = weights, x, y
+        self.shape, self.reduce = shape, reduce
+        self.spec: PhaseSpec = weights.spec
+
+    def emit(self, batch: Any) -> None:
+        """Emit the launch for ``batch`` rows of x."""
+        shape, spec = self.shape, self.spec
+        extents = {
+            "blockIdx.y": ceildiv(batch, shape.tokens),
+            "blockIdx.x": -(-spec.n // (shape.teams * shape.rows)),
+            "threadIdx.y": shape.teams,
+            "threadIdx.x": shape.threads,
+        }
+        with launch(extents) as (token_block, block, team, thread):
+            first = T.bind((block * shape.teams + team) * shape.rows)
+            rows = [T.bind(T.min(first + r, spec.n - 1)) for r in range(shape.rows)]
+            token = token_block * shape.tokens
+            tokens = [
+                token if shape.tokens == 1 else T.bind(T.min(token + b, batch - 1))
+                for b in range(shape.tokens)
+            ]
+            sums = local((shape.rows * shape.tokens * 2,))
+            for i in range(shape.rows * shape.tokens * 2):
+                store(sums, i, T.float32(0))
+            self._multiply(rows, tokens, thread, sums)
+            values = self.reduce(
+                [sums[i] for i in range(shape.rows * shape.tokens * 2)], thread, team
+            )
+            with when(thread == 0):
+                for r in range(shape.rows):
+                    with when(first + r < spec.n):
+                        self._write(first + r, token, batch, values, r)
+
+    def _multiply(
+        self, rows: Sequence[Expr], tokens: Sequence[Expr], thread: Expr, sums: Buffer
+    ) -> None:
+        shape, weights = self.shape, self.weights
+        planes = weights.planes
+        # Units that make up a load of 128 bits.
+        together = max(1, 4 // planes) if weights.units % max(1, 4 // planes) == 0 else 1
+        words = local((shape.rows * together * planes,), "uint32")
+        scales = local((shape.rows * planes * 2,), "uint32")
+        if not weights.tiled:
+            for r, row in enumerate(rows):
+                weights.load_scales(scales, r * planes * 2, row, T.int32(0))
+        steps = weights.units // together
+        with T.serial(0, ceildiv(steps, shape.threads)) as turn:
+            step = T.bind(turn * shape.threads + thread)
+            with when(step < steps):
+                for r, row in enumerate(rows):
+                    self._load_words(words, r * together * planes, row, step, together * planes)
+                for v in range(together):
+                    unit = T.bind(step * together + v)
+                    if weights.tiled:
+                        for r, row in enumerate(rows):
+                            weights.load_scales(scales, r * planes * 2, row, unit)
+                    self._unit(words, v, together, scales, unit, tokens, sums)
+
+    def _load_words(self, words: Buffer, at: int, row: Expr, step: Expr, count: int) -> None:
+        lanes = next(lanes for lanes in (4, 2, 1) if count % lanes == 0)
+        for i in range(0, count, lanes):
+            source = step * count + i
+            if lanes == 1:
+                store(words, at + i, self.weights.codes[row, source])
+            else:
+                store(
+                    words,
+                    T.ramp(at + i, 1, lanes),
+                    self.weights.codes[row, T.ramp(source, 1, lanes)],
+                )
+
+    def _unit(
+        self,
+        words: Buffer,
+        v: int,
+        together: int,
+        scales: Buffer,
+        unit: Expr,
+        tokens: Sequence[Expr],
+        sums: Buffer,
+    ) -> None:
+        """Multiply one unit of every row with all tokens."""
+        shape, weights, spec = self.shape, self.weights, self.spec
+        values = local((shape.tokens * 2 * _CHUNK,))
+        block = local((4,))
+        for chunk in range(0, UNIT, _CHUNK):
+            for b, token in enumerate(tokens):
+                for half in range(2):
+                    self._load_x(values, (b * 2 + half) * _CHUNK, token, half, unit, chunk)
+            for c in range(_CHUNK):
+                for r in range(shape.rows):
+                    base = (r * together + v) * weights.planes
+                    bits = []
+                    for k, t, _ in weights.slots:
+                        word, bit = code_place(t, spec.stages, chunk + c)
+                        bits.append((words[base + k * spec.stages + word], bit))
+                    weights.block(bits, scales, r * weights.planes * 2, block)
+                    for b in range(shape.tokens):
+                        re, im = (values[(b * 2 + half) * _CHUNK + c] for half in range(2))
+                        at = (r * shape.tokens + b) * 2
+                        for half in range(2):
+                            product = block[2 * half] * re + block[2 * half + 1] * im
+                            store(sums, at + half, sums[at + half] + product)
+
+    def _load_x(
+        self, values: Buffer, at: int, token: Expr, half: int, unit: Expr, chunk: int
+    ) -> None:
+        """Load a chunk of columns of one half as float32; columns from m on are 0."""
+        m, dtype = self.spec.m, self.spec.dtype
+        column = unit * UNIT + chunk
+        if m % UNIT == 0:
+            loaded = self.x[token, T.ramp(half * m + column, 1, _CHUNK)]
+            if dtype != "float32":
+                loaded = T.cast(loaded, f"float32x{_CHUNK}")
+            store(values, T.ramp(at, 1, _CHUNK), loaded)
+            return
+        for c in range(_CHUNK):
+            value = self.x[token, half * m + T.min(column + c, m - 1)]
+            value = value if dtype == "float32" else T.cast(value, "float32")
+            store(values, at + c, T.if_then_else(column + c < m, value, T.float32(0)))
+
+    def _write(self, row: Expr, token: Any, batch: Any, values: Sequence[Any], r: int) -> None:
+        shape = self.shape
+        features = self.weights.feature(row)
+        for b in range(shape.tokens):
+            at = (r * shape.tokens + b) * 2
+            if shape.tokens == 1:
+                self._write_token(token, features, values[at : at + 2])
+            else:
+                with when(token + b < batch):
+                    self._write_token(token + b, features, values[at : at + 2])
+
+    def _write_token(self, token: Any, features: Sequence[Expr], values: Sequence[Any]) -> None:
+        for feature, value in zip(features, values, strict=True):
+            out = value if self.spec.out_dtype == "float32" else T.cast(value, self.spec.out_dtype)
+            store(self.y, (token, feature), out)

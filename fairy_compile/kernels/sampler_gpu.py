@@ -1,0 +1,407 @@
+"""What an engine's GPU sampler calls: argsort, draws, nucleus (top-p) renormalisation.
+
+Probabilities are float32 (b, v) and need not sum to 1 exactly: draws are scaled by their sums as
+the kernels find them. One thread group works on one row. Signatures: `artifact.contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tvm.tirx.script import builder as T
+
+from fairy_compile.kernels.gpu_builder import (
+    THREADS,
+    build_function,
+    ceildiv,
+    launch,
+    local,
+    reduce_group,
+    shared,
+    store,
+    strided,
+    when,
+)
+
+if TYPE_CHECKING:
+    from tvm.ir import Expr
+    from tvm.tirx import Buffer, PrimFunc
+
+# Binary digits of a pivot that one pass over the row decides.
+_DIGITS = 2
+# A probability of at most 1 has the bits of a float from 0 to 0x3f800000.
+_PIVOT_BITS = 30
+
+
+def build_multinomial() -> PrimFunc:
+    """Return ``multinomial_from_uniform``: the token at which the cumulative sum passes u.
+
+    Arguments: probs (b, v), u (s,), row int32 (s,), y int32 (s,).
+    """
+
+    def body() -> None:
+        rows, vocab, samples = T.int32(), T.int32(), T.int32()
+        probs = T.arg("probs", T.buffer((rows, vocab), "float32"))
+        uniform = T.arg("uniform", T.buffer((samples,), "float32"))
+        row_of = T.arg("row_of", T.buffer((samples,), "int32"))
+        y = T.arg("y", T.buffer((samples,), "int32"))
+        with launch({"blockIdx.x": samples, "threadIdx.x": THREADS}) as (sample, thread):
+            row = T.bind(row_of[sample])
+            scan = _Scan(lambda i: probs[row, i], vocab, thread)
+            scan.find(scan.total * uniform[sample], lambda i: store(y, sample, i))
+
+    return build_function("multinomial_from_uniform", body).without_attr("global_symbol")
+
+
+def build_sample_top_p() -> PrimFunc:
+    """Return ``sample_with_top_p``: a draw from the likeliest tokens that make up ``top_p``.
+
+    A token is kept while the probabilities before it sum to less than ``top_p``. Arguments:
+    sorted_probs (b, v) descending, sorted_index int32 (b, v), u (s,), row int32 (s,), top_p (b,),
+    y int32 (s,).
+    """
+
+    def body() -> None:
+        rows, vocab, samples = T.int32(), T.int32(), T.int32()
+        probs = T.arg("sorted_probs", T.buffer((rows, vocab), "float32"))
+        index = T.arg("sorted_index", T.buffer((rows, vocab), "int32"))
+        uniform = T.arg("uniform", T.buffer((samples,), "float32"))
+        row_of = T.arg("row_of", T.buffer((samples,), "int32"))
+        top_p = T.arg("top_p", T.buffer((rows,), "float32"))
+        y = T.arg("y", T.buffer((samples,), "int32"))
+        with launch({"blockIdx.x": samples, "threadIdx.x": THREADS}) as (sample, thread):
+            row = T.bind(row_of[sample])
+            scan = _Scan(lambda i: probs[row, i], vocab, thread)
+            kept = shared((1,))
+            with when(thread == 0):
+                store(kept, 0, scan.total)
+            scan.reach(top_p[row], lambda so_far: store(kept, 0, so_far))
+            limit = T.bind(kept[0])
+            scan.find(limit * uniform[sample], lambda i: store(y, sample, index[row, i]))
+
+    return build_function("sample_with_top_p", body).without_attr("global_symbol")
+
+
+class _Scan:
+    """Cumulative sums of a row: every thread owns a run of neighbours and knows what is before.
+
+    Attributes:
+        total: sum of the row, the same in every thread.
+    """
+
+    def __init__(self, value: Callable[[Any], Any], count: Expr, thread: Expr) -> None:
+        self.value, self.count = value, count
+        run = T.bind(ceildiv(count, THREADS))
+        self.first = T.bind(T.min(thread * run, count))
+        self.end = T.bind(T.min(self.first + run, count))
+        self.sum = local((1,))
+        self.thread = thread
+        store(self.sum, 0, T.float32(0))
+        self._each(lambda i: store(self.sum, 0, self.sum[0] + value(i)))
+        own, sums = shared((THREADS,)), shared((THREADS + 1,))
+        store(own, thread, self.sum[0])
+        with when(thread == 0):
+            # Summed in order, so that no later sum is below an earlier one.
+            store(self.sum, 0, T.float32(0))
+            store(sums, 0, T.float32(0))
+            with T.serial(0, THREADS) as i:
+                store(self.sum, 0, self.sum[0] + own[i])
+                store(sums, i + 1, self.sum[0])
+        self.before, self.after = T.bind(sums[thread]), T.bind(sums[thread + 1])
+        self.total = T.bind(sums[THREADS])
+
+    def _each(self, body: Callable[[Any], None]) -> None:
+        with T.serial(0, self.end - self.first) as step:
+            body(self.first + step)
+
+    def reach(self, limit: Expr, found: Callable[[Expr], None]) -> None:
+        """Call found(sum) in the thread where the sum comes to ``limit`` or more, if it does."""
+        with when(T.And(self.before < limit, self.after >= limit)):
+            store(self.sum, 0, self.before)
+
+            def step(i: Expr) -> None:
+                with when(self.sum[0] < limit):
+                    store(self.sum, 0, self.sum[0] + self.value(i))
+
+            self._each(step)
+            found(self.sum[0])
+
+    def find(self, limit: Expr, found: Callable[[Expr], None]) -> None:
+        """Call found(i) in one thread, i being the first element with a sum above ``limit``.
+
+        Where rounding leaves no such element, it is the last one that is not 0.
+        """
+        limit = T.bind(limit)
+        memory = shared((THREADS,), "int32")
+        best = local((1,), "int32")
+        # The last element of this thread's run that is not 0 and begins below the limit, or -1.
+        store(best, 0, T.int32(-1))
+        store(self.sum, 0, self.before)
+
+        def step(i: Expr) -> None:
+            value = T.bind(self.value(i))
+            with when(T.And(value > T.float32(0), self.sum[0] <= limit)):
+                store(best, 0, i)
+            store(self.sum, 0, self.sum[0] + value)
+
+        self._each(step)
+        store(memory, self.thread, best[0])
+        with when(self.thread == 0):
+            with T.serial(0, THREADS) as i:
+                candidate = T.bind(memory[i])
+                with when(candidate >= 0):
+                    store(best, 0, candidate)
+            found(T.max(best[0], T.int32(0)))
+
+
+def build_renormalize_top_p() -> PrimFunc:
+    """Return ``renormalize_by_top_p``: probabilities of the likeliest tokens, scaled to sum to 1.
+
+    Kept are all tokens at least as likely as the least likely of the fewest that make up ``top_p``.
+    That pivot is found digit by digit of its bit pattern, whose order is that of the numbers.
+    Arguments: probs (b, v), top_p (b,), initial pivots (b, 3), which are not needed, y (b, v).
+    """
+    pivots = (1 << _DIGITS) - 1
+
+    def body() -> None:
+        rows, vocab = T.int32(), T.int32()
+        probs = T.arg("probs", T.buffer((rows, vocab), "float32"))
+        top_p = T.arg("top_p", T.buffer((rows,), "float32"))
+        T.arg("initial_pivots", T.buffer((rows, 3), "float32"))
+        y = T.arg("y", T.buffer((rows, vocab), "float32"))
+        with launch({"blockIdx.x": rows, "threadIdx.x": THREADS}) as (row, thread):
+            pivot, sums = local((1,), "uint32"), local((pivots,))
+            kept = local((1,))
+
+            def sum_above(count: int, candidate: Callable[[int], Any]) -> list[Any]:
+                for k in range(count):
+                    store(sums, k, T.float32(0))
+                bounds = [T.bind(T.reinterpret("float32", candidate(k))) for k in range(count)]
+
+                def add(i: Expr) -> None:
+                    value = T.bind(probs[row, i])
+                    for k, bound in enumerate(bounds):
+                        with when(value >= bound):
+                            store(sums, k, sums[k] + value)
+
+                strided(vocab, thread, THREADS, add)
+                values = [sums[k] for k in range(count)]
+                return reduce_group(values, lambda a, b: a + b, thread, THREADS)
+
+            store(pivot, 0, T.uint32(0))
+            # Of a sum that rounding leaves below top_p, all tokens are kept.
+            limit = T.bind(top_p[row])
+            with T.serial(0, _PIVOT_BITS // _DIGITS) as digit:
+                shift = T.cast(_PIVOT_BITS - _DIGITS - digit * _DIGITS, "uint32")
+                step = T.bind(T.shift_left(T.uint32(1), shift))
+                start = T.bind(pivot[0])
+                found = sum_above(pivots, lambda k: start + T.uint32(k + 1) * step)
+                for k in range(pivots):  # sums fall with k, so the last that is enough wins
+                    with when(found[k] >= limit):
+                        store(pivot, 0, start + T.uint32(k + 1) * step)
+            final = T.bind(pivot[0])
+            total = sum_above(1, lambda _: final)[0]
+            store(kept, 0, T.float32(1) / total)
+            bound = T.bind(T.reinterpret("float32", final))
+
+            def write(i: Expr) -> None:
+                value = T.bind(probs[row, i])
+                store(
+                    y,
+                    (row, i),
+                    T.if_then_else(value >= bound, value * kept[0], T.float32(0)),
+                )
+
+            strided(vocab, thread, THREADS, write)
+
+    return build_function("renormalize_by_top_p", body).without_attr("global_symbol")
+
+
+def build_take_probs() -> PrimFunc:
+    """Return ``sampler_take_probs``: probabilities of drawn tokens and of the likeliest ones.
+
+    Arguments: probs (b, v), sorted_index int32 (b, v), row int32 (s,), token int32 (s,), offset
+    int32 (k,) = row * v + rank; y (s,), top_probs (k,), top_index int32 (k,).
+    """
+
+    def body() -> None:
+        rows, vocab, samples, count = (T.int32() for _ in range(4))
+        probs = T.arg("probs", T.buffer((rows, vocab), "float32"))
+        index = T.arg("sorted_index", T.buffer((rows, vocab), "int32"))
+        row_of = T.arg("row_of", T.buffer((samples,), "int32"))
+        token = T.arg("token", T.buffer((samples,), "int32"))
+        offset = T.arg("offset", T.buffer((count,), "int32"))
+        y = T.arg("y", T.buffer((samples,), "float32"))
+        top_probs = T.arg("top_probs", T.buffer((count,), "float32"))
+        top_index = T.arg("top_index", T.buffer((count,), "int32"))
+        groups = ceildiv(T.max(samples, count), THREADS)
+        with launch({"blockIdx.x": groups, "threadIdx.x": THREADS}) as (block, thread):
+            i = T.bind(block * THREADS + thread)
+            with when(i < samples):
+                store(y, i, probs[row_of[i], token[i]])
+            with when(i < count):
+                row = T.bind(T.floordiv(offset[i], vocab))
+                at = T.bind(index[row, offset[i] - row * vocab])
+                store(top_probs, i, probs[row, at])
+                store(top_index, i, at)
+
+    return build_function("sampler_take_probs", body).without_attr("global_symbol")
+
+
+def build_argsort(vocab: int) -> PrimFunc:
+    """Return ``argsort_probs``: a bitonic sort (Batcher, 1968) of every row, likeliest first.
+
+    Arguments: probs (b, vocab), sorted_probs (b, vocab), sorted_index int32 (b, vocab), and the
+    workspace keys float32 (b, p), values int32 (b, p), with p = `sort_width` (vocab). Equal
+    probabilities are ordered by index. Runs of up to `SORT_GROUP` entries are sorted in shared
+    memory.
+    """
+    width = sort_width(vocab)
+    group = min(SORT_GROUP, width)
+
+    def body() -> None:
+        rows = T.int32()
+        probs = T.arg("probs", T.buffer((rows, vocab), "float32"))
+        sorted_probs = T.arg("sorted_probs", T.buffer((rows, vocab), "float32"))
+        sorted_index = T.arg("sorted_index", T.buffer((rows, vocab), "int32"))
+        keys = T.arg("keys", T.buffer((rows, width), "float32"))
+        values = T.arg("values", T.buffer((rows, width), "int32"))
+        sort = _BitonicSort(rows, keys, values, width, group)
+        sort.fill(probs, vocab)
+        sort.groups()
+        first, last = _log2(group), _log2(width)
+        if last > first:
+            with T.serial(first, last) as k:  # runs of 2^k become runs of 2^(k + 1)
+                with T.serial(0, k - first + 1) as j:
+                    sort.step(k + 1, k - j)
+                sort.merge(k + 1)
+        sort.cut(sorted_probs, sorted_index, vocab)
+
+    return build_function("argsort_probs", body).without_attr("global_symbol")
+
+
+SORT_GROUP = 512
+
+
+def sort_width(vocab: int) -> int:
+    """Return the entries of a row in the sort's workspace, a power of two."""
+    return 1 << max(1, (vocab - 1).bit_length())
+
+
+class _BitonicSort:
+    """The launches of a sort; runs are numbered by the logarithms of their sizes."""
+
+    def __init__(self, rows: Expr, keys: Buffer, values: Buffer, width: int, group: int) -> None:
+        self.rows, self.keys, self.values = rows, keys, values
+        self.width, self.group = width, group
+
+    def fill(self, probs: Buffer, vocab: int) -> None:
+        """Copy a row; padding is -1, so that it sorts behind every probability."""
+
+        def copy(row: Expr, i: Expr) -> None:
+            key = T.if_then_else(i < vocab, probs[row, T.min(i, vocab - 1)], T.float32(-1))
+            store(self.keys, (row, i), key)
+            store(self.values, (row, i), i)
+
+        self._each(self.width, copy)
+
+    def groups(self) -> None:
+        """Sort runs of ``group`` entries, alternately descending and ascending."""
+
+        def sort(base: Expr, thread: Expr, keys: Buffer, values: Buffer) -> None:
+            for size in range(1, _log2(self.group) + 1):
+                for stride in reversed(range(size)):
+                    low = T.bind(_low(thread, T.int32(stride)))
+                    descending = T.bind(_descending(base + low, T.int32(size)))
+                    _order(keys, values, (low,), (low + (1 << stride),), descending)
+
+        self._in_groups(sort)
+
+    def step(self, size: Expr, stride: Expr) -> None:
+        """Order entries 2^stride apart, in runs of 2^size."""
+
+        def order(row: Expr, i: Expr) -> None:
+            low = T.bind(_low(i, stride))
+            high = T.bind(low + T.shift_left(T.int32(1), stride))
+            descending = T.bind(_descending(low, size))
+            _order(self.keys, self.values, (row, low), (row, high), descending)
+
+        self._each(self.width // 2, order)
+
+    def merge(self, size: Expr) -> None:
+        """Do all steps within groups, of runs of 2^size."""
+
+        def merge(base: Expr, thread: Expr, keys: Buffer, values: Buffer) -> None:
+            descending = T.bind(_descending(base, size))
+            for stride in reversed(range(_log2(self.group))):
+                low = T.bind(_low(thread, T.int32(stride)))
+                _order(keys, values, (low,), (low + (1 << stride),), descending)
+
+        self._in_groups(merge)
+
+    def cut(self, probs: Buffer, index: Buffer, vocab: int) -> None:
+        """Copy a row without its padding."""
+
+        def copy(row: Expr, i: Expr) -> None:
+            with when(i < vocab):
+                store(probs, (row, i), self.keys[row, i])
+                store(index, (row, i), self.values[row, i])
+
+        self._each(self.width, copy)
+
+    def _each(self, count: int, body: Callable[[Expr, Expr], None]) -> None:
+        threads = min(THREADS, count)
+        extents = {"blockIdx.y": self.rows, "blockIdx.x": count // threads, "threadIdx.x": threads}
+        with launch(extents) as (row, block, thread):
+            body(row, T.bind(block * threads + thread))
+
+    def _in_groups(self, body: Callable[[Expr, Expr, Buffer, Buffer], None]) -> None:
+        """Run body(first entry, thread, keys, values) over groups brought to shared memory."""
+        threads = self.group // 2
+        extents = {
+            "blockIdx.y": self.rows,
+            "blockIdx.x": self.width // self.group,
+            "threadIdx.x": threads,
+        }
+        with launch(extents) as (row, block, thread):
+            keys, values = shared((self.group,)), shared((self.group,), "int32")
+            base = T.bind(block * self.group)
+            for half in (0, threads):
+                store(keys, thread + half, self.keys[row, base + thread + half])
+                store(values, thread + half, self.values[row, base + thread + half])
+            body(base, thread, keys, values)
+            for half in (0, threads):
+                store(self.keys, (row, base + thread + half), keys[thread + half])
+                store(self.values, (row, base + thread + half), values[thread + half])
+
+
+def _order(
+    keys: Buffer, values: Buffer, low: tuple[Any, ...], high: tuple[Any, ...], descending: Expr
+) -> None:
+    """Swap two entries unless they stand as ``descending`` (0 or 1) demands."""
+    key_low, key_high = T.bind(keys[low]), T.bind(keys[high])
+    value_low, value_high = T.bind(values[low]), T.bind(values[high])
+    # Equal probabilities are ordered by index, so that the order is a total one.
+    first = T.Or(key_low > key_high, T.And(key_low == key_high, value_low < value_high))
+    with when(T.if_then_else(first, T.int32(1), T.int32(0)) != descending):
+        store(keys, low, key_high)
+        store(keys, high, key_low)
+        store(values, low, value_high)
+        store(values, high, value_low)
+
+
+def _low(pair: Expr, stride: Expr) -> Expr:
+    """Return the lower entry of a pair of entries 2^stride apart, pairs being numbered from 0."""
+    run = T.shift_right(pair, stride)
+    inside = pair - T.shift_left(run, stride)
+    return T.shift_left(run, stride + 1) + inside
+
+
+def _descending(entry: Expr, size: Expr) -> Expr:
+    """Return 1 where the run of 2^size that ``entry`` lies in is to descend, else 0."""
+    return 1 - T.bitwise_and(T.shift_right(entry, size), T.int32(1))
+
+
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
