@@ -7,6 +7,7 @@ from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.kernels.generic import GenericKernel
 from fairy_compile.kernels.metal import METAL_KERNELS
 from fairy_compile.kernels.opencl import OPENCL_KERNELS
+from fairy_compile.kernels.vulkan import VULKAN_KERNELS
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86_CODEBOOK
 
 FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
@@ -14,6 +15,7 @@ FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
     "arm.codebook": ARM_CODEBOOK,
     "metal.words": METAL_KERNELS,
     "opencl.words": OPENCL_KERNELS,
+    "vulkan.words": VULKAN_KERNELS,
     "generic": (GenericKernel(),),
 }
 """Family name -> its kernels, best first."""

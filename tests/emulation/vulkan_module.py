@@ -76,28 +76,35 @@ def parse_module(data: bytes) -> dict[str, ShaderKernel]:
     return kernels
 
 
-def exported_modules(executable: Any) -> list[bytes]:
-    """Return the bytes of every Vulkan module that an export of ``executable`` would hold."""
-    pack = tvm.get_global_func("runtime.ModulePackImportsToTensor")
-    blob = pack(executable.mod).numpy().tobytes()
-    # The blob files modules by kind: the kind as a string, then the module's bytes.
-    marker = struct.pack("<Q", len("vulkan")) + b"vulkan"
-    modules, at = [], blob.find(marker)
+def modules_in(blob: bytes) -> list[bytes]:
+    """Return the bytes of every Vulkan module in an export or a library file.
+
+    TVM files modules by kind: the kind as a string, then the module's bytes, which begin with a
+    string of their own.
+    """
+    kind = struct.pack("<Q", len("vulkan")) + b"vulkan"
+    modules, at = [], blob.find(kind)
     while at >= 0:
-        start = at + len(marker)
-        (size,) = struct.unpack_from("<Q", blob, start)
-        modules.append(blob[start + 8 : start + 8 + size])
-        at = blob.find(marker, start + 8 + size)
+        start = at + len(kind) + 8
+        at += 1
+        if blob[start : start + len(kind)] == kind:
+            (size,) = struct.unpack_from("<Q", blob, start - 8)
+            modules.append(blob[start : start + size])
+            at = start + size
+        at = blob.find(kind, at)
     return modules
 
 
+def kernels_in(blob: bytes) -> dict[str, ShaderKernel]:
+    """Return all kernels of an export or a library file by name."""
+    modules = [parse_module(data) for data in modules_in(blob)]
+    return {name: kernel for module in modules for name, kernel in module.items()}
+
+
 def kernels_of(executable: Any) -> dict[str, ShaderKernel]:
-    """Return all kernels of a compiled module."""
-    return {
-        name: kernel
-        for data in exported_modules(executable)
-        for name, kernel in parse_module(data).items()
-    }
+    """Return all kernels of a compiled module, from the bytes that an export would hold."""
+    pack = tvm.get_global_func("runtime.ModulePackImportsToTensor")
+    return kernels_in(pack(executable.mod).numpy().tobytes())
 
 
 def scalar_bytes(kernel: ShaderKernel, values: list[Any]) -> bytes:
