@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -29,9 +30,11 @@ assert module.kind == "vulkan"
 """
 
 
-def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
+def run(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess:
+    file = folder / "program.py"  # TVMScript reads its source from a file
+    file.write_text(PROGRAM + textwrap.dedent(program), "utf-8")
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM + textwrap.dedent(program), *arguments],
+        [sys.executable, str(file), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -41,15 +44,16 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("suffix", ["so", "tar"])
 def test_exported_library_holds_the_module(tmp_path, suffix):
     file = tmp_path / f"double.{suffix}"
-    done = run("import sys; executable.export_library(sys.argv[1])", str(file))
+    done = run(tmp_path, "import sys; executable.export_library(sys.argv[1])", str(file))
     assert done.returncode == 0, done.stderr
     data = file.read_bytes()
     assert b"double_kernel" in data
     assert (0x07230203).to_bytes(4, "little") in data
 
 
-def test_launch_says_what_is_missing():
+def test_launch_says_what_is_missing(tmp_path):
     done = run(
+        tmp_path,
         """
         kernel = module["double_kernel"]
         assert not module.implements_function("another")
@@ -57,7 +61,7 @@ def test_launch_says_what_is_missing():
             kernel(0, 0)
         except RuntimeError as error:
             print(error)
-        """
+        """,
     )
     assert done.returncode == 0, done.stderr
     assert "double_kernel cannot be launched: this TVM build has no 'vulkan' runtime" in done.stdout
@@ -66,6 +70,7 @@ def test_launch_says_what_is_missing():
 
 def test_no_compiler_is_told_with_what_to_install(tmp_path):
     done = run(
+        tmp_path,
         """
         import os, sys, tvm
         from fairy_compile.errors import FairyError
@@ -78,7 +83,7 @@ def test_no_compiler_is_told_with_what_to_install(tmp_path):
         except FairyError as error:
             print("told:", error)
         """,
-        str(tmp_path),
+        str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
     assert "told: a Vulkan library needs a C++ compiler and ninja" in done.stdout
