@@ -16,7 +16,20 @@ from tvm.s_tir import Schedule
 
 def keep_only(entry_points: list[str]) -> Any:
     """Return a pass that drops every function the entry points do not reach."""
-    return relax.transform.DeadCodeElimination(entry_points)
+
+    @tvm.transform.module_pass(opt_level=0, name="KeepOnly")
+    def run(module: tvm.IRModule, _: Any) -> tvm.IRModule:
+        # Functions with a symbol of their own count as reachable from outside.
+        private = {
+            var: func.without_attr("global_symbol")
+            if isinstance(func, tirx.PrimFunc) and var.name_hint not in entry_points
+            else func
+            for var, func in module.functions_items()
+        }
+        module = tvm.IRModule(private, attrs=module.attrs)
+        return relax.transform.DeadCodeElimination(entry_points)(module)
+
+    return run
 
 
 # A task this small is not worth handing to another thread: waking one costs about as much as

@@ -14,6 +14,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from fairy_compile.compiler.device_pipeline import tir_pipeline
 from fairy_compile.compiler.passes import (
     BindElementwise,
     CheckBound,
@@ -37,11 +38,14 @@ class Phase:
 def phases(entry_points: list[str], target: Target) -> list[Phase]:
     """Return the phases in order; ``entry_points`` are the functions an engine may call."""
     t = relax.transform
+    legalise: tuple[Any, ...] = (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())
     schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
     if target.limits:
+        # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
+        legalise = (*legalise, t.RewriteDataflowReshape())
         schedule = (BindElementwise(target.limits.max_threads), CheckBound())
     return [
-        Phase("legalise operators", (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())),
+        Phase("legalise operators", legalise),
         Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),
         Phase("schedule element-wise", schedule),
         Phase(
@@ -99,7 +103,12 @@ def compile_module(
         if progress:
             progress("generate code", len(steps), len(steps) + 1)
         nothing_left = tvm.transform.Sequential([])
-        return relax.build(module, target=tvm_target, relax_pipeline=nothing_left)
+        return relax.build(
+            module,
+            target=tvm_target,
+            relax_pipeline=nothing_left,
+            tir_pipeline=tir_pipeline(target),
+        )
 
 
 def _dump(directory: Path | None, index: int, name: str, module: tvm.IRModule) -> None:

@@ -56,6 +56,7 @@ class GpuKernel:
     def __init__(self, device: str) -> None:
         self.device = device
         self.name = f"{device}.words"
+        self._built: dict[Any, PrimFunc] = {}
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
         """See `PhaseKernel.unsupported`."""
@@ -96,6 +97,14 @@ class GpuKernel:
             FairyError: an unknown knob or value.
         """
         chosen = self._choose(knobs)
+        key = (spec, target.name, target.limits, target.features, batch, tuple(chosen.items()))
+        if key not in self._built:  # layers of one shape share a function
+            self._built[key] = self._build(spec, target, batch, chosen)
+        return self._built[key]
+
+    def _build(
+        self, spec: PhaseSpec, target: Target, batch: Batch, chosen: Mapping[str, Any]
+    ) -> PrimFunc:
         arrays = self.layout.arrays(spec)
 
         def body() -> None:

@@ -135,31 +135,44 @@ class Decode:
         shape, weights, spec = self.shape, self.weights, self.spec
         values = local((shape.tokens * 2 * _CHUNK,))
         block = local((4,))
-        for chunk in range(0, UNIT, _CHUNK):
-            for b, token in enumerate(tokens):
-                for half in range(2):
-                    self._load_x(values, (b * 2 + half) * _CHUNK, token, half, unit, chunk)
-            for c in range(_CHUNK):
+        moved = local((shape.rows * len(weights.slots),), "uint32")
+        half_unit = UNIT // 2
+        for half_of_unit in range(2):  # each has its own words where codes take 4 bits
+            with T.serial(0, half_unit // _CHUNK) as turn:
+                column = T.bind(half_of_unit * half_unit + turn * _CHUNK)
+                for b, token in enumerate(tokens):
+                    for half in range(2):
+                        self._load_x(values, (b * 2 + half) * _CHUNK, token, half, unit, column)
                 for r in range(shape.rows):
-                    base = (r * together + v) * weights.planes
-                    bits = []
-                    for k, t, _ in weights.slots:
-                        word, bit = code_place(t, spec.stages, chunk + c)
-                        bits.append((words[base + k * spec.stages + word], bit))
-                    weights.block(bits, scales, r * weights.planes * 2, block)
-                    for b in range(shape.tokens):
-                        re, im = (values[(b * 2 + half) * _CHUNK + c] for half in range(2))
-                        at = (r * shape.tokens + b) * 2
-                        for half in range(2):
-                            product = block[2 * half] * re + block[2 * half + 1] * im
-                            store(sums, at + half, sums[at + half] + product)
+                    for i, (k, t, stages) in enumerate(weights.slots):
+                        word, bit = code_place(t, spec.stages, half_of_unit * half_unit)
+                        at = (r * together + v) * weights.planes + k * spec.stages + word
+                        by = T.cast(bit + turn * (_CHUNK * 2 * stages), "uint32")
+                        store(moved, r * len(weights.slots) + i, T.shift_right(words[at], by))
+                for c in range(_CHUNK):
+                    for r in range(shape.rows):
+                        bits = [
+                            (moved[r * len(weights.slots) + i], c * 2 * stages)
+                            for i, (_, _, stages) in enumerate(weights.slots)
+                        ]
+                        weights.block(bits, scales, r * weights.planes * 2, block)
+                        self._add(values, c, block, r, sums)
+
+    def _add(self, values: Buffer, c: int, block: Buffer, r: int, sums: Buffer) -> None:
+        """Add the products of a row's block with column c of all tokens."""
+        for b in range(self.shape.tokens):
+            re, im = (values[(b * 2 + half) * _CHUNK + c] for half in range(2))
+            at = (r * self.shape.tokens + b) * 2
+            for half in range(2):
+                product = block[2 * half] * re + block[2 * half + 1] * im
+                store(sums, at + half, sums[at + half] + product)
 
     def _load_x(
-        self, values: Buffer, at: int, token: Expr, half: int, unit: Expr, chunk: int
+        self, values: Buffer, at: int, token: Expr, half: int, unit: Expr, inside: Expr
     ) -> None:
         """Load a chunk of columns of one half as float32; columns from m on are 0."""
         m, dtype = self.spec.m, self.spec.dtype
-        column = unit * UNIT + chunk
+        column = unit * UNIT + inside
         if m % UNIT == 0:
             loaded = self.x[token, T.ramp(half * m + column, 1, _CHUNK)]
             if dtype != "float32":

@@ -23,6 +23,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 )
 
 from fairy_compile.kernels import attention_cpu as kernels
+from fairy_compile.kernels.attention_gpu import build_merge
 
 if TYPE_CHECKING:
     from fairy_compile.models.config import DecoderConfig
@@ -178,12 +179,16 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     functions[_APPEND_LATENT] = relax.prim_value(0)
     for index in _UNUSED_KERNELS:
         functions[index] = relax.Tuple([])
+    threads = target.limits.max_threads if target.limits else 256
+    merge = build_merge(config.num_heads, config.head_dim, config.kv_dtype, threads)
+    functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
     return functions
 
 
 # Places among the functions, in the order of `_functions`.
 _APPEND_LATENT = 1
 _UNUSED_KERNELS = (5, 6, 7, 8)
+_MERGE = 10
 
 
 def _attention_target(config: DecoderConfig, target: Target) -> Any:

@@ -1,0 +1,57 @@
+"""What is done to device code after TVM's own lowering.
+
+TVM reduces across threads by register shuffles and then lets every thread read the lane that has
+the sum, numbered within the whole thread group. CUDA takes that number modulo the width of its
+instruction; Metal has no width, and lanes beyond the simdgroup are undefined there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.tirx import compilation_pipeline
+
+from fairy_compile.targets import Target
+
+METAL_PIPELINE = "fairy_metal"
+_LANE = 2  # the argument of a shuffle that names a lane
+
+
+def tir_pipeline(target: Target) -> str:
+    """Return the name of the lowering pipeline for a target's functions."""
+    if target.device != "metal" or target.limits is None:
+        return "default"
+    simd_width = target.limits.simd_width
+
+    def pipeline() -> Any:
+        lower, finish_host, finish_device = compilation_pipeline.get_tir_pipeline("default")
+
+        def finish() -> Any:
+            return tvm.transform.Sequential([lanes_within(simd_width), finish_device()])
+
+        return lower, finish_host, finish
+
+    compilation_pipeline.PIPELINE_MAP[METAL_PIPELINE] = pipeline
+    return METAL_PIPELINE
+
+
+def lanes_within(simd_width: int) -> Any:
+    """Return a pass that numbers the lanes of shuffles within their simdgroup, a power of two."""
+
+    def mask(call: Any, mutator: Any) -> Any:
+        call = mutator.default_mutate(call)
+        if getattr(call.op, "name", "") != "tirx.tvm_warp_shuffle":
+            return call
+        arguments = list(call.args)
+        lane = arguments[_LANE]
+        arguments[_LANE] = tirx.bitwise_and(lane, tirx.const(simd_width - 1, "int32"))
+        return tirx.op.tvm_warp_shuffle(*arguments)
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="LanesWithinSimdgroup")
+    def run(func: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+        return func.with_body(tvm_ffi.structural_mutate(func.body, [(tvm.ir.Call, mask)]))
+
+    return run
