@@ -45,7 +45,7 @@ def agree(results, rtol=0.0) -> None:
             np.testing.assert_array_equal(seen, expected)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_integers(dtype, lanes):
     bits = np.dtype(dtype).itemsize * 8
@@ -74,7 +74,7 @@ def test_integers(dtype, lanes):
     agree(run_both(body, [samples(dtype), samples(dtype, 1), nonzero(samples(dtype, 2))], lanes))
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_floats(dtype, lanes):
     def body(a, b, divisor):
@@ -153,9 +153,16 @@ def test_reinterpret():
     agree(run_both(lambda a: tirx.reinterpret("float64", a), [samples("int64")]))
 
 
-@pytest.mark.parametrize("lanes", [3, 6, 8, 16])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int32"])
-def test_vectors_that_are_split(dtype, lanes):
+@pytest.mark.parametrize(
+    ("lanes", "dtype"),
+    [(3, "float32"), (6, "int8"), (8, "float16"), (16, "int32")]
+    + [
+        pytest.param(lanes, dtype, marks=pytest.mark.slow)
+        for lanes in (3, 6, 8, 16)
+        for dtype in ("float32", "float16", "int8", "int32")
+    ],
+)
+def test_vectors_that_are_split(lanes, dtype):
     inputs = [np.resize(samples(dtype, seed), 16 * lanes * 2) for seed in (0, 1)]
 
     def body(a, b):

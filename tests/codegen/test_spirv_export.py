@@ -68,6 +68,25 @@ def test_launch_says_what_is_missing(tmp_path):
     assert "MLC runtime" in done.stdout
 
 
+def test_running_an_artifact_says_what_is_missing(tmp_path):
+    done = run(
+        tmp_path,
+        """
+        from fairy_compile.errors import UnsupportedError
+        from fairy_compile.runtime.library import open_device
+        try:
+            open_device("vulkan")
+        except UnsupportedError as error:
+            print(error)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no device 'vulkan'" in done.stdout
+    assert "has no Vulkan runtime" in done.stdout
+    assert "MLC runtime" in done.stdout
+    assert "USE_VULKAN=ON" in done.stdout
+
+
 def test_no_compiler_is_told_with_what_to_install(tmp_path):
     done = run(
         tmp_path,

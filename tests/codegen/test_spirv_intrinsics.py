@@ -52,9 +52,12 @@ def fma(x, y, z):
     return tirx.call_intrin(x.ty.dtype, "tirx.fma", x, y, z)
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_unary(dtype, lanes):
+@pytest.mark.parametrize(
+    ("lanes", "dtype"),
+    [(4, "float16"), (1, "float32")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "float16"), (4, "float32"))],
+)
+def test_unary(lanes, dtype):
     inputs = [np.linspace(low, high, LENGTH).astype(dtype) for _, low, high in UNARY.values()]
 
     def body(*values):

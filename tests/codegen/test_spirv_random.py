@@ -52,7 +52,7 @@ def check_random_kernel(seed: int) -> None:
     device().forget_pipelines()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_random_expressions(seed):
     check_random_kernel(seed)
@@ -104,7 +104,7 @@ def random_schedule(random: Random, function):
     for operand in (0, 1):
         if random.random() < 0.5:
             copy = schedule.cache_read(block, operand, "shared")
-            schedule.compute_at(copy, ko)
+            schedule.compute_at(copy, ko, preserve_unit_loops=True)
             fused = schedule.fuse(*schedule.get_loops(copy)[-2:])
             _, by, bx = schedule.split(fused, [None, threads_i, threads_j])
             schedule.bind(by, "threadIdx.y")
@@ -133,7 +133,7 @@ def check_random_schedule(seed: int) -> None:
     device().forget_pipelines()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_schedules(seed):
     check_random_schedule(seed)
 

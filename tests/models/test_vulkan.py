@@ -50,7 +50,7 @@ def build(tmp_path_factory):
 
 
 CASES = [
-    ("llama", "float", "w2"),
+    pytest.param("llama", "float", "w2"),
     pytest.param("llama", "int8", "w2", marks=slow),
     pytest.param("llama", "float", "w1", marks=slow),
     pytest.param("qwen2", "float", "w2", marks=slow),

@@ -93,9 +93,8 @@ def _log1p(x: Any) -> Any:
 def _copysign(magnitude: Any, sign: Any) -> Any:
     """Magnitude of one number with the sign bit of another."""
     dtype = magnitude.ty.dtype
-    bits = tirx.const(0, dtype).ty.dtype.bits
-    lanes = "" if magnitude.ty.dtype.lanes == 1 else f"x{magnitude.ty.dtype.lanes}"
-    integer = f"uint{bits}{lanes}"
+    bits = dtype.bits
+    integer = f"uint{bits}" if dtype.lanes == 1 else f"uint{bits}x{dtype.lanes}"
     top = tirx.const(1 << (bits - 1), integer)
     rest = tirx.const((1 << (bits - 1)) - 1, integer)
     merged = tirx.bitwise_or(
@@ -105,9 +104,8 @@ def _copysign(magnitude: Any, sign: Any) -> Any:
     return tirx.reinterpret(dtype, merged)
 
 
-# erf(x) = x P(x^2) / Q(x^2) on [-4, 4], where it reaches 1 in float32; highest power first.
-# Coefficients as in Eigen's rational approximation (MathFunctionsImpl.h, Mozilla Public Licence
-# 2.0 for code; numbers are facts), which TVM's own fast_erf uses as well.
+# erf(x) = x P(x^2) / Q(x^2) on [-4, 4], where it reaches 1 in float32; highest power first. The
+# rational approximation that TVM's fast_erf uses on other targets.
 _ERF_P = (
     -2.72614225801306e-10,
     2.77068142495902e-08,
@@ -128,7 +126,7 @@ _ERF_RANGE = 4.0
 
 
 def _erf(x: Any) -> Any:
-    """Error function, to about 3e-7 in float32; computed in float32 for float16."""
+    """Error function, within 5e-7 in float32; computed in float32 for float16."""
     dtype = x.ty.dtype
     single = "float32" if dtype.lanes == 1 else f"float32x{dtype.lanes}"
     if dtype.bits == 16:
