@@ -197,13 +197,13 @@ def open_device(name: str) -> Any:
             "optional index as in cuda:1"
         ) from error
     if not device.exist:
-        if device.type == "vulkan":
-            raise UnsupportedError(
-                f"this machine has no device {name!r} that the installed TVM can use: {_no_vulkan()}"
-            )
+        remedy = (
+            f": {_no_vulkan()}"
+            if device.type == "vulkan"
+            else "; load with device='cpu', or build the model for --target cpu"
+        )
         raise UnsupportedError(
-            f"this machine has no device {name!r} that the installed TVM can use; load with "
-            "device='cpu', or build the model for --target cpu"
+            f"this machine has no device {name!r} that the installed TVM can use{remedy}"
         )
     return device
 

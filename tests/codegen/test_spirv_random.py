@@ -102,13 +102,12 @@ def random_schedule(random: Random, function):
     if random.random() < 0.7:
         schedule.reverse_compute_at(schedule.cache_write(block, 0, "local"), tj)
     for operand in (0, 1):
-        if random.random() < 0.5:
+        if staged and random.random() < 0.7:
             copy = schedule.cache_read(block, operand, "shared")
             schedule.compute_at(copy, ko, preserve_unit_loops=True)
             fused = schedule.fuse(*schedule.get_loops(copy)[-2:])
-            _, by, bx = schedule.split(fused, [None, threads_i, threads_j])
-            schedule.bind(by, "threadIdx.y")
-            schedule.bind(bx, "threadIdx.x")
+            _, thread = schedule.split(fused, [None, threads_i * threads_j])
+            schedule.bind(thread, "threadIdx.x")
     if random.random() < 0.5:
         schedule.unroll(ki)
     if tile_j > 1 and random.random() < 0.6:
