@@ -92,13 +92,16 @@ def random_schedule(random: Random, function):
     ko, ki = schedule.split(k, [None, tile_k])
     order = [ko, ki, ri, rj] if random.random() < 0.5 else [ko, ri, ki, rj]
     schedule.reorder(bi, bj, ti, tj, *order)
-    for loop, tag in (
-        (bi, "blockIdx.y"),
-        (bj, "blockIdx.x"),
-        (ti, "threadIdx.y"),
-        (tj, "threadIdx.x"),
-    ):
-        schedule.bind(loop, tag)
+    schedule.bind(bi, "blockIdx.y")
+    schedule.bind(bj, "blockIdx.x")
+    staged = random.random() < 0.7
+    if staged:
+        # One axis of threads: with two, TVM's ThreadSync takes a store that only threads with y = 0
+        # do for one of the reader's own, and leaves out the barrier.
+        tj = schedule.fuse(ti, tj)
+    else:
+        schedule.bind(ti, "threadIdx.y")
+    schedule.bind(tj, "threadIdx.x")
     if random.random() < 0.7:
         schedule.reverse_compute_at(schedule.cache_write(block, 0, "local"), tj)
     for operand in (0, 1):

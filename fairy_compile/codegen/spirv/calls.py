@@ -179,7 +179,12 @@ def _use_subgroups(ex: Expressions, feature: SubgroupFeature, what: str) -> int:
 
 
 def _subgroup(
-    ex: Expressions, op: Op, feature: SubgroupFeature, what: str, *operands: Value, reduce=False
+    ex: Expressions,
+    op: Op,
+    feature: SubgroupFeature,
+    what: str,
+    *operands: Value,
+    reduce: bool = False,
 ) -> Value:
     """Emit an operation of the lanes of a subgroup; it depends on the lanes that are active."""
     value = operands[0]
