@@ -1,4 +1,7 @@
-"""The dense kernel on GPUs: y = x W^T for layers that stay real, weights in the activations' dtype."""
+"""The dense kernel on GPUs: y = x W^T for layers that stay real.
+
+Weights are stored in the dtype of activations.
+"""
 
 from __future__ import annotations
 

@@ -67,14 +67,16 @@ class GpuKernel:
         if spec.dtype == "float16" and not target.has("float16"):
             return f"target {target.name} has no 16-bit floats; --act float computes in float32"
         if target.limits.max_threads < GROUP:
-            return f"it needs {GROUP} threads a group; {target.name} has {target.limits.max_threads}"
+            return (
+                f"it needs {GROUP} threads a group; {target.name} has {target.limits.max_threads}"
+            )
         words = self.layout.arrays(spec)["codes"].nbytes // 4
         if words > _MAX_WORDS:
             return f"the packed codes take {words} words; its offsets reach {_MAX_WORDS}"
         shared = self.shared_bytes(spec, target)
         if shared > target.limits.shared_bytes:
             return (
-                f"it needs {shared} bytes of shared memory; {target.name} has "
+                f"it needs {shared} bytes of shared memory; target {target.name} has "
                 f"{target.limits.shared_bytes}"
             )
         return None

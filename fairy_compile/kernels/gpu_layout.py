@@ -76,9 +76,9 @@ class WordsLayout:
             words[first : first + part.n] = self._pack_rows(part, units(spec))
             first += part.n
         scales = [
-            part.scales.astype(np.float32).transpose(3, 4, 1, 0, 2).reshape(
-                part.scales.shape[3], part.scales.shape[4], -1, 2
-            )
+            part.scales.astype(np.float32)
+            .transpose(3, 4, 1, 0, 2)
+            .reshape(part.scales.shape[3], part.scales.shape[4], -1, 2)
             for part in parts
         ]
         return {"codes": words, "scales": np.ascontiguousarray(np.concatenate(scales))}

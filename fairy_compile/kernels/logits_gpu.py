@@ -49,9 +49,7 @@ def build_softmax(greedy_temperature: float) -> PrimFunc:
             )
             peak = T.bind(reduce_group([value[0]], T.max, thread, THREADS)[0])
             soft = T.bind(temperature[row] > T.float32(greedy_temperature))
-            inverse = T.bind(
-                T.float32(1) / T.if_then_else(soft, temperature[row], T.float32(1))
-            )
+            inverse = T.bind(T.float32(1) / T.if_then_else(soft, temperature[row], T.float32(1)))
 
             def weight(i: Expr) -> Expr:
                 logit = logits[row, 0, i]
@@ -60,14 +58,10 @@ def build_softmax(greedy_temperature: float) -> PrimFunc:
 
             total = local((1,))
             store(total, 0, T.float32(0))
-            strided(
-                vocab, thread, THREADS, lambda i: store(total, 0, total[0] + weight(i))
-            )
+            strided(vocab, thread, THREADS, lambda i: store(total, 0, total[0] + weight(i)))
             whole = reduce_group([total[0]], lambda a, b: a + b, thread, THREADS)[0]
             scale = T.bind(T.float32(1) / whole)
-            strided(
-                vocab, thread, THREADS, lambda i: store(y, (row, 0, i), weight(i) * scale)
-            )
+            strided(vocab, thread, THREADS, lambda i: store(y, (row, 0, i), weight(i) * scale))
 
     return build_function("softmax_with_temperature", body).without_attr("global_symbol")
 

@@ -37,7 +37,7 @@ class DecoderConfig:
     Attributes mirror config.json; ``context`` is the longest sequence the model takes and
     ``context_reason`` says where that number came from. ``qkv_bias``, ``qk_norm`` and the like
     are set by the family file, not read from config.json, unless the family says so.
-    ``kv_dtype`` is the dtype of cached keys and values and ``act_dtype`` that of activations between
+    ``kv_dtype`` is the dtype of cached keys and values, ``act_dtype`` that of activations between
     kernels; the build chooses both.
     """
 

@@ -16,7 +16,7 @@ import tvm_ffi
 
 HERE = Path(__file__).parent
 CXX = "clang++-22"
-_INTEGER, _FLOAT = 0, 2  # DLPack's type codes
+_FLOAT, _HANDLE = 2, 3  # DLPack's type codes
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Kernel:
     def is_float(self, argument: int) -> bool:
         """Whether an argument is a floating-point number."""
         return self.arguments[argument][0] == _FLOAT
+
+    def is_buffer(self, argument: int) -> bool:
+        """Whether an argument is memory of the device."""
+        return self.arguments[argument][0] == _HANDLE
 
 
 class _Reader:
@@ -70,11 +74,7 @@ def read_module(data: bytes, whole: bool = False) -> list[Kernel]:
         whole: the module keeps one text for all kernels (OpenCL), not one each (Metal).
     """
     reader = _Reader(bytes(data))
-    if not whole:
-        reader.text()  # format
-    else:
-        source = reader.text()
-        reader.text()
+    reader.text()  # format
     found = {}
     for _ in range(reader.count()):
         symbol, name = reader.text(), reader.text()
@@ -82,12 +82,11 @@ def read_module(data: bytes, whole: bool = False) -> list[Kernel]:
         launch = tuple(reader.text() for _ in range(reader.count()))
         reader.take(f"{reader.count()}i")
         found[symbol] = (name, arguments, launch)
-    sources = {s: source for s in found} if whole else dict(_pairs(reader))
+    if whole:
+        sources = dict.fromkeys(found, reader.text())
+    else:
+        sources = {reader.text(): reader.text() for _ in range(reader.count())}
     return [Kernel(name, s, a, t, sources[s]) for s, (name, a, t) in found.items()]
-
-
-def _pairs(reader: _Reader) -> list[tuple[str, str]]:
-    return [(reader.text(), reader.text()) for _ in range(reader.count())]
 
 
 @cache
@@ -96,13 +95,16 @@ def install_device(kind: str, directory: Path) -> None:
     library = directory / f"{kind}_device.so"
     site = Path(tvm.__file__).parent
     ffi = Path(tvm_ffi.__file__).parent
-    includes = [site / "include", ffi / "include"]
-    command = [
-        CXX, "-std=c++17", "-O1", "-shared", "-fPIC", f'-DDEVICE_API="device_api.{kind}"',
-        *(f"-I{path}" for path in includes), "-o", str(library), str(HERE / "gpu_device.cc"),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    flags = [f'-DDEVICE_API="device_api.{kind}"', f"-I{site / 'include'}"]
+    compile_library([*flags, f"-I{ffi / 'include'}"], HERE / "gpu_device.cc", library)
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def compile_library(flags: list[str], source: Path, library: Path) -> None:
+    """Compile C++ to a shared library, unless it is there."""
+    if not library.exists():
+        command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", *flags]
+        subprocess.run([*command, "-o", str(library), str(source)], check=True)
 
 
 def on_load(kind: str, load: Callable[[bytes], Any]) -> None:

@@ -10,20 +10,27 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import tvm_ffi
 
-from tests.emulation.gpu_modules import CXX, HERE, Kernel, install_device, on_load, read_module
+from tests.emulation.gpu_modules import (
+    CXX,
+    HERE,
+    Kernel,
+    compile_library,
+    install_device,
+    on_load,
+    read_module,
+)
 
 _THREADGROUP_BYTES = 32768
 _SIZES = {"half": 2, "float": 4, "int": 4, "uint": 4, "uchar": 1, "bool": 1, "char": 1}
 _SHARED = re.compile(r"^(\s*)threadgroup (?!_)(\w+) (\w+)\[(\d+)\];", re.MULTILINE)
 _SIGNATURE = re.compile(r"kernel void (\w+)\((.*?)\) \{", re.DOTALL)
 _FLAGS = (
-    "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-attributes",
+    "-Wno-unknown-attributes",
     "-Xclang", "-ffloat16-excess-precision=none", "-ffp-contract=off",
     "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds,alignment,shift-exponent",
     "-fsanitize-trap=all",
@@ -61,13 +68,9 @@ class MetalRig:
         code = "\n".join(parts)
         name = hashlib.sha256(f"{self.order}{code}".encode()).hexdigest()[:16]
         library = self.directory / f"{name}.so"
-        if not library.exists():
-            source = library.with_suffix(".cc")
-            source.write_text(code)
-            subprocess.run(
-                [CXX, *_FLAGS, f"-DORDER={self.order}", f"-I{HERE}", "-o", library, source],
-                check=True,
-            )
+        source = library.with_suffix(".cc")
+        source.write_text(code)
+        compile_library([*_FLAGS, f"-DORDER={self.order}", f"-I{HERE}"], source, library)
         return tvm_ffi.load_module(str(library))
 
     def _kernel(self, number: int, kernel: Kernel) -> str:

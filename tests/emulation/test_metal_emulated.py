@@ -1,4 +1,4 @@
-"""Whole models and single kernels on a simulated Metal device, against PyTorch and NumPy."""
+"""Phase kernels, the sampler and whole models on a simulated Metal device."""
 
 from __future__ import annotations
 
@@ -9,33 +9,166 @@ import numpy as np
 import pytest
 
 import fairy_compile as fc
+from fairy_compile.kernels import logits_gpu, sampler_gpu
+from fairy_compile.kernels.metal import METAL_KERNELS
 from tests.emulation import metal_rig
+from tests.emulation.gpu_cases import (
+    SHAPES,
+    call,
+    compile_functions,
+    gpu_spec,
+    host_target,
+    run_phase_kernel,
+    tolerance,
+)
 from tests.emulation.gpu_targets import use_linux_host
+from tests.emulation.greedy import greedy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
 missing = metal_rig.missing_tools()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
+KERNEL = METAL_KERNELS[0]
+ORDERS = (0, 1, 7)
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
-TOLERANCE = {"float": 1e-4, "int8": 2e-3}  # float32 and float16 activations
+# float32 and float16 activations.
+TOLERANCE = {"float": 1e-4, "int8": 2e-3}
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> metal_rig.MetalRig:
+def module_rig(tmp_path_factory: pytest.TempPathFactory) -> metal_rig.MetalRig:
     return metal_rig.MetalRig(tmp_path_factory.mktemp("metal"))
 
 
-@pytest.fixture(scope="module")
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield monkeypatch
+@pytest.fixture
+def rig(module_rig: metal_rig.MetalRig) -> Iterator[metal_rig.MetalRig]:
+    yield module_rig
+    module_rig.order, module_rig.edit = 0, lambda source: source
+
+
+def error(shape: tuple, dtype: str, batch: int, directory: Path, **options) -> float:
+    """Return the largest error of a phase kernel, in tolerances; NaN counts as infinite."""
+    spec, target = gpu_spec(shape, dtype), host_target("metal")
+    got, want, parts, x = run_phase_kernel(KERNEL, spec, target, batch, directory, **options)
+    ratio = np.abs(got - want) / tolerance(spec, parts, x)
+    return float(np.nan_to_num(ratio, nan=np.inf).max())
+
+
+@pytest.mark.parametrize(
+    ("order", "dtype", "batch"), [(0, "float16", 1), (1, "float16", 2), (7, "float32", 17)]
+)
+def test_phase_kernel_matches_reference(rig, tmp_path, order, dtype, batch) -> None:
+    rig.order = order
+    assert error(SHAPES[0], dtype, batch, tmp_path) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 17, 64])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_matches_reference(rig, tmp_path, shape, dtype, batch) -> None:
+    rig.order = ORDERS[batch % 3]
+    assert error(shape, dtype, batch, tmp_path) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knob", ["threads", "rows", "tokens", "switch", "tile_tokens"])
+def test_every_knob_computes_the_same(rig, tmp_path, knob) -> None:
+    for value in KERNEL.knobs[knob]:
+        for batch in (1, 7):
+            assert error(SHAPES[0], "float16", batch, tmp_path, knobs={knob: value}) <= 1
+
+
+def test_a_removed_barrier_is_caught(rig, tmp_path: Path) -> None:
+    """Either threads read what is not there yet, in some order, or the launch fails."""
+    rig.edit = lambda source: metal_rig.without_barrier(source, 0)
+    caught = []
+    for order in ORDERS:
+        rig.order = order
+        # Seventeen rows of x take the tiled kernel, whose threads fill tiles for each other.
+        caught.append(error(SHAPES[0], "float32", 17, tmp_path) > 1)
+    assert any(caught)
+
+
+def test_the_sampler_draws_what_numpy_draws(rig, tmp_path: Path) -> None:
+    rig.order = 7
+    target, vocab, rows = host_target("metal"), 1200, 3
+    functions = {
+        "multinomial": sampler_gpu.build_multinomial(),
+        "argsort": sampler_gpu.build_argsort(vocab),
+        "top_p": sampler_gpu.build_sample_top_p(),
+        "renormalize": sampler_gpu.build_renormalize_top_p(),
+        "take": sampler_gpu.build_take_probs(),
+        "softmax": logits_gpu.build_softmax(1e-5),
+    }
+    library = compile_functions(functions, target, tmp_path)
+
+    def run(name: str, *arrays: np.ndarray) -> list[np.ndarray]:
+        return call(library, name, target, arrays)
+
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((rows, 1, vocab))).astype(np.float32)
+    temperature = np.array([1.0, 0.5, 0.0], np.float32)
+    probs = run("softmax", logits, temperature, np.zeros_like(logits))[-1]
+    scaled = logits[:2, 0] / temperature[:2, None]
+    want = np.exp(scaled - scaled.max(1, keepdims=True))
+    np.testing.assert_allclose(probs[:2, 0], want / want.sum(1, keepdims=True), rtol=2e-5)
+    assert probs[2, 0].argmax() == logits[2, 0].argmax()
+    assert probs[2, 0].max() == 1
+    probs = np.ascontiguousarray(probs[:, 0])
+
+    width = sampler_gpu.sort_width(vocab)
+    _, ordered, index, *_ = run(
+        "argsort", probs, np.zeros_like(probs), np.zeros(probs.shape, np.int32),
+        np.zeros((rows, width), np.float32), np.zeros((rows, width), np.int32),
+    )  # fmt: skip
+    np.testing.assert_array_equal(index, np.argsort(-probs, axis=1, kind="stable"))
+    np.testing.assert_array_equal(ordered, np.take_along_axis(probs, index, 1))
+
+    samples = 20
+    uniform = rng.random(samples).astype(np.float32)
+    row_of = rng.integers(0, rows, samples).astype(np.int32)
+    drawn = run("multinomial", probs, uniform, row_of, np.zeros(samples, np.int32))[-1]
+    top_p = np.array([0.9, 0.5, 0.7], np.float32)
+    nucleus = run("top_p", ordered, index, uniform, row_of, top_p, np.zeros(samples, np.int32))[-1]
+    for u, row, token, kept in zip(uniform, row_of, drawn, nucleus, strict=True):
+        assert_drawn(probs[row].astype(np.float64), u, token)
+        sorted_row = ordered[row].astype(np.float64)
+        before = np.cumsum(sorted_row) - sorted_row
+        inside = np.where(before < top_p[row] - 1e-6, sorted_row, 0)
+        assert_drawn(inside, u, int(np.flatnonzero(index[row] == kept)[0]))
+
+    pivots = np.zeros((rows, 3), np.float32)
+    kept = run("renormalize", probs, top_p, pivots, np.zeros_like(probs))[-1]
+    for row in range(rows):
+        sums = np.cumsum(ordered[row].astype(np.float64))
+        count = int(np.searchsorted(sums, top_p[row])) + 1
+        want = np.zeros(vocab)
+        want[index[row, :count]] = ordered[row, :count]
+        np.testing.assert_allclose(kept[row], want / want.sum(), rtol=1e-5)
+
+    offset = np.array([0, 5, vocab, 2 * vocab + 3], np.int32)
+    found = run(
+        "take", probs, index, row_of, drawn, offset, np.zeros(samples, np.float32),
+        np.zeros(4, np.float32), np.zeros(4, np.int32),
+    )[-3:]  # fmt: skip
+    np.testing.assert_array_equal(found[0], probs[row_of, drawn])
+    np.testing.assert_array_equal(found[2], index[offset // vocab, offset % vocab])
+    np.testing.assert_array_equal(found[1], ordered[offset // vocab, offset % vocab])
+
+
+def assert_drawn(weights: np.ndarray, u: float, token: int) -> None:
+    """Check a draw up to the rounding of float32 sums."""
+    sums = np.cumsum(weights) / weights.sum()
+    assert weights[token] > 0
+    assert sums[token] >= u - 1e-5
+    assert sums[token] - weights[token] / weights.sum() <= u + 1e-5
 
 
 @pytest.fixture(scope="module")
-def built(rig, patch, tmp_path_factory):
-    """Return built(family, act) -> (artifact directory, logits of PyTorch for TOKENS)."""
+def built(module_rig, tmp_path_factory):
+    """Return built(family, act) -> (artifact directory, PyTorch's model)."""
     root = tmp_path_factory.mktemp("models")
-    use_linux_host(patch, root / "targets", "metal")
     cache: dict = {}
 
     def get(family: str, act: str) -> tuple[Path, Oracle]:
@@ -44,7 +177,10 @@ def built(rig, patch, tmp_path_factory):
             if not source.exists():
                 save_model(source, family)
             out = root / f"{family}-{act}"
-            fc.build(source, target="metal", act=act, output=out, context=128, prefill_chunk=32)
+            with pytest.MonkeyPatch.context() as patch:
+                use_linux_host(patch, root / "targets", "metal")
+                sizes = {"context": 128, "prefill_chunk": 32}
+                fc.build(source, target="metal", act=act, output=out, **sizes)
             cache[family, act] = (out, Oracle(source, fc.QuantConfig("w2", act="float")))
         return cache[family, act]
 
@@ -56,17 +192,26 @@ def built(rig, patch, tmp_path_factory):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_logits_and_greedy_tokens_equal_pytorch(rig, built, family: str, act: str) -> None:
     out, oracle = built(family, act)
+    for rig.order in ORDERS if family == "llama" else ORDERS[:1]:
+        with fc.load(out) as model:
+            assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= TOLERANCE[act]
+            if act == "float" and rig.order == 0:
+                assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+
+
+@pytest.mark.slow
+def test_batches_equal_single_sequences(rig, built) -> None:
+    out, _ = built("qwen2", "float")
+    prompts = [TOKENS[i : i + 3 + 4 * i] for i in range(4)]
     with fc.load(out) as model:
-        assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= TOLERANCE[act]
-        if act == "float":
-            assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
-
-
-def greedy(model, prompt: list[int], count: int) -> list[int]:
-    engine = model.engine
-    sequence = engine.add_sequence()
-    logits, tokens = engine.prefill(sequence, prompt), []
-    for _ in range(count):
-        tokens.append(int(np.argmax(logits)))
-        logits = engine.decode([sequence], tokens[-1:])[0]
-    return tokens
+        engine = model.engine
+        alone = [model.logits(prompt)[-1] for prompt in prompts]
+        ids = [engine.add_sequence() for _ in prompts]
+        together = engine.prefill_many(dict(zip(ids, prompts, strict=True)))
+        step = engine.decode(ids, [int(together[i].argmax()) for i in ids])
+        for sequence in ids:
+            engine.remove_sequence(sequence)
+        for i, sequence in enumerate(ids):
+            assert relative_error(together[sequence], alone[i]) <= TOLERANCE["float"]
+            longer = [*prompts[i], int(together[sequence].argmax())]
+            assert relative_error(step[i], model.logits(longer)[-1]) <= TOLERANCE["float"]

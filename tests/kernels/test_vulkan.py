@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
-import tvm
 
+from fairy_compile.kernels import sampler_gpu
 from fairy_compile.kernels.vulkan import VULKAN_KERNELS
-from fairy_compile.op import PhaseSpec, phase_gemm_reference
-from fairy_compile.targets import Limits, load_target
+from fairy_compile.targets import Limits, Target
+from tests.emulation.gpu_cases import (
+    SHAPES,
+    call,
+    compile_functions,
+    gpu_spec,
+    host_target,
+    run_phase_kernel,
+    tolerance,
+)
 from tests.emulation.vulkan_device import missing_driver, missing_validator, validate
-from tests.emulation.vulkan_module import kernels_of
-from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
+from tests.emulation.vulkan_module import kernels_in
 
 (KERNEL,) = VULKAN_KERNELS
 slow = pytest.mark.slow
 
-# Their host is x86-64 Linux, which lavapipe tests run on. A subgroup of lavapipe has 8 threads.
-TARGETS = {
-    "generic": load_target("vulkan"),
-    "subgroups": replace(load_target("vulkan-nvidia"), limits=Limits(1024, 32768, simd_width=8)),
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def lavapipe():
+def lavapipe() -> None:
     reason = missing_driver() or missing_validator()
     if reason:
         pytest.skip(reason)
@@ -36,88 +37,78 @@ def lavapipe():
     vulkan_runtime.install()
 
 
-@cache
-def compiled(spec: PhaseSpec, batch: str, target: str, threads):
-    knobs = {} if threads is None else {"threads": threads}
-    function = KERNEL.build(spec, TARGETS[target], batch, knobs)
-    executable = tvm.compile(
-        function.with_attr("global_symbol", "main"), target=TARGETS[target].to_tvm()
-    )
-    for kernel in kernels_of(executable).values():
-        validate(kernel.code)
-    return executable
+def subgroup_target() -> Target:
+    """Return a target with subgroups of 8 threads, as lavapipe has them."""
+    return replace(host_target("vulkan-nvidia"), limits=Limits(1024, 32768, simd_width=8))
 
 
-def check(spec: PhaseSpec, batch: int, target: str = "generic", threads=None, code=None) -> None:
-    """Compare with the reference, within what rounding the sums and the operands may cost.
-
-    A float32 sum of K products in any order errs by at most K eps sum |x a|; see
-    ``test_generic.check`` for the bound of |a|. In float16 the tiled GEMM rounds every entry of the
-    matrix, and outputs are rounded once.
-    """
-    parts = make_parts(spec, code=code)
-    x = make_x(spec, batch).astype(spec.dtype)
-    device = tvm.vulkan()
-    arrays = KERNEL.layout.pack(parts, spec)
-    y = tvm.runtime.tensor(np.full((batch, spec.out_features), np.nan, spec.out_dtype), device)
-    compiled(spec, "single" if batch == 1 else "many", target, threads)(
-        tvm.runtime.tensor(x, device),
-        *(tvm.runtime.tensor(np.ascontiguousarray(a), device) for a in arrays.values()),
-        y,
-    )
-    seen, exact = y.numpy().astype("float32"), x.astype("float32")
-    want = phase_gemm_reference(exact, parts)
-    largest = max(float(p.scales.max(axis=(2, 3, 4)).sum()) for p in parts)
-    terms = spec.in_features + 2 * spec.stages * len(spec.terms)
-    eps = terms * np.finfo("float32").eps
-    if spec.dtype == "float16":
-        eps += 2 * np.finfo("float16").eps
-    bound = eps * largest * np.abs(exact).sum(axis=1, keepdims=True)
-    assert (np.abs(seen - want) <= bound + np.finfo(spec.out_dtype).eps * np.abs(want)).all()
+def error(
+    shape: tuple, dtype: str, batch: int, folder: Path, target: Target | None = None, **options
+) -> float:
+    """Return the largest error of a kernel's outputs, as a share of what rounding may cost."""
+    target = target or host_target("vulkan")
+    spec = gpu_spec(shape, dtype)
+    got, want, parts, x = run_phase_kernel(KERNEL, spec, target, batch, folder, **options)
+    for library in folder.glob("*.so"):
+        for kernel in kernels_in(library.read_bytes()).values():
+            validate(kernel.code)
+    return float((np.abs(got.astype(np.float64) - want) / tolerance(spec, parts, x)).max())
 
 
-def spec_of(dtype: str, **options) -> PhaseSpec:
-    return replace(make_spec(act="float", **options), dtype=dtype, out_dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_few_and_many_rows(dtype: str) -> None:
-    for batch in (1, 17):
-        check(spec_of(dtype, parts=(37, 4), m=70), batch)
+@pytest.mark.parametrize(
+    ("dtype", "batch"), [("float16", 1), ("float16", 17), ("float32", 1), ("float32", 17)]
+)
+def test_few_and_many_rows_match_the_reference(tmp_path: Path, dtype: str, batch: int) -> None:
+    assert error(SHAPES[0], dtype, batch, tmp_path) <= 1
 
 
 @slow
 @pytest.mark.parametrize("batch", [1, 2, 17, 64])
-@pytest.mark.parametrize("stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("terms", [BOTH, ONLY_W])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_stages_and_terms(dtype: str, terms, stages: int, batch: int) -> None:
-    scale = ("tensor", "row", "tile64", "tensor")[stages - 1]
-    check(spec_of(dtype, parts=(37, 4), m=70, stages=stages, terms=terms, scale=scale), batch)
-
-
-@pytest.mark.parametrize(
-    ("parts", "m"),
-    [((1,), 1), ((5, 3, 2), 200)]
-    + [pytest.param(p, m, marks=slow) for p in ((1,), (64,), (130, 66)) for m in (16, 200)],
-)
-def test_odd_sizes(parts, m: int) -> None:
-    for batch in (1, 9):
-        check(spec_of("float32", parts=parts, m=m), batch)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_matches_the_reference(tmp_path: Path, shape, dtype: str, batch: int) -> None:
+    assert error(shape, dtype, batch, tmp_path) <= 1
 
 
 @slow
 @pytest.mark.parametrize("code", [0, 1, 2, 3])
-def test_extreme_codes(code: int) -> None:
-    check(spec_of("float32", parts=(6,), m=20), 2, code=code)
+def test_extreme_codes(tmp_path: Path, code: int) -> None:
+    assert error(SHAPES[0], "float32", 2, tmp_path, code=code) <= 1
 
 
 @pytest.mark.parametrize(
     ("threads", "batch"),
-    [(32, 1)] + [pytest.param(*c, marks=slow) for c in ((16, 1), (32, 3), (64, 1))],
+    [(32, 1)] + [pytest.param(*case, marks=slow) for case in ((16, 1), (32, 3), (64, 1))],
 )
-def test_sums_by_subgroup(threads: int, batch: int) -> None:
-    spec = spec_of("float32", parts=(20, 5), m=130)
-    knobs = {"threads": threads}
-    assert "subgroupAdd" in str(KERNEL.build(spec, TARGETS["subgroups"], "single", knobs))
-    check(spec, batch, "subgroups", threads)
+def test_sums_by_subgroup(tmp_path: Path, threads: int, batch: int) -> None:
+    knobs, target = {"threads": threads}, subgroup_target()
+    function = KERNEL.build(gpu_spec(SHAPES[0], "float32"), target, "single", knobs)
+    assert "subgroupAdd" in str(function)
+    assert error(SHAPES[0], "float32", batch, tmp_path, target, knobs=knobs) <= 1
+
+
+def test_sampling_kernels(tmp_path: Path) -> None:
+    target, vocab, rows, samples = host_target("vulkan"), 700, 2, 12
+    functions = {
+        "argsort": sampler_gpu.build_argsort(vocab),
+        "multinomial": sampler_gpu.build_multinomial(),
+    }
+    library = compile_functions(functions, target, tmp_path)
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(vocab, 0.1), rows).astype(np.float32)
+    width = sampler_gpu.sort_width(vocab)
+    _, ordered, index, *_ = call(library, "argsort", target, [
+        probs, np.zeros_like(probs), np.zeros(probs.shape, np.int32),
+        np.zeros((rows, width), np.float32), np.zeros((rows, width), np.int32),
+    ])  # fmt: skip
+    np.testing.assert_array_equal(ordered, -np.sort(-probs, axis=1))
+    np.testing.assert_array_equal(np.take_along_axis(probs, index, 1), ordered)
+
+    uniform = rng.random(samples).astype(np.float32)
+    row_of = rng.integers(0, rows, samples).astype(np.int32)
+    arrays = [probs, uniform, row_of, np.zeros(samples, np.int32)]
+    *_, drawn = call(library, "multinomial", target, arrays)
+    for u, row, token in zip(uniform, row_of, drawn, strict=True):
+        sums = np.cumsum(probs[row].astype(np.float64)) / probs[row].sum()
+        assert sums[token] >= u - 1e-5
+        assert sums[token] - probs[row, token] <= u + 1e-5

@@ -1,0 +1,83 @@
+"""GPU targets build on this machine, say what they compute with, and refuse in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fairy_compile as fc
+from fairy_compile.artifact import verify
+from fairy_compile.artifact.contract import GPU_SAMPLER_FUNCTIONS
+from fairy_compile.compiler import build as build_module
+from fairy_compile.errors import UnsupportedError
+from fairy_compile.targets import Limits, load_target
+
+GPU_TARGETS = {
+    "android-adreno": "opencl",
+    "android-mali": "opencl",
+    "iphone": "metal",
+    "metal": "metal",
+    "opencl": "opencl",
+    "vulkan": "vulkan",
+    "vulkan-adreno": "vulkan",
+    "vulkan-amd": "vulkan",
+    "vulkan-intel": "vulkan",
+    "vulkan-mali": "vulkan",
+    "vulkan-nvidia": "vulkan",
+}
+# First bytes of a library: ELF, 64-bit ARM Mach-O, gzip of a tar.
+MAGIC = {"so": b"\x7fELF", "dylib": b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01", "tar": b"\x1f\x8b"}
+
+
+@pytest.mark.parametrize(("name", "device"), GPU_TARGETS.items())
+def test_targets_plan_their_own_kernel(model: Path, name: str, device: str) -> None:
+    target = load_target(name)
+    assert target.device == device
+    assert target.limits is not None
+    assert target.to_tvm().attrs["max_shared_memory_per_block"] == target.limits.shared_bytes
+    report = fc.build(model, target=name, dry_run=True)
+    assert report.kernels() == {f"{device}.words": len(report.layers)}
+    assert {row.act for row in report.layers} == {"float16"}
+    assert report.sizes["act_dtype"] == report.sizes["kv_dtype"] == "float16"
+    exact = fc.build(model, target=name, act="float", dry_run=True)
+    assert {row.act for row in exact.layers} == {"float"}
+    assert exact.sizes["act_dtype"] == exact.sizes["kv_dtype"] == "float32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(GPU_TARGETS))
+def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name: str) -> None:
+    target = load_target(name)
+    if target.linkers:
+        pytest.importorskip("ziglang", reason='needs: pip install "fairy-compile[cross]"')
+    fc.build(model, target=name, output=tmp_path / "out", context=64)
+    manifest = verify(tmp_path / "out").manifest
+    magic = MAGIC[target.library]
+    assert (tmp_path / "out" / manifest.library).read_bytes()[: len(magic)] == magic
+    if target.device in ("metal", "vulkan"):
+        assert set(GPU_SAMPLER_FUNCTIONS) <= set(manifest.functions)
+
+
+def test_a_device_without_float16_computes_in_float32(monkeypatch, model: Path) -> None:
+    plain = replace(load_target("opencl"), name="plain", features=frozenset())
+    monkeypatch.setattr(build_module, "load_target", lambda _: plain)
+    report = fc.build(model, dry_run=True)
+    assert report.sizes["act_dtype"] == report.sizes["kv_dtype"] == "float32"
+    with pytest.raises(UnsupportedError, match="plain has no 16-bit floats; allowed: float32"):
+        fc.build(model, kv_dtype="float16", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(256, 4096), "needs 8192 bytes of shared memory; target tiny has 4096"),
+        (Limits(64, 32768), "needs 256 threads a group; target tiny has 64"),
+    ],
+)
+def test_too_small_devices_are_refused(monkeypatch, model: Path, limits, words: str) -> None:
+    tiny = replace(load_target("opencl"), name="tiny", limits=limits)
+    monkeypatch.setattr(build_module, "load_target", lambda _: tiny)
+    with pytest.raises(UnsupportedError, match=words):
+        fc.build(model, dry_run=True)

@@ -1,0 +1,152 @@
+"""An OpenCL device for TVM on PoCL: the wheel compiles OpenCL sources, but has no OpenCL runtime.
+
+Device memory is host memory, which PoCL's CPU device works on in place (shared virtual memory).
+PoCL of Debian has no 16-bit floats: kernels with them are compiled by clang instead of being run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from tests.emulation.gpu_modules import (
+    CXX,
+    Kernel,
+    compile_library,
+    install_device,
+    on_load,
+    read_module,
+)
+
+_LAUNCH = "fairy_compile_tests.opencl_launch"
+# Every kernel of a module as a function that hands its number and arguments to Python.
+_STUBS = """
+#include <tvm/ffi/c_api.h>
+#include <vector>
+static int launch(int64_t number, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {{
+  static TVMFFIObjectHandle function = nullptr;
+  if (!function) {{
+    TVMFFIByteArray name = {{"{launch}", {length}}};
+    if (TVMFFIFunctionGetGlobal(&name, &function)) return -1;
+  }}
+  std::vector<TVMFFIAny> all(count + 1);
+  all[0].type_index = kTVMFFIInt;
+  all[0].zero_padding = 0;
+  all[0].v_int64 = number;
+  for (int32_t i = 0; i < count; i++) all[i + 1] = args[i];
+  return TVMFFIFunctionCall(function, all.data(), count + 1, result);
+}}
+"""
+_STUB = """
+extern "C" int __tvm_ffi_{symbol}(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {{
+  return launch({number}, args, count, result);
+}}
+"""
+
+
+def missing_tools() -> str | None:
+    """Return what to install to run these tests, or None."""
+    if not shutil.which(CXX):
+        return "needs the Debian package clang-22"
+    try:
+        import pyopencl
+    except ImportError:
+        return "needs the package pyopencl"
+    try:
+        platforms = pyopencl.get_platforms()
+    except pyopencl.LogicError:
+        platforms = []
+    if not any("Portable" in platform.name for platform in platforms):
+        return "needs the Debian package pocl-opencl-icd"
+    return None
+
+
+class OpenCLRig:
+    """The device of a test session.
+
+    Attributes:
+        kernels: of the library loaded last.
+        launches: name of every kernel that ran.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        import pyopencl
+
+        os.environ.setdefault("PYOPENCL_NO_CACHE", "1")
+        self.directory = directory
+        platform = next(p for p in pyopencl.get_platforms() if "Portable" in p.name)
+        self.context = pyopencl.Context(platform.get_devices()[:1])
+        self.queue = pyopencl.CommandQueue(self.context)
+        self.kernels: list[Kernel] = []
+        self.programs: list[Any] = []
+        self.launches: list[str] = []
+        install_device("opencl", directory)
+        on_load("opencl", self.load)
+        tvm_ffi.register_global_func(_LAUNCH, self.launch, override=True)
+
+    def load(self, data: bytes) -> Any:
+        """Compile a device module and return what runs it."""
+        import pyopencl
+
+        first = len(self.programs)
+        self.kernels = read_module(data, whole=True)
+        program = pyopencl.Program(self.context, self.kernels[0].source).build()
+        self.programs += [(kernel, getattr(program, kernel.name)) for kernel in self.kernels]
+        code = _STUBS.format(launch=_LAUNCH, length=len(_LAUNCH)) + "".join(
+            _STUB.format(symbol=kernel.symbol, number=first + i)
+            for i, kernel in enumerate(self.kernels)
+        )
+        name = hashlib.sha256(code.encode()).hexdigest()[:16]
+        source = self.directory / f"{name}.cc"
+        source.write_text(code)
+        include = Path(tvm_ffi.__file__).parent / "include"
+        compile_library([f"-I{include}"], source, source.with_suffix(".so"))
+        return tvm_ffi.load_module(str(source.with_suffix(".so")))
+
+    def launch(self, number: int, *args: Any) -> None:
+        """Run one kernel and wait for it."""
+        import pyopencl
+
+        kernel, program = self.programs[number]
+        given = len(kernel.arguments)
+        for i, ((_, bits), value) in enumerate(zip(kernel.arguments, args, strict=False)):
+            if kernel.is_buffer(i):
+                program.set_arg(i, _memory(value))
+            elif kernel.is_float(i):
+                program.set_arg(i, np.float32(value))
+            else:
+                program.set_arg(i, {32: np.int32, 64: np.int64}[bits](value))
+        groups, threads = [1, 1, 1], [1, 1, 1]
+        for tag, extent in zip(kernel.launch, args[given:], strict=False):
+            sizes = groups if tag.startswith("block") else threads
+            sizes["xyz".index(tag[-1])] = int(extent)
+        total = [g * t for g, t in zip(groups, threads, strict=True)]
+        self.launches.append(kernel.name)
+        pyopencl.enqueue_nd_range_kernel(self.queue, program, total, threads).wait()
+
+
+def _memory(pointer: Any) -> Any:
+    """Return memory of the host as a kernel's argument; only its address counts."""
+    import pyopencl
+
+    byte = (ctypes.c_uint8 * 1).from_address(int(getattr(pointer, "value", pointer)))
+    return pyopencl.SVM(np.ctypeslib.as_array(byte))
+
+
+def compile_with_clang(source: str, directory: Path) -> None:
+    """Compile OpenCL C to SPIR's LLVM IR; raises where clang finds an error."""
+    file = directory / "kernels.cl"
+    file.write_text(source)
+    command = [
+        CXX.replace("++", ""), "-x", "cl", "-cl-std=CL2.0", "-target", "spir64", "-Xclang",
+        "-finclude-default-header", "-emit-llvm", "-c", "-o", os.devnull, str(file),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)

@@ -1,0 +1,92 @@
+"""OpenCL on PoCL: phase kernels against NumPy, whole models against PyTorch, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+
+import fairy_compile as fc
+from fairy_compile.kernels.opencl import OPENCL_KERNELS
+from tests.emulation import opencl_rig
+from tests.emulation.gpu_cases import (
+    SHAPES,
+    gpu_spec,
+    host_target,
+    run_phase_kernel,
+    tolerance,
+)
+from tests.emulation.gpu_targets import use_linux_host
+from tests.emulation.greedy import greedy
+from tests.tiny_models import SIZES, Oracle, relative_error, save_model
+
+missing = opencl_rig.missing_tools()
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+KERNEL = OPENCL_KERNELS[0]
+TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rig(tmp_path_factory: pytest.TempPathFactory) -> opencl_rig.OpenCLRig:
+    return opencl_rig.OpenCLRig(tmp_path_factory.mktemp("opencl"))
+
+
+def check(shape: tuple, batch: int, directory: Path, **options) -> None:
+    spec, target = gpu_spec(shape, "float32"), host_target("opencl")
+    got, want, parts, x = run_phase_kernel(KERNEL, spec, target, batch, directory, **options)
+    assert (np.abs(got - want) <= tolerance(spec, parts, x)).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 17])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_phase_kernel_matches_reference(tmp_path: Path, shape: tuple, batch: int) -> None:
+    check(shape, batch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 17, 64])
+@pytest.mark.parametrize("shape", SHAPES[3:])
+def test_every_shape_matches_reference(tmp_path: Path, shape: tuple, batch: int) -> None:
+    check(shape, batch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_extreme_codes(tmp_path: Path, batch: int, code: int) -> None:
+    check(SHAPES[0], batch, tmp_path, code=code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knob", ["threads", "rows", "tokens", "switch", "tile_tokens"])
+def test_every_knob_computes_the_same(tmp_path: Path, knob: str) -> None:
+    for value in KERNEL.knobs[knob]:
+        for batch in (1, 7):
+            check(SHAPES[0], batch, tmp_path, knobs={knob: value})
+
+
+@pytest.mark.parametrize("batch", ["single", "many"])
+def test_float16_kernels_compile(tmp_path: Path, batch: str) -> None:
+    spec, target = gpu_spec(SHAPES[0], "float16"), host_target("opencl")
+    function = KERNEL.build(spec, target, batch, {}).with_attr("global_symbol", "main")
+    built = tvm.tirx.build(tvm.IRModule({"main": function}), target=target.to_tvm())
+    opencl_rig.compile_with_clang(built.imports[0].inspect_source(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_whole_model_equals_pytorch(
+    rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
+    use_linux_host(monkeypatch, tmp_path / "targets", "opencl")
+    source = save_model(tmp_path / family, family)
+    out = tmp_path / "out"
+    fc.build(source, target="opencl", act="float", output=out, context=128, prefill_chunk=32)
+    oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
+    with fc.load(out) as model:
+        assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= 1e-4
+        assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+    assert any(name.startswith("opencl_words_single") for name in rig.launches)
