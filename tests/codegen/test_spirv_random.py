@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import numpy as np
@@ -39,17 +40,28 @@ def random_kernel(random: Random, count: int, threads: bool):
     return ir.get(), dtypes
 
 
-def check_random_kernel(seed: int) -> None:
+def check_random_kernel(seed: int) -> bool:
+    """Compare one kernel; return False if TVM itself cannot compile it.
+
+    Its folding of constants refuses unsigned differences that come out negative, even in branches
+    that never run.
+    """
     inputs = random_inputs(seed, LENGTH)
     function, dtypes = random_kernel(Random(seed), EXPRESSIONS, threads=False)
     expected = [tvm.runtime.tensor(np.zeros(LENGTH, dtype)) for dtype in dtypes]
-    tvm.compile(function, target=HOST)(*map(tvm.runtime.tensor, inputs.values()), *expected)
+    try:
+        host = tvm.compile(function, target=HOST)
+    except tvm.error.InternalError as error:
+        assert "uint" in str(error), error
+        return False
+    host(*map(tvm.runtime.tensor, inputs.values()), *expected)
     function, _ = random_kernel(Random(seed), EXPRESSIONS, threads=True)
     zeros = [np.zeros(LENGTH, dtype) for dtype in dtypes]
     seen = run(function, [*inputs.values(), *zeros])[len(inputs) :]
     for dtype, e, s in zip(dtypes, expected, seen, strict=True):
         np.testing.assert_array_equal(s, e.numpy(), err_msg=f"seed {seed}, {dtype}\n{function}")
     device().forget_pipelines()
+    return True
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -60,8 +72,9 @@ def test_random_expressions(seed):
 
 @pytest.mark.slow
 def test_ten_thousand_random_expressions():
-    for seed in range(10_000 // EXPRESSIONS):
-        check_random_kernel(seed)
+    seeds, compared = itertools.count(), 0
+    while compared < 10_000 // EXPRESSIONS:
+        compared += check_random_kernel(next(seeds))
 
 
 # ---------------------------------------------------------------------- schedules
