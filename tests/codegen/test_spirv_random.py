@@ -52,7 +52,8 @@ def check_random_kernel(seed: int) -> bool:
     try:
         host = tvm.compile(function, target=HOST)
     except tvm.error.InternalError as error:
-        assert "uint" in str(error), error
+        if "uint" not in str(error):
+            raise
         return False
     host(*map(tvm.runtime.tensor, inputs.values()), *expected)
     function, _ = random_kernel(Random(seed), EXPRESSIONS, threads=True)
