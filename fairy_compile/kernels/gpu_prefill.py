@@ -24,9 +24,11 @@ ROWS = OUTPUTS // 2
 _COLUMNS = ROWS * UNIT // GROUP
 
 
-def phase_tile_gemm(weights: Weights, y: Buffer, tokens: int) -> TileGemm:
-    """Return the launch of a phase GEMM; ``y`` is (batch, 2n)."""
-    return TileGemm(
+def phase_tile_gemm(
+    weights: Weights, y: Buffer, tokens: int, kind: type[TileGemm] = TileGemm
+) -> TileGemm:
+    """Return the launch of a phase GEMM by a ``kind`` of tile; ``y`` is (batch, 2n)."""
+    return kind(
         outputs=-(-weights.spec.n // ROWS),
         steps=weights.units,
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""Metal: the shared GPU kernels, with sums by simdgroup."""
+"""Metal: the shared GPU kernels, with sums by simdgroup and its matrix units for many rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels.gpu import GpuKernel
 from fairy_compile.kernels.gpu_builder import local, store
 from fairy_compile.kernels.gpu_decode import DecodeShape, Reduce
+from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
+from fairy_compile.kernels.gpu_tile import OUTPUTS, TileGemm
+from fairy_compile.kernels.gpu_weights import Weights
+from fairy_compile.kernels.metal_tile import SimdgroupTileGemm
+from fairy_compile.op import PhaseSpec
 
 if TYPE_CHECKING:
+    from tvm.tirx import Buffer
+
     from fairy_compile.targets import Target
 
 
 class MetalKernel(GpuKernel):
-    """`GpuKernel` with what Apple GPUs have: 32 threads that add up without memory."""
+    """`GpuKernel` with what Apple GPUs have: simdgroups that add up, and multiply matrices."""
 
     def __init__(self) -> None:
         super().__init__("metal")
@@ -33,6 +40,15 @@ class MetalKernel(GpuKernel):
             return [totals[i] for i in range(len(values))]
 
         return reduce
+
+    def shared_bytes(self, spec: PhaseSpec, target: Target) -> int:
+        """Return the shared memory of the larger launch with default knobs."""
+        tokens = self._tile_tokens(spec, "auto")
+        return super().shared_bytes(spec, target) + 4 * OUTPUTS * tokens
+
+    def tile_gemm(self, weights: Weights, y: Buffer, tokens: int) -> TileGemm:
+        """Return the launch for many rows of x."""
+        return phase_tile_gemm(weights, y, tokens, SimdgroupTileGemm)
 
 
 METAL_KERNELS = (MetalKernel(),)

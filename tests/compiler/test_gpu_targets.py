@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 import fairy_compile as fc
 from fairy_compile.artifact import verify
 from fairy_compile.artifact.contract import GPU_SAMPLER_FUNCTIONS
-from fairy_compile.compiler import build as build_module
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.targets import Limits, load_target
 
@@ -62,7 +62,7 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
 
 def test_a_device_without_float16_computes_in_float32(monkeypatch, model: Path) -> None:
     plain = replace(load_target("opencl"), name="plain", features=frozenset())
-    monkeypatch.setattr(build_module, "load_target", lambda _: plain)
+    monkeypatch.setattr(sys.modules[fc.build.__module__], "load_target", lambda _: plain)
     report = fc.build(model, dry_run=True)
     assert report.sizes["act_dtype"] == report.sizes["kv_dtype"] == "float32"
     with pytest.raises(UnsupportedError, match="plain has no 16-bit floats; allowed: float32"):
@@ -78,6 +78,6 @@ def test_a_device_without_float16_computes_in_float32(monkeypatch, model: Path) 
 )
 def test_too_small_devices_are_refused(monkeypatch, model: Path, limits, words: str) -> None:
     tiny = replace(load_target("opencl"), name="tiny", limits=limits)
-    monkeypatch.setattr(build_module, "load_target", lambda _: tiny)
+    monkeypatch.setattr(sys.modules[fc.build.__module__], "load_target", lambda _: tiny)
     with pytest.raises(UnsupportedError, match=words):
         fc.build(model, dry_run=True)

@@ -28,6 +28,7 @@ from tests.emulation.gpu_modules import (
 _THREADGROUP_BYTES = 32768
 _SIZES = {"half": 2, "float": 4, "int": 4, "uint": 4, "uchar": 1, "bool": 1, "char": 1}
 _SHARED = re.compile(r"^(\s*)threadgroup (?!_)(\w+) (\w+)\[(\d+)\];", re.MULTILINE)
+_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 _SIGNATURE = re.compile(r"kernel void (\w+)\((.*?)\) \{", re.DOTALL)
 _FLAGS = (
     "-Wno-unknown-attributes",
@@ -148,10 +149,14 @@ def check_threadgroup_memory(kernel: Kernel) -> None:
     assert used <= _THREADGROUP_BYTES, f"{kernel.name} takes {used} bytes of threadgroup memory"
 
 
+def barriers(source: str) -> int:
+    """Return the number of barriers in a kernel's source."""
+    return source.count(_BARRIER)
+
+
 def without_barrier(source: str, number: int) -> str:
     """Return a kernel's source without its barrier of that number."""
-    pieces = source.split("threadgroup_barrier(mem_flags::mem_threadgroup);")
+    pieces = source.split(_BARRIER)
     if number >= len(pieces) - 1:
         return source
-    joined = "threadgroup_barrier(mem_flags::mem_threadgroup);".join
-    return joined(pieces[: number + 1]) + ";" + joined(pieces[number + 1 :])
+    return _BARRIER.join(pieces[: number + 1]) + ";" + _BARRIER.join(pieces[number + 1 :])

@@ -162,36 +162,43 @@ inline void prepare(Fiber& fiber) {
   fiber.stack_pointer = top;
 }
 
-// Lets the simdgroups go on whose threads all wait at one operation, or have ended or wait elsewhere.
-inline bool release_simdgroups() {
-  bool released = false;
-  for (int first = 0; first < count; first += kSimd) {
-    const int end = std::min(first + kSimd, count);
-    int place = -1;
-    unsigned phase = 0;
-    for (int i = first; i < end; i++) {
-      if (fibers[i].state != kAtSimd) continue;
-      if (place >= 0 && place != fibers[i].place) {
-        fail("a simdgroup's threads at different operations", place, fibers[i].place);
-        return false;
-      }
-      place = fibers[i].place;
-      phase = fibers[i].phase;
+// Lets a simdgroup go on whose threads all wait at one operation, or have ended or wait elsewhere.
+inline bool release_simdgroup(int first) {
+  const int end = std::min(first + kSimd, count);
+  int place = -1;
+  unsigned phase = 0;
+  for (int i = first; i < end; i++) {
+    if (fibers[i].state != kAtSimd) continue;
+    if (place >= 0 && place != fibers[i].place) {
+      fail("a simdgroup's threads at different operations", place, fibers[i].place);
+      return false;
     }
-    if (place < 0) continue;
-    for (int i = first; i < end; i++) {
-      Fiber& fiber = fibers[i];
-      fiber.present[phase] = fiber.state == kAtSimd;
-      if (fiber.state != kAtSimd) continue;
-      if (fiber.phase != phase) {  // it took part in fewer operations than the others
-        std::memcpy(fiber.slot[phase], fiber.slot[phase ^ 1], sizeof fiber.slot[0]);
-        fiber.phase = phase;
-      }
-      fiber.state = kReady;
-    }
-    released = true;
+    place = fibers[i].place;
+    phase = fibers[i].phase;
   }
-  return released;
+  if (place < 0) return false;
+  for (int i = first; i < end; i++) {
+    Fiber& fiber = fibers[i];
+    fiber.present[phase] = fiber.state == kAtSimd;
+    if (fiber.state != kAtSimd) continue;
+    if (fiber.phase != phase) {  // it took part in fewer operations than the others
+      std::memcpy(fiber.slot[phase], fiber.slot[phase ^ 1], sizeof fiber.slot[0]);
+      fiber.phase = phase;
+    }
+    fiber.state = kReady;
+  }
+  return true;
+}
+
+// Runs a simdgroup as far as it gets without the others, which may lag behind or be ahead.
+inline void run_simdgroup(int first, const std::vector<int>& turns) {
+  do {
+    for (int i : turns) {
+      if (i / kSimd * kSimd != first || fibers[i].state != kReady) continue;
+      current = i;
+      metal_switch(&scheduler, fibers[i].stack_pointer);
+    }
+  } while (!error[0] && release_simdgroup(first));
 }
 
 // Lets all threads go on if all wait at one barrier; returns false when the group has ended.
@@ -216,13 +223,8 @@ inline void run_group(int threads, unsigned order) {
   for (int i = 0; i < count; i++) prepare(fibers[i]);
   const std::vector<int> turns = order_of(order);
   do {
-    do {
-      for (int i : turns) {
-        if (fibers[i].state != kReady) continue;
-        current = i;
-        metal_switch(&scheduler, fibers[i].stack_pointer);
-      }
-    } while (!error[0] && release_simdgroups());
+    for (int i : turns)
+      if (fibers[i].state == kReady) run_simdgroup(i / kSimd * kSimd, turns);
   } while (!error[0] && release_barrier());
 }
 
