@@ -1,9 +1,9 @@
 """Random TIR expressions whose results are exact, so that llvm and lavapipe must agree bit by bit.
 
 Integers of 8 and 16 bits wrap, which is exact. Wider ones must not overflow, signed or not: TVM
-tells LLVM that they never do. Floats hold integers small enough that sums and products are exact in any
-order. Both carry a bound of their magnitude that keeps them so. Divisors are nonzero and not -1,
-shifts are below the width, conversions stay in range.
+tells LLVM that they never do. Floats hold integers small enough that sums and products are exact in
+any order. Both carry a bound of their magnitude that keeps them so. Divisors are nonzero and not
+-1, shifts are below the width, conversions stay in range.
 """
 
 from __future__ import annotations
