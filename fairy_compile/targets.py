@@ -99,6 +99,10 @@ class Target:
                 "max_shared_memory_per_block": self.limits.shared_bytes,
                 "thread_warp_size": self.limits.simd_width,
             }
+        if self.device == "vulkan":
+            from fairy_compile.codegen import spirv
+
+            spirv.register()
         return tvm.target.Target(keys)
 
     def runs_here(self) -> bool:

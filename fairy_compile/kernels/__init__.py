@@ -8,6 +8,7 @@ from fairy_compile.kernels.cuda import CUDA_PLANES, CUDA_WORDS
 from fairy_compile.kernels.generic import GenericKernel
 from fairy_compile.kernels.metal import METAL_KERNELS
 from fairy_compile.kernels.opencl import OPENCL_KERNELS
+from fairy_compile.kernels.vulkan import VULKAN_KERNELS
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86_CODEBOOK
 
 FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
@@ -17,6 +18,7 @@ FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
     "cuda.words": CUDA_WORDS,
     "metal.words": METAL_KERNELS,
     "opencl.words": OPENCL_KERNELS,
+    "vulkan.words": VULKAN_KERNELS,
     "generic": (GenericKernel(),),
 }
 """Family name -> its kernels, best first."""

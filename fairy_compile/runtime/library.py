@@ -197,8 +197,29 @@ def open_device(name: str) -> Any:
             "optional index as in cuda:1"
         ) from error
     if not device.exist:
+        remedy = (
+            f": {_no_vulkan()}"
+            if device.type == "vulkan"
+            else "; load with device='cpu', or build the model for --target cpu"
+        )
         raise UnsupportedError(
-            f"this machine has no device {name!r} that the installed TVM can use; load with "
-            "device='cpu', or build the model for --target cpu"
+            f"this machine has no device {name!r} that the installed TVM can use{remedy}"
         )
     return device
+
+
+def _no_vulkan() -> str:
+    """Return what is missing to run on Vulkan, and where the artifact runs instead."""
+    from fairy_compile.codegen import spirv
+
+    if spirv.runtime_present():
+        return (
+            "its Vulkan runtime finds no GPU; install the GPU's driver "
+            "(`vulkaninfo --summary` lists the devices there are)"
+        )
+    return (
+        "it has no Vulkan runtime, which the wheels of apache-tvm are built without; "
+        "run the artifact in the MLC runtime, whose packages have it (directory as `model`, its "
+        "library as `model_lib`), use a TVM built with USE_VULKAN=ON, or build the model for "
+        "--target cpu"
+    )

@@ -20,6 +20,12 @@ GPU_TARGETS = {
     "iphone": "metal",
     "metal": "metal",
     "opencl": "opencl",
+    "vulkan": "vulkan",
+    "vulkan-adreno": "vulkan",
+    "vulkan-amd": "vulkan",
+    "vulkan-intel": "vulkan",
+    "vulkan-mali": "vulkan",
+    "vulkan-nvidia": "vulkan",
 }
 OTHERS = sorted(set(GPU_TARGETS) - {"metal"})
 # First bytes of a library: ELF, 64-bit ARM Mach-O, gzip of a tar.
@@ -58,7 +64,7 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
     manifest = verify(tmp_path / "out").manifest
     magic = MAGIC[target.library]
     assert (tmp_path / "out" / manifest.library).read_bytes()[: len(magic)] == magic
-    if target.device == "metal":
+    if target.device in ("metal", "vulkan"):
         assert set(GPU_SAMPLER_FUNCTIONS) <= set(manifest.functions)
 
 

@@ -1,0 +1,1 @@
+"""Code generators that the TVM wheel lacks: SPIR-V for Vulkan."""

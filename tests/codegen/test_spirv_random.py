@@ -1,0 +1,160 @@
+"""Random expressions and random schedules: lavapipe agrees with llvm bit by bit."""
+
+from __future__ import annotations
+
+import itertools
+from random import Random
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tvm import s_tir, te, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from tests.emulation.vulkan_device import device
+from tests.emulation.vulkan_random import TYPES, RandomExpressions, random_inputs
+from tests.emulation.vulkan_target import HOST, run
+
+pytestmark = pytest.mark.usefixtures("vulkan")
+
+LENGTH = 64
+EXPRESSIONS = 10  # of a kernel
+DEPTH = 4
+
+
+def random_kernel(random: Random, count: int, threads: bool):
+    """Return a function of one input of each type and ``count`` results."""
+    dtypes = [random.choice(TYPES) for _ in range(count)]
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_name("main")
+        inputs = {dtype: T.arg(dtype, T.buffer((LENGTH,), dtype)) for dtype in TYPES}
+        outputs = [T.arg(f"out{i}", T.buffer((LENGTH,), d)) for i, d in enumerate(dtypes)]
+        loop = T.thread_binding(LENGTH, thread="threadIdx.x") if threads else T.serial(0, LENGTH)
+        with loop as i:
+            draw = RandomExpressions(random, {d: b[i] for d, b in inputs.items()})
+            for output, dtype in zip(outputs, dtypes, strict=True):
+                T.buffer_store(output, draw.draw(dtype, DEPTH).node, [i])
+    return ir.get(), dtypes
+
+
+def check_random_kernel(seed: int) -> bool:
+    """Compare one kernel; return False if TVM itself cannot compile it.
+
+    Its folding of constants refuses unsigned differences that come out negative, even in branches
+    that never run.
+    """
+    inputs = random_inputs(seed, LENGTH)
+    function, dtypes = random_kernel(Random(seed), EXPRESSIONS, threads=False)
+    expected = [tvm.runtime.tensor(np.zeros(LENGTH, dtype)) for dtype in dtypes]
+    try:
+        host = tvm.compile(function, target=HOST)
+    except tvm.error.InternalError as error:
+        if "uint" not in str(error):
+            raise
+        return False
+    host(*map(tvm.runtime.tensor, inputs.values()), *expected)
+    function, _ = random_kernel(Random(seed), EXPRESSIONS, threads=True)
+    zeros = [np.zeros(LENGTH, dtype) for dtype in dtypes]
+    seen = run(function, [*inputs.values(), *zeros])[len(inputs) :]
+    for dtype, e, s in zip(dtypes, expected, seen, strict=True):
+        np.testing.assert_array_equal(s, e.numpy(), err_msg=f"seed {seed}, {dtype}\n{function}")
+    device().forget_pipelines()
+    return True
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_random_expressions(seed):
+    check_random_kernel(seed)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_expressions():
+    seeds, compared = itertools.count(), 0
+    while compared < 10_000 // EXPRESSIONS:
+        compared += check_random_kernel(next(seeds))
+
+
+# ---------------------------------------------------------------------- schedules
+
+
+def matrix_product(rows: int, columns: int, depth: int, dtype: str):
+    """Return C = A B of small integers, accumulated in ``dtype``."""
+    a = te.placeholder((rows, depth), "int8", name="a")
+    b = te.placeholder((depth, columns), "int8", name="b")
+    k = te.reduce_axis((0, depth), name="k")
+    c = te.compute(
+        (rows, columns),
+        lambda i, j: te.sum(tirx.Cast(dtype, a[i, k]) * tirx.Cast(dtype, b[k, j]), axis=k),
+        name="c",
+    )
+    return te.create_prim_func([a, b, c])
+
+
+def random_schedule(random: Random, function):
+    """Tile, bind, stage through shared and local memory, vectorise and unroll at random."""
+    schedule = s_tir.Schedule(function)
+    block = schedule.get_sblock("c")
+    i, j, k = schedule.get_loops(block)
+    tile_i, tile_j, tile_k = (random.choice([1, 2, 4]) for _ in range(3))
+    threads_i, threads_j = random.choice([1, 2, 4]), random.choice([2, 4, 8])
+    bi, ti, ri = schedule.split(i, [None, threads_i, tile_i])
+    bj, tj, rj = schedule.split(j, [None, threads_j, tile_j])
+    ko, ki = schedule.split(k, [None, tile_k])
+    order = [ko, ki, ri, rj] if random.random() < 0.5 else [ko, ri, ki, rj]
+    schedule.reorder(bi, bj, ti, tj, *order)
+    schedule.bind(bi, "blockIdx.y")
+    schedule.bind(bj, "blockIdx.x")
+    staged = random.random() < 0.7
+    if staged:
+        # One axis of threads: with two, TVM's ThreadSync takes a store that only threads with y = 0
+        # do for one of the reader's own, and leaves out the barrier.
+        tj = schedule.fuse(ti, tj)
+    else:
+        schedule.bind(ti, "threadIdx.y")
+    schedule.bind(tj, "threadIdx.x")
+    if random.random() < 0.7:
+        schedule.reverse_compute_at(schedule.cache_write(block, 0, "local"), tj)
+    for operand in (0, 1):
+        if staged and random.random() < 0.7:
+            copy = schedule.cache_read(block, operand, "shared")
+            schedule.compute_at(copy, ko, preserve_unit_loops=True)
+            fused = schedule.fuse(*schedule.get_loops(copy)[-2:])
+            _, thread = schedule.split(fused, [None, threads_i * threads_j])
+            schedule.bind(thread, "threadIdx.x")
+    if random.random() < 0.5:
+        schedule.unroll(ki)
+    if tile_j > 1 and random.random() < 0.6:
+        schedule.vectorize(rj)
+    if random.random() < 0.5:
+        schedule.decompose_reduction(block, ko)
+    return schedule.mod["main"]
+
+
+def check_random_schedule(seed: int) -> None:
+    random = Random(seed)
+    rows, columns, depth = random.randint(1, 40), random.randint(1, 70), random.randint(1, 50)
+    dtype = random.choice(["int32", "float32", "int16", "int64", "float16"])
+    rng = np.random.default_rng(seed)
+    limit = 3 if dtype == "float16" else 127  # sums stay exact
+    a = rng.integers(-limit, limit, (rows, depth)).astype("int8")
+    b = rng.integers(-limit, limit, (depth, columns)).astype("int8")
+    function = random_schedule(random, matrix_product(rows, columns, depth, dtype))
+    *_, seen = run(function, [a, b, np.zeros((rows, columns), dtype)])
+    expected = (a.astype("int64") @ b.astype("int64")).astype(dtype)
+    np.testing.assert_array_equal(seen, expected, err_msg=f"seed {seed}\n{function}")
+    device().forget_pipelines()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_schedules(seed):
+    check_random_schedule(seed)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_schedules():
+    for seed in range(200):
+        check_random_schedule(1000 + seed)

@@ -1,0 +1,99 @@
+"""Whole models built for Vulkan: valid SPIR-V, and logits on lavapipe against PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fairy_compile as fc
+from tests.emulation.vulkan_device import missing_driver, missing_validator, validate
+from tests.emulation.vulkan_module import kernels_in
+from tests.tiny_models import SIZES, Oracle, relative_error, save_model
+
+TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 37).tolist()
+FLOAT32_TOLERANCE = 1e-4  # relative
+FLOAT16_TOLERANCE = 2e-2  # absolute, of logits with a standard deviation near 1
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lavapipe():
+    reason = missing_driver() or missing_validator()
+    if reason:
+        pytest.skip(reason)
+    from tests.emulation import vulkan_runtime
+
+    vulkan_runtime.install()
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return build(family, act, quant) -> (artifact, source); artifacts are made once."""
+    root = tmp_path_factory.mktemp("vulkan")
+
+    def make(family: str, act: str, quant: str = "w2"):
+        source, out = root / family, root / f"{family}-{act}-{quant}"
+        if not source.exists():
+            save_model(source, family)
+        if not out.exists():
+            fc.build(
+                source,
+                target="vulkan",
+                quant=fc.QuantConfig(quant, act=act),
+                output=out,
+                context=128,
+                prefill_chunk=32,
+            )
+        return out, source
+
+    return make
+
+
+CASES = [
+    pytest.param("llama", "float", "w2"),
+    pytest.param("llama", "int8", "w2", marks=slow),
+    pytest.param("llama", "float", "w1", marks=slow),
+    pytest.param("qwen2", "float", "w2", marks=slow),
+    pytest.param("qwen2", "int8", "w3", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("family", "act", "quant"), CASES)
+def test_every_kernel_is_valid(build, family, act, quant):
+    artifact, _ = build(family, act, quant)
+    kernels = kernels_in((artifact / "model.so").read_bytes())
+    assert len(kernels) > 30
+    for kernel in kernels.values():
+        validate(kernel.code)
+
+
+@pytest.mark.parametrize(("family", "act", "quant"), CASES)
+def test_logits_equal_pytorch(build, family, act, quant):
+    artifact, source = build(family, act, quant)
+    expected = Oracle(source, fc.QuantConfig(quant, act="float")).logits(TOKENS)
+    with fc.load(artifact) as model:
+        assert str(model.engine.device).startswith("vulkan")
+        whole = model.logits(TOKENS)
+        engine = model.engine
+        sequence = engine.add_sequence()
+        engine.prefill(sequence, TOKENS[:-6])
+        stepped = [engine.decode([sequence], [token])[0] for token in TOKENS[-6:]]
+    for seen, wanted in ((whole, expected), (np.stack(stepped), expected[-6:])):
+        if act == "float":
+            assert relative_error(seen, wanted) <= FLOAT32_TOLERANCE
+        else:
+            np.testing.assert_allclose(seen, wanted, rtol=0, atol=FLOAT16_TOLERANCE)
+
+
+def test_generates_the_same_tokens(build):
+    artifact, source = build("llama", "float")
+    expected = Oracle(source, fc.QuantConfig("w2", act="float")).greedy(TOKENS[:5], 8)
+    with fc.load(artifact) as model:
+        engine = model.engine
+        sequence = engine.add_sequence()
+        logits = engine.prefill(sequence, TOKENS[:5])
+        seen = []
+        for _ in range(8):
+            seen.append(int(np.argmax(logits)))
+            logits = engine.decode([sequence], [seen[-1]])[0]
+    assert seen == expected[-8:]
