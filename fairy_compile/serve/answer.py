@@ -9,7 +9,7 @@ import numpy as np
 from fairy_compile.runtime.sampler import Sampler
 from fairy_compile.runtime.text import StopFilter, TextStream, Tokenizer
 from fairy_compile.serve.logprobs import token_logprob
-from fairy_compile.serve.request import FinishReason, Finished, Piece, Request, TokenLogprob
+from fairy_compile.serve.request import Finished, FinishReason, Piece, Request, TokenLogprob
 
 
 class Answer:
@@ -45,7 +45,7 @@ class Answer:
         self._sampler = Sampler(request.sampling)
         self._stream = TextStream(tokenizer, request.prompt if request.continues_prompt else ())
         self._filter = StopFilter(request.stop)
-        self._stop_tokens = frozenset() if request.ignore_end else frozenset(stop_tokens)
+        self._stop_tokens = frozenset(stop_tokens)
         # The last token of a full context is drawn but need not be fed.
         self._most = min(request.max_tokens, context + 1 - len(request.prompt))
         self._logprobs: list[TokenLogprob] = []

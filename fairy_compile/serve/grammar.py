@@ -43,9 +43,7 @@ class GrammarCompiler:
         """
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA_BYTES:
-            raise FairyError(
-                f"the JSON schema has {len(text)} bytes; allowed: {MAX_SCHEMA_BYTES}"
-            )
+            raise FairyError(f"the JSON schema has {len(text)} bytes; allowed: {MAX_SCHEMA_BYTES}")
         with self._lock:
             if self._compiler is None:
                 self._compiler = self._create()

@@ -66,9 +66,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The answer cannot go on; the message is for the client."""
+    """The answer cannot go on; the message is for the client, with its HTTP status."""
 
     message: str
+    status: int = 500
 
 
 Event = Union[Piece, Finished, Failed]
@@ -87,16 +88,14 @@ class Request:
         continues_prompt: decode the first token as the continuation of the prompt's text.
         logprobs: None, or how many of the likeliest tokens to report beside every drawn one.
         grammar: what the text must conform to.
-        ignore_end: go on after end tokens, for measurements.
     """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     max_tokens: int
-    notify: Callable[[Event], None]
+    notify: Callable[[Event], None] = lambda event: None
     stop: Sequence[str] = ()
     continues_prompt: bool = False
     logprobs: int | None = None
     grammar: CompiledGrammar | None = None
-    ignore_end: bool = False
     cancelled: bool = field(default=False, init=False)

@@ -58,12 +58,12 @@ class Scheduler:
         self._decode()
         return bool(self.running or self.waiting)
 
-    def stop(self, message: str) -> None:
+    def stop(self, failed: Failed) -> None:
         """Fail everything that runs or waits."""
         for request in self.waiting:
-            request.notify(Failed(message))
+            request.notify(failed)
         self.waiting.clear()
-        self._fail(list(self.running), message)
+        self._fail(list(self.running), failed)
 
     def _drop_cancelled(self) -> None:
         for request in [r for r in self.waiting if r.cancelled]:
@@ -100,7 +100,7 @@ class Scheduler:
             )
         except Exception as error:
             self._engine.remove_sequence(sequence)
-            request.notify(Failed(_message(error)))
+            request.notify(_failed(error))
             return
         self.reserved_pages += pages
         self.running.append(answer)
@@ -114,7 +114,7 @@ class Scheduler:
                 try:
                     logits = self._engine.prefill(answer.sequence, part)
                 except Exception as error:
-                    self._fail([answer], _message(error))
+                    self._fail([answer], _failed(error))
                     break
                 answer.position += len(part)
                 if answer.prefilled:
@@ -129,7 +129,7 @@ class Scheduler:
                     [a.sequence for a in group], [a.last_token for a in group]
                 )
             except Exception as error:
-                self._fail(group, _message(error))
+                self._fail(group, _failed(error))
                 continue
             self._advance(group, logits)
 
@@ -138,14 +138,14 @@ class Scheduler:
             try:
                 answer.advance(logits)
             except Exception as error:
-                self._fail([answer], _message(error))
+                self._fail([answer], _failed(error))
                 continue
             if answer.finish_reason is not None:
                 self._release(answer)
 
-    def _fail(self, answers: Iterable[Answer], message: str) -> None:
+    def _fail(self, answers: Iterable[Answer], failed: Failed) -> None:
         for answer in answers:
-            answer.request.notify(Failed(message))
+            answer.request.notify(failed)
             self._release(answer)
 
     def _release(self, answer: Answer) -> None:
@@ -154,11 +154,9 @@ class Scheduler:
         self._engine.remove_sequence(answer.sequence)
 
 
-def _message(error: Exception) -> str:
+def _failed(error: Exception) -> Failed:
     """Return what the client may know of ``error``; a bug goes to the log."""
     if isinstance(error, FairyError):
-        return str(error)
+        return Failed(str(error))
     _log.error("an answer failed", exc_info=error)
-    return "the server failed in a way it should not; its log says more"
-
-
+    return Failed("the server failed in a way it should not; its log says more")

@@ -66,6 +66,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._inbox: deque[Request] = deque()
         self._outstanding = 0
+        self._draining = False
         self._closing = False
         self._dead = False
         self._error: BaseException | None = None
@@ -79,7 +80,7 @@ class EngineThread:
     @property
     def alive(self) -> bool:
         """Whether requests are served."""
-        return not (self._closing or self._dead)
+        return not (self._draining or self._closing or self._dead)
 
     @property
     def capacity(self) -> int:
@@ -112,6 +113,10 @@ class EngineThread:
                 request.cancelled = True
             self._wake.notify()
 
+    def drain(self) -> None:
+        """Take no more requests; those there are go on. Safe in a signal handler."""
+        self._draining = True
+
     def close(self, timeout: float | None = None) -> None:
         """Fail what still runs, free the model and end the thread."""
         with self._wake:
@@ -132,7 +137,7 @@ class EngineThread:
             return
         finally:
             self._ready.set()
-        message = "the server is shutting down"
+        failed = Failed("the server is shutting down", 503)
         try:
             while not self._closing:
                 self._take()
@@ -140,9 +145,9 @@ class EngineThread:
                 self._account()
         except BaseException:
             _log.exception("the engine thread failed")
-            message = "the server failed in a way it should not; its log says more"
+            failed = Failed("the server failed in a way it should not; its log says more")
         finally:
-            self._end(message)
+            self._end(failed)
 
     def _account(self) -> None:
         """Publish how busy the engine is; only this thread may ask the cache."""
@@ -167,12 +172,12 @@ class EngineThread:
             while self._inbox:
                 self._scheduler.add(self._inbox.popleft())
 
-    def _end(self, message: str) -> None:
+    def _end(self, failed: Failed) -> None:
         with self._wake:
             self._dead = True
             rest, self._inbox = list(self._inbox), deque()
         for request in rest:
-            request.notify(Failed(message))
-        self._scheduler.stop(message)
+            request.notify(failed)
+        self._scheduler.stop(failed)
         self._account()
         self.model.close()
