@@ -172,16 +172,32 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] == "json_invalid":
-            reason = first.get("ctx", {}).get("error", "")
-            return error_response(ApiError(400, f"the body is not valid JSON: {reason}"))
-        message = first["msg"].removeprefix("Value error, ")
-        where = f"{'.'.join(place)}: " if place else ""
-        return error_response(ApiError(400, f"{where}{message}", param=place[0] if place else None))
+        return error_response(_explain(error.errors()[0]))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         message = "the server failed in a way it should not; its log says more"
         return error_response(ApiError(500, message, kind="server_error"))
+
+
+def _explain(problem: dict[str, Any]) -> ApiError:
+    """Return what pydantic found wrong with a body."""
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}")
+    if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
+        return ApiError(
+            400, "the body is not a JSON object; send one, with Content-Type: application/json"
+        )
+    # Inside a union pydantic names the alternative it tried, in words no client knows.
+    known = [p for p in problem["loc"][1:] if isinstance(p, int) or _is_field(p)]
+    message = problem["msg"].removeprefix("Value error, ")
+    where = ".".join(map(str, known))
+    return ApiError(
+        400,
+        f"{where}: {message}" if where else message,
+        param=str(known[0]) if known else None,
+    )
+
+
+def _is_field(name: str) -> bool:
+    return name.isidentifier() and name not in ("str", "int", "float", "bool")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -80,8 +81,8 @@ class GrammarCompiler:
 
 def _reason(error: Exception) -> str:
     """Return xgrammar's message without the place in its source."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return first.rpartition("] ")[2].partition("cpp:")[2].partition(": ")[2] or first
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", lines[0])
 
 
 class CompiledGrammar:

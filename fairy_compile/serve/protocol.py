@@ -15,6 +15,8 @@ MAX_CHOICES = 128
 
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[str], Field(max_length=MAX_CHOICES)]
+TokenLists = Annotated[list[list[Token]], Field(max_length=MAX_CHOICES)]
 
 
 class StreamOptions(BaseModel):
@@ -96,22 +98,14 @@ class CompletionRequest(_Sampled):
         "best_of": (1,),
     }
 
-    prompt: (
-        str
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[
-            list[Annotated[list[Token], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_CHOICES),
-        ]
-    )
+    prompt: str | list[Token] | Texts | TokenLists
     max_tokens: Annotated[int, Field(ge=1)] = 16
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, texts or tokens."""
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+        if not self.prompt or isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.sampler import SamplingParams
@@ -72,7 +72,7 @@ class Failed:
     status: int = 500
 
 
-Event = Union[Piece, Finished, Failed]
+Event: TypeAlias = Piece | Finished | Failed
 
 
 @dataclass(eq=False)

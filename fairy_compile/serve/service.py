@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.runtime.sampler import SamplingParams
 from fairy_compile.serve.api_error import ApiError
 from fairy_compile.serve.exchange import Exchange
 from fairy_compile.serve.grammar import CompiledGrammar, GrammarCompiler
@@ -99,6 +100,13 @@ class Service:
         Raises:
             ApiError: 429 if the queue is full, 503 if the server is shutting down.
         """
+        if len(requests) > self.engine.capacity:
+            raise ApiError(
+                400,
+                f"{len(requests)} answers were asked for at once; this server takes "
+                f"{self.engine.capacity}",
+                param="n",
+            )
         exchange = Exchange(self.engine, self.metrics, choices)
         for request in requests:
             exchange.add(request)
@@ -144,7 +152,7 @@ class Service:
                 param=param,
             )
 
-    def _sampling(self, body: CompletionRequest | ChatRequest, choice: int):
+    def _sampling(self, body: CompletionRequest | ChatRequest, choice: int) -> SamplingParams:
         bias = body.logit_bias or {}
         if bias and max(bias) >= self._vocab_size:
             raise ApiError(
