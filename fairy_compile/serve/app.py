@@ -1,7 +1,7 @@
 """The HTTP application: routes and errors."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from fairy_compile import __version__
+from fairy_compile.errors import FairyError
 from fairy_compile.serve.api_error import ApiError
 from fairy_compile.serve.exchange import Exchange
 from fairy_compile.serve.metrics import Metrics
@@ -164,6 +165,10 @@ def _handle_errors(app: FastAPI) -> None:
     async def api_error(request: Request, error: ApiError) -> Response:
         return error_response(error)
 
+    @app.exception_handler(FairyError)
+    async def user_error(request: Request, error: FairyError) -> Response:
+        return error_response(ApiError(400, str(error)))
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         return error_response(
@@ -172,7 +177,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(_explain(error.errors()[0]))
+        return error_response(_explain(error.errors()))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
@@ -180,8 +185,11 @@ def _handle_errors(app: FastAPI) -> None:
         return error_response(ApiError(500, message, kind="server_error"))
 
 
-def _explain(problem: dict[str, Any]) -> ApiError:
-    """Return what pydantic found wrong with a body."""
+def _explain(problems: Sequence[dict[str, Any]]) -> ApiError:
+    """Return the first of what pydantic found wrong with a body."""
+    # Of the alternatives of a union, the one that fits best fails deepest.
+    same_field = [p for p in problems if p["loc"][:2] == problems[0]["loc"][:2]]
+    problem = max(same_field, key=lambda p: len(p["loc"]))
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import signal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fairy_compile.runtime.model import Model
 
 MOST_SEQUENCES = 1 << 10  # load() cuts this to what the model was built for
+_FAREWELL_SECONDS = 5  # to send the last events
 _CLOSE_SECONDS = 60.0  # one step of the engine is far shorter
 
 
@@ -106,10 +108,10 @@ def serve(
                 app,
                 log_level="info" if options.access_log else "warning",
                 access_log=options.access_log,
-                timeout_graceful_shutdown=options.drain_seconds,
+                timeout_graceful_shutdown=options.drain_seconds + _FAREWELL_SECONDS,
                 lifespan="off",
             )
-            _Server(config, engine).run(sockets=[listener])
+            _Server(config, engine, options.drain_seconds).run(sockets=[listener])
         finally:
             engine.close(_CLOSE_SECONDS)
     announce("stopped")
@@ -192,18 +194,23 @@ def _is_loopback(host: str) -> bool:
 class _Server(uvicorn.Server):
     """Tells the engine to take no more when the end begins, and ends without a signal."""
 
-    def __init__(self, config: uvicorn.Config, engine: EngineThread):
+    def __init__(self, config: uvicorn.Config, engine: EngineThread, drain_seconds: int):
         super().__init__(config)
         self._engine = engine
+        self._drain_seconds = drain_seconds
+        self._signals = 0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        """Begin to end; a second signal ends at once."""
         self._engine.drain()
         super().handle_exit(sig, frame)
-        # uvicorn knows only Ctrl-C for impatience; a second SIGTERM means it as well.
         self.force_exit = self.force_exit or self._signals > 0
         self._signals += 1
 
-    _signals = 0
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running answers, but not for ever."""
+        asyncio.get_running_loop().call_later(self._drain_seconds, self._engine.abort)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fairy_compile.serve.invariance import invariant_rows
@@ -40,7 +40,7 @@ class EngineThread:
     Attributes:
         model: for tokenizer, template and limits; its engine is the thread's alone.
         decode_rows: most sequences of one decode call.
-        load: how busy it was after the last step.
+        load: how busy it is, as of the last step or submission.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class EngineThread:
                     "try again later"
                 )
             self._outstanding += len(requests)
+            self.load = replace(self.load, waiting=self.load.waiting + len(requests))
             self._inbox.extend(requests)
             self._wake.notify()
 
@@ -117,11 +118,15 @@ class EngineThread:
         """Take no more requests; those there are go on. Safe in a signal handler."""
         self._draining = True
 
-    def close(self, timeout: float | None = None) -> None:
-        """Fail what still runs, free the model and end the thread."""
+    def abort(self) -> None:
+        """Fail what still runs and free the model, after the step that is running."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Do as `abort` and wait until it is done."""
+        self.abort()
         self._thread.join(timeout)
 
     def _main(self) -> None:
