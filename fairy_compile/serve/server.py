@@ -91,6 +91,7 @@ def serve(
     """
     options = options or ServerOptions()
     directory = Path(directory)
+    _raise_file_limit()
     # Before the model is loaded: that takes long, and two servers may not have one port.
     listener = _listen(options.host, options.port)
     with contextlib.closing(listener):
@@ -126,6 +127,15 @@ def _load(directory: Path, options: dict[str, Any]) -> Model:
             "--kv-tokens or a smaller --context"
         )
     return model
+
+
+def _raise_file_limit() -> None:
+    """Allow as many connections as the system lets this process have."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(host: str, port: int) -> socket.socket:
