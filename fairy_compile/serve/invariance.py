@@ -14,7 +14,9 @@ import numpy as np
 if TYPE_CHECKING:
     from fairy_compile.runtime.engine import Engine
 
-_PROMPT_TOKENS = 3
+# A long context and one of some pages, which attention could cut in another way side by side.
+_PROMPT_TOKENS = (160, 40)
+_OTHERS = 3
 
 
 def invariant_rows(engine: Engine) -> int:
@@ -28,10 +30,13 @@ def invariant_rows(engine: Engine) -> int:
     """
     rng = np.random.default_rng(0)
     count = engine.cache.max_sequences
+    lengths = [*_PROMPT_TOKENS, *[_OTHERS] * count][:count]
+    longest = max(1, min(engine.context, engine.cache.capacity // count) - 1)
     sequences = [engine.add_sequence() for _ in range(count)]
     try:
-        for sequence in sequences:
-            engine.prefill(sequence, rng.integers(engine.vocab_size, size=_PROMPT_TOKENS))
+        for sequence, length in zip(sequences, lengths, strict=True):
+            size = min(length, longest)
+            engine.prefill(sequence, rng.integers(engine.vocab_size, size=size))
         tokens = rng.integers(engine.vocab_size, size=count)
         alone = []
         for sequence, token in zip(sequences, tokens, strict=True):
