@@ -94,6 +94,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt."""
+        service.check_room()
         requests = await asyncio.to_thread(service.completion_requests, body)
         reply = CompletionReply(
             service.model_name,
@@ -106,6 +107,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
+        service.check_room()
         requests = await asyncio.to_thread(service.chat_requests, body)
         reply = ChatReply(
             service.model_name,

@@ -45,6 +45,11 @@ class Service:
         )
         self.token_bytes = TokenBytes(self._model.tokenizer, self._config)
 
+    def check_room(self) -> None:
+        """Raise `ApiError` if the queue is full, before a prompt costs anything."""
+        if self.engine.full:
+            raise _queue_full(f"{self.engine.capacity} requests run or wait; try again later")
+
     def completion_requests(self, body: CompletionRequest) -> list[Request]:
         """Return the requests of a completion: ``n`` for every prompt, in order.
 
@@ -113,13 +118,7 @@ class Service:
         try:
             exchange.start()
         except QueueFullError as error:
-            raise ApiError(
-                429,
-                str(error),
-                kind="rate_limit_error",
-                code="queue_full",
-                headers={"Retry-After": str(_RETRY_SECONDS)},
-            ) from error
+            raise _queue_full(str(error)) from error
         except ClosingError as error:
             raise ApiError(503, str(error), kind="server_error", code="closing") from error
         return exchange
@@ -184,3 +183,13 @@ class Service:
             raise ApiError(501, str(error), param="response_format") from error
         except FairyError as error:
             raise ApiError(400, str(error), param="response_format") from error
+
+
+def _queue_full(message: str) -> ApiError:
+    return ApiError(
+        429,
+        message,
+        kind="rate_limit_error",
+        code="queue_full",
+        headers={"Retry-After": str(_RETRY_SECONDS)},
+    )

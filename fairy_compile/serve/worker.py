@@ -87,6 +87,11 @@ class EngineThread:
         """Most requests that may run and wait together."""
         return self.model.engine.cache.max_sequences + self.max_queue
 
+    @property
+    def full(self) -> bool:
+        """Whether not one more request would be taken now."""
+        return self._outstanding >= self.capacity
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue all of ``requests`` or none.
 
