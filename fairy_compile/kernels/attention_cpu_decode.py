@@ -4,6 +4,9 @@ Work is split over (sequence, key/value head, part of the context); the query he
 rows of one tile and share every load of keys and values. Each task leaves normalised partial
 results and their log-sum-exps, which a short second step combines (Flash-Decoding).
 
+Where a context is cut depends on its own length alone, so that no result depends, not even in its
+last bit, on the sequences it is computed beside.
+
 Walking several heads of a page in a task, for longer runs of memory, and huge pages for the cache
 measured the same within 3 %: with the next page prefetched, reading is at memory bandwidth.
 """
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer, PrimFunc
 
-# Tasks to aim for: a few for each thread of a large machine, so that static chunks come out even.
+# Tasks of a single long context: a few for each thread of a large machine, so that static chunks
+# come out even.
 TASKS = 64
 # A part of a context is at least this many pages: setting up a task costs about as much as a page.
 PART_PAGES = 8
@@ -79,7 +83,7 @@ class _Decode:
         total_pages = T.bind(self.indptr[self.batch])
         self.parts = self._count_parts()
         tasks = T.bind(heads * self.parts)
-        room = heads + TASKS  # heads * ceil(TASKS / heads) is less
+        room = heads * self._most_parts
         self.part_out = T.alloc_buffer((room, shape.group, shape.head_dim), "float32")
         self.part_lse = T.alloc_buffer((room, shape.group), "float32")
         page_elements = 2 * shape.kv_heads * TILE * shape.head_dim
@@ -90,16 +94,23 @@ class _Decode:
                 self._attend_part(task)
         self._combine()
 
+    @property
+    def _most_parts(self) -> int:
+        return -(-TASKS // self.shape.kv_heads)
+
+    def _parts_of(self, pages: Expr) -> Expr:
+        """Return how many parts a context of ``pages`` is cut into."""
+        # Truncated division: TVM takes minutes to lower nested floor divisions by variables.
+        parts = T.truncdiv(pages + (PART_PAGES - 1), PART_PAGES)
+        return T.max(T.min(parts, T.int32(self._most_parts)), T.int32(1))
+
     def _count_parts(self) -> Expr:
-        """Return how many parts to cut contexts into, as many as the longest one gives."""
+        """Return the parts of the longest context; those that others lack are empty tasks."""
         longest = T.alloc_buffer((1,), "int32")
         store(longest, 0, T.int32(1))
         with T.serial(0, self.batch) as b:
             store(longest, 0, T.max(longest[0], self.indptr[b + 1] - self.indptr[b]))
-        heads = T.max(self.batch * self.shape.kv_heads, 1)
-        # Truncated division: TVM takes minutes to lower nested floor divisions by variables.
-        wanted = T.truncdiv(heads + (TASKS - 1), heads)
-        return T.bind(T.min(wanted, T.truncdiv(longest[0] + (PART_PAGES - 1), PART_PAGES)))
+        return T.bind(self._parts_of(longest[0]))
 
     def _task(self, sequence: Expr, head: Expr, part: Expr) -> Expr:
         """Number the tasks, sequences innermost: a thread's share has short and long ones."""
@@ -120,8 +131,9 @@ class _Decode:
             shape.group,
             self.sm_scale,
         )
-        first = T.bind(T.truncdiv(pages * part, self.parts))
-        end = T.bind(T.truncdiv(pages * (part + 1), self.parts))
+        parts = T.bind(self._parts_of(pages))
+        first = T.bind(T.truncdiv(pages * T.min(part, parts), parts))
+        end = T.bind(T.truncdiv(pages * T.min(part + 1, parts), parts))
         with T.serial(0, end - first) as i:
             at = T.bind(first + i)
             page = T.bind(T.cast(self.page_values[begin + at], "int64"))

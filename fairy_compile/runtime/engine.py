@@ -58,6 +58,7 @@ class Engine:
         max_sequences: int = 4,
         context: int | None = None,
         kv_tokens: int | None = None,
+        prefill_chunk: int | None = None,
     ):
         """Open the library, load the weights and create the KV cache.
 
@@ -75,6 +76,7 @@ class Engine:
             context: most tokens of one sequence; default the model's.
             kv_tokens: tokens the cache holds in all; default ``max_sequences`` contexts, but at
                 most `DEFAULT_KV_TOKENS` unless one context is longer.
+            prefill_chunk: most tokens of one prefill call; default what the model was built for.
 
         Raises:
             FairyError: an argument is out of range.
@@ -87,11 +89,7 @@ class Engine:
         self.metadata = self.library.metadata
         self.vocab_size = int(config["vocab_size"])
         self.context = self._choose_context(context)
-        self.chunk = min(
-            int(self.metadata["prefill_chunk_size"]),
-            _limit(config.get("prefill_chunk_size")),
-            self.context,
-        )
+        self.chunk = self._choose_chunk(prefill_chunk)
         most = int(self.metadata["max_batch_size"])
         if not 1 <= max_sequences <= most:
             raise FairyError(
@@ -110,6 +108,17 @@ class Engine:
         if not 1 <= wanted <= most:
             raise FairyError(f"context is {wanted} tokens; this model was built for 1 to {most}")
         return wanted
+
+    def _choose_chunk(self, wanted: int | None) -> int:
+        built = int(self.metadata["prefill_chunk_size"])
+        most = min(built, _limit(self.config.get("prefill_chunk_size")), self.context)
+        if wanted is None:
+            return most
+        if not 1 <= wanted <= built:
+            raise FairyError(
+                f"prefill_chunk is {wanted} tokens; this model was built for 1 to {built}"
+            )
+        return min(most, wanted)
 
     def _create_cache(self, max_sequences: int, kv_tokens: int | None) -> KVCache:
         import tvm

@@ -33,6 +33,8 @@ def load(
     cpus: Collection[int] | None = None,
     max_sequences: int = 4,
     context: int | None = None,
+    kv_tokens: int | None = None,
+    prefill_chunk: int | None = None,
 ) -> Model:
     """Load an artifact that ``fairy_compile build`` wrote.
 
@@ -46,6 +48,8 @@ def load(
         cpus: numbers of the CPUs they may run on; default all this process may.
         max_sequences: most sequences at a time; at most what the model was built for.
         context: most tokens of one sequence, prompt and answer; default the model's.
+        kv_tokens: tokens the KV cache holds in all; see `Engine`.
+        prefill_chunk: most tokens of one prefill call; default what the model was built for.
 
     Raises:
         ModelFileError: the artifact is incomplete, changed or damaged.
@@ -67,6 +71,8 @@ def load(
         cpus=cpus,
         max_sequences=min(max_sequences, int(manifest.metadata["max_batch_size"])),
         context=context,
+        kv_tokens=kv_tokens,
+        prefill_chunk=prefill_chunk,
     )
     check_loaded_metadata(manifest, engine.metadata)
     warnings = list(report.warnings)

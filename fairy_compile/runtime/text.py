@@ -40,6 +40,10 @@ class Tokenizer:
         """Return token -> id, added tokens included."""
         return self._fast.get_vocab(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """Return the content of tokenizer.json."""
+        return self._fast.to_str()
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of ``text``.
 

@@ -21,6 +21,7 @@ def test_help_lists_the_verbs_and_only_those(cli):
         "convert",
         "run",
         "chat",
+        "serve",
         "bench",
         "eval",
         "inspect",
@@ -35,7 +36,7 @@ def test_help_lists_the_verbs_and_only_those(cli):
 def test_every_verb_has_help(cli, verb):
     result = cli(verb, "--help")
     assert result.exit_code == 0
-    assert "--json" in result.stdout or verb == "chat"
+    assert "--json" in result.stdout or verb in ("chat", "serve")
 
 
 def test_common_options_are_the_same_everywhere(cli):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -114,6 +115,22 @@ def test_decode_attends_over_each_sequence(shape, unit) -> None:
         want, want_lse = attention(q[s], paged.k[s], paged.v[s], length)
         np.testing.assert_allclose(out[s], want, rtol=0, atol=tolerance(shape))
         np.testing.assert_allclose(lse[s], want_lse, rtol=0, atol=1e-5)
+
+
+@each_case
+def test_decode_does_not_depend_on_the_sequences_beside(shape, unit) -> None:
+    """Bit for bit: a server's answers must not depend on its load."""
+    paged = Paged(shape, lengths := (*LENGTHS, 200) * 12)  # more heads than a context has parts
+    q = random(shape, len(lengths), shape.heads, shape.head_dim)
+    together = run_decode(shape, unit, paged, q)
+    for s in range(len(LENGTHS) + 1):
+        alone = copy(paged)
+        begin, end = paged.indptr[s : s + 2]
+        alone.indptr = np.array([0, end - begin], np.int32)
+        alone.values, alone.last = paged.values[begin:end], paged.last[s : s + 1]
+        out, lse = run_decode(shape, unit, alone, q[s : s + 1])
+        np.testing.assert_array_equal(out[0], together[0][s])
+        np.testing.assert_array_equal(lse[0], together[1][s])
 
 
 def test_decode_of_an_empty_sequence_weighs_nothing() -> None:

@@ -197,6 +197,16 @@ def test_context_can_be_lowered_but_not_raised(make_engine):
         make_engine(context=65)
 
 
+def test_prefill_chunk_can_be_lowered_but_not_raised(make_engine):
+    engine = make_engine(prefill_chunk=5)
+    assert engine.chunk == 5
+    engine.prefill(engine.add_sequence(), PROMPT)
+    assert engine.counts["prefill"].calls == 8
+    for wrong in (0, 17):
+        with pytest.raises(FairyError, match=f"prefill_chunk is {wrong} tokens.*1 to 16"):
+            make_engine(prefill_chunk=wrong)
+
+
 def test_counts_say_what_ran(engine):
     sequence = engine.add_sequence()
     engine.prefill(sequence, PROMPT[:20])

@@ -1,0 +1,102 @@
+"""``fairy_compile serve``: an OpenAI-compatible server for a compiled model."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Optional
+
+import typer
+
+from fairy_compile.cli import options
+
+# Optional[] and not "| None": typer reads these annotations at run time.
+Number = Optional[int]  # noqa: UP045
+Text = Optional[str]  # noqa: UP045
+
+
+class Batching(str, Enum):
+    """How many sequences one decode call runs."""
+
+    exact = "exact"
+    full = "full"
+
+
+def serve(
+    directory: options.Artifact,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 for any free one.")] = 8000,
+    api_key: Annotated[
+        Text,
+        typer.Option(
+            "--api-key",
+            envvar="FAIRY_COMPILE_API_KEY",
+            help="Ask clients for this key; the variable keeps it out of process lists.",
+        ),
+    ] = None,
+    model_name: Annotated[
+        Text, typer.Option("--model-name", help="What clients call it  [default: name of DIR]")
+    ] = None,
+    max_sequences: Annotated[
+        Number, typer.Option("--max-sequences", help="Most at a time  [default: as built]")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", help="Most requests that wait; more get status 429.")
+    ] = 64,
+    max_body: Annotated[int, typer.Option("--max-body", help="Most bytes of a request's body.")] = 4
+    << 20,
+    batching: Annotated[
+        Batching,
+        typer.Option(
+            "--batching",
+            help="exact: no answer depends on what runs beside it; full: the largest batches.",
+        ),
+    ] = Batching.exact,
+    kv_tokens: Annotated[
+        Number,
+        typer.Option("--kv-tokens", help="Tokens of the KV cache  [default: 8192 or one context]"),
+    ] = None,
+    prefill_chunk: Annotated[
+        Number,
+        typer.Option("--prefill-chunk", help="Prompt tokens a step, others wait  [default: 256]"),
+    ] = None,
+    drain_seconds: Annotated[
+        int, typer.Option("--drain-seconds", help="Time for running answers at the end.")
+    ] = 30,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    cpus: options.Cpus = None,
+    context: options.Context = None,
+) -> None:
+    """Serve a compiled model to OpenAI's clients, until Ctrl-C."""
+    from fairy_compile.serve import require_packages
+    from fairy_compile.tvm_pair import check_tvm_pair
+
+    require_packages()
+    check_tvm_pair()
+    from fairy_compile.runtime.cpus import parse_cpus
+    from fairy_compile.serve.server import MOST_SEQUENCES, ServerOptions
+    from fairy_compile.serve.server import serve as run_server
+
+    run_server(
+        directory,
+        ServerOptions(
+            host=host,
+            port=port,
+            model_name=model_name,
+            api_key=api_key,
+            max_queue=max_queue,
+            max_body=max_body,
+            invariant=batching is Batching.exact,
+            drain_seconds=drain_seconds,
+            access_log=access_log,
+        ),
+        announce=lambda line: typer.echo(line, err=True),
+        device=device,
+        threads=threads,
+        cpus=parse_cpus(cpus) if cpus else None,
+        max_sequences=MOST_SEQUENCES if max_sequences is None else max_sequences,
+        context=context,
+        kv_tokens=kv_tokens,
+        prefill_chunk=prefill_chunk,
+    )

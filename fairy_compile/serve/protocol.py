@@ -1,0 +1,163 @@
+"""The bodies of requests, as OpenAI's API has them.
+
+Fields without influence on the text (``user``, ``store``, ...) are ignored. Those that ask for what
+this server cannot do are refused by name: an answer that silently lacks it would be wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_STOPS = 16
+MAX_CHOICES = 128
+
+Token = Annotated[int, Field(ge=0)]
+Stop = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[str], Field(max_length=MAX_CHOICES)]
+TokenLists = Annotated[list[list[Token]], Field(max_length=MAX_CHOICES)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside its text."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """A named JSON schema."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str = "answer"
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_given(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("response_format of type json_schema needs json_schema")
+        return self
+
+
+class _Sampled(BaseModel):
+    """Fields both kinds of request have; None takes the model's default."""
+
+    model_config = ConfigDict(extra="allow")
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
+    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _nothing_unsupported(self) -> _Sampled:
+        for name, harmless in self.unsupported.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in harmless:
+                raise ValueError(f"{name} is not supported by this server; leave it out")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+
+class CompletionRequest(_Sampled):
+    """Body of ``POST /v1/completions``."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "echo": (False,),
+        "suffix": ("",),
+        "best_of": (1,),
+    }
+
+    prompt: str | list[Token] | Texts | TokenLists
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, texts or tokens."""
+        if not self.prompt or isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(BaseModel):
+    """A part of a message; others than text are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message of a conversation; the chat template may read further keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message with its parts joined, as chat templates expect it."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+
+
+class ChatRequest(_Sampled):
+    """Body of ``POST /v1/chat/completions``; ``max_tokens`` is the older name of the limit."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "audio": (),
+        "modalities": (["text"],),
+    }
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to draw, or None for as many as fit."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @model_validator(mode="after")
+    def _logprobs_fit(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        return self

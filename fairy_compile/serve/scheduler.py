@@ -1,0 +1,162 @@
+"""`Scheduler`: continuous batching of answers over one engine.
+
+Every step admits waiting requests, runs up to a chunk of prompt tokens, and draws one token for
+every answer whose prompt has been run. A long prompt so delays others by one chunk at a time.
+
+An answer reserves the pages it can come to need before it starts, so a running one is never
+evicted. Prompts are cut where `Engine.prefill` cuts them, one sequence a call, so that their logits
+do not depend on what else runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fairy_compile.errors import FairyError
+from fairy_compile.runtime.kv_cache import PAGE_SIZE
+from fairy_compile.serve.answer import Answer
+from fairy_compile.serve.request import Failed, Finished, Request
+
+if TYPE_CHECKING:
+    from fairy_compile.runtime.model import Model
+
+_log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Runs requests on a model, first come, first served. Not safe for threads.
+
+    Attributes:
+        waiting: requests without a sequence, oldest first.
+        running: answers in progress, oldest first.
+        decode_rows: most sequences of one decode call.
+        reserved_pages: KV pages that running answers can come to need.
+    """
+
+    def __init__(self, model: Model, decode_rows: int):
+        self.waiting: deque[Request] = deque()
+        self.running: list[Answer] = []
+        self.decode_rows = decode_rows
+        self.reserved_pages = 0
+        self._model = model
+        self._engine = model.engine
+
+    def add(self, request: Request) -> None:
+        """Let ``request`` wait for its turn."""
+        self.waiting.append(request)
+
+    def step(self) -> bool:
+        """Do a bounded amount of work; return whether anything is left to do."""
+        self._drop_cancelled()
+        self._admit()
+        self._prefill()
+        self._decode()
+        return bool(self.running or self.waiting)
+
+    def stop(self, failed: Failed) -> None:
+        """Fail everything that runs or waits."""
+        for request in self.waiting:
+            request.notify(failed)
+        self.waiting.clear()
+        self._fail(list(self.running), failed)
+
+    def _drop_cancelled(self) -> None:
+        for request in [r for r in self.waiting if r.cancelled]:
+            self.waiting.remove(request)
+            request.notify(Finished("cancelled", len(request.prompt), 0))
+        for answer in [a for a in self.running if a.request.cancelled]:
+            answer.cancel()
+            self._release(answer)
+
+    def _pages(self, request: Request) -> int:
+        """Return the KV pages ``request`` can come to need."""
+        tokens = min(len(request.prompt) + request.max_tokens, self._engine.context)
+        return -(-tokens // PAGE_SIZE)
+
+    def _admit(self) -> None:
+        cache = self._engine.cache
+        while self.waiting and len(self.running) < cache.max_sequences:
+            request = self.waiting[0]
+            pages = self._pages(request)
+            if self.reserved_pages + pages > cache.pages - 1:  # the cache keeps one page free
+                return
+            self.waiting.popleft()
+            self._start(request, pages)
+
+    def _start(self, request: Request, pages: int) -> None:
+        sequence = self._engine.add_sequence()
+        try:
+            answer = Answer(
+                request,
+                sequence,
+                self._model.tokenizer,
+                self._model.stop_tokens,
+                self._engine.context,
+            )
+        except Exception as error:
+            self._engine.remove_sequence(sequence)
+            request.notify(_failed(error))
+            return
+        self.reserved_pages += pages
+        self.running.append(answer)
+
+    def _prefill(self) -> None:
+        left = chunk = self._engine.chunk
+        for answer in [a for a in self.running if not a.prefilled]:
+            while not answer.prefilled and left > 0:
+                part = answer.request.prompt[answer.position : answer.position + chunk]
+                left -= len(part)
+                try:
+                    logits = self._engine.prefill(answer.sequence, part)
+                except Exception as error:
+                    self._fail([answer], _failed(error))
+                    break
+                answer.position += len(part)
+                if answer.prefilled:
+                    self._advance([answer], logits[None])
+
+    def _decode(self) -> None:
+        ready = [a for a in self.running if a.prefilled]
+        for start in range(0, len(ready), self.decode_rows):
+            group = ready[start : start + self.decode_rows]
+            try:
+                logits = self._engine.decode(
+                    [a.sequence for a in group], [a.last_token for a in group]
+                )
+            except Exception as error:
+                self._fail(group, _failed(error))
+                continue
+            self._advance(group, logits)
+
+    def _advance(self, answers: Iterable[Answer], rows: np.ndarray) -> None:
+        for answer, logits in zip(answers, rows, strict=True):
+            try:
+                answer.advance(logits)
+            except Exception as error:
+                self._fail([answer], _failed(error))
+                continue
+            if answer.finish_reason is not None:
+                self._release(answer)
+
+    def _fail(self, answers: Iterable[Answer], failed: Failed) -> None:
+        for answer in answers:
+            answer.request.notify(failed)
+            self._release(answer)
+
+    def _release(self, answer: Answer) -> None:
+        self.running.remove(answer)
+        self.reserved_pages -= self._pages(answer.request)
+        self._engine.remove_sequence(answer.sequence)
+
+
+def _failed(error: Exception) -> Failed:
+    """Return what the client may know of ``error``; a bug goes to the log."""
+    if isinstance(error, FairyError):
+        return Failed(str(error))
+    _log.error("an answer failed", exc_info=error)
+    return Failed("the server failed in a way it should not; its log says more")
