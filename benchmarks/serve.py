@@ -1,6 +1,6 @@
 """Load a server with many clients: throughput against one client, equal answers, flat memory.
 
-    python benchmarks/serve.py ARTIFACT --clients 32 --seconds 300
+    python benchmarks/serve.py ARTIFACT --clients 32 --seconds 300 [-- OPTIONS OF serve]
 
 Starts `fairy_compile serve ARTIFACT`, asks every job alone (the reference and the single-stream
 throughput), then lets the clients ask random jobs at once for the given time. Some leave in the
@@ -152,10 +152,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("options", nargs="*", help="options of `fairy_compile serve`, after --")
-    args = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     command = [sys.executable, "-m", "fairy_compile.cli", "serve", str(args.artifact)]
-    command += ["--port", "0", "--model-name", "m", *args.options]
+    command += ["--port", "0", "--model-name", "m", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             for line in server.stderr:

@@ -102,7 +102,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             logprobs=body.logprobs is not None,
             usage=body.include_usage,
         )
-        return await _respond(reply, service.start(requests, body.n), body.stream, request)
+        return await _respond(reply, service.start(requests, body.n, body.stream), request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -115,11 +115,11 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             logprobs=bool(body.logprobs),
             usage=body.include_usage,
         )
-        return await _respond(reply, service.start(requests, body.n), body.stream, request)
+        return await _respond(reply, service.start(requests, body.n, body.stream), request)
 
 
-async def _respond(reply: Reply, exchange: Exchange, stream: bool, request: Request) -> Response:
-    if stream:
+async def _respond(reply: Reply, exchange: Exchange, request: Request) -> Response:
+    if exchange.stream:
         return _AnswerStream(reply, exchange)
     whole = await _unless_client_leaves(reply.whole(exchange), request)
     if whole is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fairy_compile.serve.metrics import AnswerTimer, Metrics
-from fairy_compile.serve.request import Event, Failed, Finished, Request
+from fairy_compile.serve.request import Event, Failed, Finished, Piece, Request
 from fairy_compile.serve.worker import EngineThread
 
 
@@ -37,12 +37,14 @@ class Exchange:
     Attributes:
         requests: one a choice; see `add`.
         choices: choices a prompt, which come one after the other.
+        stream: hand out pieces as they come; else all when their answer has ended.
         usage: complete when the events have ended.
     """
 
     engine: EngineThread
     metrics: Metrics
     choices: int = 1
+    stream: bool = True
     requests: list[Request] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
 
@@ -54,14 +56,23 @@ class Exchange:
     def add(self, request: Request) -> None:
         """Add ``request`` as the next choice, its events to be handed out here."""
         index, timer = len(self.requests), AnswerTimer(self.metrics)
+        held: list[Event] = []
 
         def notify(event: Event) -> None:
             timer.see(event)
-            with suppress(RuntimeError):  # the event loop has ended before the engine
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            held.append(event)
+            # Waking the event loop for every token would slow the engine down.
+            if self.stream or not isinstance(event, Piece):
+                with suppress(RuntimeError):  # the event loop has ended before the engine
+                    self._loop.call_soon_threadsafe(self._put, index, tuple(held))
+                held.clear()
 
         request.notify = notify
         self.requests.append(request)
+
+    def _put(self, index: int, events: Sequence[Event]) -> None:
+        for event in events:
+            self._events.put_nowait((index, event))
 
     def start(self) -> None:
         """Queue all requests; raises what `EngineThread.submit` raises."""

@@ -99,7 +99,7 @@ class Service:
             for choice in range(body.n)
         ]
 
-    def start(self, requests: Sequence[Request], choices: int) -> Exchange:
+    def start(self, requests: Sequence[Request], choices: int, stream: bool) -> Exchange:
         """Queue requests; to be called on the event loop.
 
         Raises:
@@ -112,7 +112,7 @@ class Service:
                 f"{self.engine.capacity}",
                 param="n",
             )
-        exchange = Exchange(self.engine, self.metrics, choices)
+        exchange = Exchange(self.engine, self.metrics, choices, stream)
         for request in requests:
             exchange.add(request)
         try:
