@@ -44,6 +44,7 @@ def test_options_reach_the_compiler(cli, checkpoint):
         "prefill_chunk": 16,
         "max_batch": 2,
         "kv_dtype": "float32",
+        "act_dtype": "float32",
     }
 
 

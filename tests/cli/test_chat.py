@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -80,7 +81,10 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch, capsys):
 def test_on_a_terminal_ctrl_d_leaves(artifact):
     main, terminal = os.openpty()
     program = [sys.executable, "-m", "fairy_compile.cli", "chat", str(artifact[0]), *GREEDY]
-    with subprocess.Popen(program, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+    # Programs started in the background ignore SIGINT, and so do theirs.
+    undo = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    with subprocess.Popen(program, preexec_fn=undo, **streams) as process:
         os.close(terminal)
 
         def read_until(text, poke=lambda: None):
