@@ -89,9 +89,9 @@ class MetalRig:
                 call.append(f"({kind})launching::buffers[{binding[1]}]")
                 buffers += 1
             elif "threadgroup_position_in_grid" in parameter:
-                call.append(f"launching::index<::{kind}>(launching::group)")
+                call.append(f"launching::index<{kind}>(launching::group)")
             else:
-                call.append(f"launching::index<::{kind}>(launching::thread_at(number))")
+                call.append(f"launching::index<{kind}>(launching::thread_at(number))")
         given = len(kernel.arguments)
         store = "".join(
             f"values[{i - buffers}].real[0] = (float)args[{i}].real;"
@@ -134,7 +134,6 @@ def translate(source: str) -> str:
     source = _SHARED.sub(
         r'\1static __attribute__((section("tgmem"), aligned(16))) \2 \3[\4];', source
     )
-    source = re.sub(r"\b(uint[23]) (\w+) \[\[thread", r"::\1 \2 [[thread", source)
     source = re.sub(
         r"\bmake_filled_simdgroup_matrix<(\w+), (\d+), (\d+)>\(([^;]*)\);",
         r"matrix_fill<\1, \2, \3>((\1)(\4), __LINE__);",

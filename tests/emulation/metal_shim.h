@@ -15,19 +15,35 @@ typedef uint16_t ushort;
 typedef uint32_t uint;
 #define ulong uint64_t
 
-// Thread indices; vectors of values are metal::uint2 and so on.
-struct uint2 {
-  uint x, y;
-};
-struct uint3 {
-  uint x, y, z;
-};
-
 namespace metal {
 
 template <class T, int N>
-struct alignas(sizeof(T) * N) vec {
+struct alignas(sizeof(T) * N) elements {
   T v[N];
+};
+// Indices of threads are named by their letters.
+template <class T>
+struct alignas(sizeof(T) * 2) elements<T, 2> {
+  union {
+    T v[2];
+    struct {
+      T x, y;
+    };
+  };
+};
+template <class T>
+struct alignas(sizeof(T) * 4) elements<T, 3> {
+  union {
+    T v[3];
+    struct {
+      T x, y, z;
+    };
+  };
+};
+
+template <class T, int N>
+struct vec : elements<T, N> {
+  using elements<T, N>::v;
   vec() = default;
   template <class S, class = std::enable_if_t<std::is_arithmetic_v<S> || std::is_same_v<S, half>>>
   vec(S value) {
@@ -223,6 +239,9 @@ extern "C" char __start_tgmem[] __attribute__((weak));
 extern "C" char __stop_tgmem[] __attribute__((weak));
 
 namespace launching {
+
+using metal::uint2;
+using metal::uint3;
 
 inline void** buffers;
 inline uint3 group, group_size;
