@@ -23,7 +23,7 @@ pytestmark = [
 
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
 # float: float32 throughout. int16: float16 activations and, for prefill, float16 weights.
-TOLERANCE = {"float": 1e-4, "int16": 4e-3}
+TOLERANCE = {"float": 1e-4, "int16": 2e-3}
 
 
 @pytest.fixture(scope="module")
