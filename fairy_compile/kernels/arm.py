@@ -24,10 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fairy_compile.errors import FairyError
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT
 from fairy_compile.kernels.arm_tables import APART, TOGETHER, combined_error, has_combined
-from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.x86 import MAX_COMBINED_ERROR, MAX_INT16_ERROR, MAX_JOINT_ERROR
 from fairy_compile.kernels.x86_layout import has_joint
 from fairy_compile.kernels.x86_tables import joint_ratio_error
@@ -114,7 +113,7 @@ class ArmCodebook:
 
     def table_mode(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> TableMode:
         """Return the tables that `build` with these knobs reads."""
-        mode: TableMode = self._choose(knobs)["tables"]
+        mode: TableMode = choose_knobs(self, knobs)["tables"]
         if mode == "combined" and not self._has_combined(spec):
             mode = "joint"
         return "split" if mode == "joint" and not has_joint(spec) else mode
@@ -149,7 +148,7 @@ class ArmCodebook:
         from fairy_compile.kernels.arm_codegen import CodebookFunction
         from fairy_compile.kernels.x86_activations import DIGITS
 
-        chosen = self._choose(knobs)
+        chosen = choose_knobs(self, knobs)
         return CodebookFunction(
             isa=self.isa,
             spec=spec,
@@ -160,15 +159,6 @@ class ArmCodebook:
 
     def _has_combined(self, spec: PhaseSpec) -> bool:
         return has_combined(spec) and (spec.stages > 1 or self.isa.one_stage)
-
-    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        for knob, value in knobs.items():
-            if value not in self.knobs.get(knob, ()):
-                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
-                raise FairyError(
-                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
-                )
-        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
 
 
 CODEBOOK_KERNELS = tuple(ArmCodebook(isa) for isa in (I8MM, DOTPROD, NEON))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from fairy_compile.errors import FairyError
 from fairy_compile.op.spec import PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
@@ -91,6 +92,21 @@ class PhaseKernel(Protocol):
         x is (b, 2m) in ``spec.dtype`` and y (b, 2n) in ``spec.out_dtype``, both float32 on CPUs; b
         is 1 for batch ``single`` and symbolic for ``many``.
         """
+
+
+def choose_knobs(kernel: PhaseKernel, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a value for every knob of ``kernel``: the given one, or the default.
+
+    Raises:
+        FairyError: an unknown knob or value.
+    """
+    for knob, value in knobs.items():
+        if value not in kernel.knobs.get(knob, ()):
+            known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in kernel.knobs.items())
+            raise FairyError(
+                f"{kernel.name} has no knob {knob} with the value {value!r}; allowed: {known}"
+            )
+    return {k: knobs.get(k, values[0]) for k, values in kernel.knobs.items()}
 
 
 def cost(kernel: PhaseKernel, spec: PhaseSpec, batch: int) -> Cost:

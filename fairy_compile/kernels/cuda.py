@@ -24,8 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.errors import FairyError
-from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
 from fairy_compile.kernels.gpu import GpuKernel
@@ -128,7 +127,7 @@ class CudaPlanes:
 
         The first whose ``most`` is not exceeded is launched.
         """
-        chosen = self._choose(knobs)
+        chosen = choose_knobs(self, knobs)
         if batch == "single":
             return [self._decode(spec, chosen, slots=2, operands=1, most=None)]
         most = chosen["switch"] - 1
@@ -223,15 +222,6 @@ class CudaPlanes:
         source = render(program, name, spec, self.layout, constants)
         blocks = -(-self.layout.tiles(spec) // tiles)
         return Launch(name, source, blocks, rows, 32 * warps, most)
-
-    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        for knob, value in knobs.items():
-            if value not in self.knobs.get(knob, ()):
-                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
-                raise FairyError(
-                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
-                )
-        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
 
 
 CUDA_PLANES = (CudaPlanes(),)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.errors import FairyError
-from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.gpu_builder import build_function, ceildiv, launch_if, reduce_group
 from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Reduce
 from fairy_compile.kernels.gpu_layout import WordsLayout
@@ -97,7 +96,7 @@ class GpuKernel:
         Raises:
             FairyError: an unknown knob or value.
         """
-        chosen = self._choose(knobs)
+        chosen = choose_knobs(self, knobs)
         key = (spec, target.name, target.limits, target.features, batch, tuple(chosen.items()))
         if key not in self._built:  # layers of one shape share a function
             self._built[key] = self._build(spec, target, batch, chosen)
@@ -165,12 +164,3 @@ class GpuKernel:
         if knob != "auto":
             return knob
         return 64 if spec.dtype == "float16" else 32
-
-    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        for knob, value in knobs.items():
-            if value not in self.knobs.get(knob, ()):
-                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
-                raise FairyError(
-                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
-                )
-        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}

@@ -37,8 +37,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.errors import FairyError
-from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.x86_layout import BLOCK, has_joint
 from fairy_compile.kernels.x86_panel_layout import (
     WORD_LIMIT,
@@ -216,7 +215,7 @@ class X86Codebook:
         ``joint`` panels pair stages; they know no pairs of terms, which combined ones cover.
         """
         single = batch == "single"
-        mode: TableMode = self._choose(knobs)["tables" if single else "panels"]
+        mode: TableMode = choose_knobs(self, knobs)["tables" if single else "panels"]
         if single and mode == "combined" and not self.layout.has_combined_tables(spec):
             mode = "joint"
         joint = self.layout.has_joint(spec) if single else has_joint(spec)
@@ -259,7 +258,7 @@ class X86Codebook:
         from fairy_compile.kernels.x86_codegen import CodebookFunction
         from fairy_compile.kernels.x86_panel_dot import DotMultiply
 
-        chosen = self._choose(knobs)
+        chosen = choose_knobs(self, knobs)
         panels = None
         if batch == "many":
             multiply = (
@@ -279,15 +278,6 @@ class X86Codebook:
             prefetch=chosen["prefetch"],
             panels=panels,
         ).emit()
-
-    def _choose(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        for knob, value in knobs.items():
-            if value not in self.knobs.get(knob, ()):
-                known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in self.knobs.items())
-                raise FairyError(
-                    f"{self.name} has no knob {knob} with the value {value!r}; allowed: {known}"
-                )
-        return {k: knobs.get(k, values[0]) for k, values in self.knobs.items()}
 
 
 def _is_linux(target: Target) -> bool:
