@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from tvm import relax, tirx
 
 from fairy_compile.kernels import sampler_gpu as kernels
+from fairy_compile.kernels import sort_gpu
 
 
 def add_gpu_sampler(bb: relax.BlockBuilder, vocab: int) -> None:
@@ -23,7 +24,7 @@ def add_gpu_sampler(bb: relax.BlockBuilder, vocab: int) -> None:
     def ints(*shape: object) -> relax.TensorType:
         return relax.TensorType(shape, "int32")
 
-    width = kernels.sort_width(vocab)
+    width = sort_gpu.sort_width(vocab)
     rows = (b, vocab)
     _add(
         bb,
@@ -35,7 +36,7 @@ def add_gpu_sampler(bb: relax.BlockBuilder, vocab: int) -> None:
     _add(
         bb,
         "argsort_probs",
-        kernels.build_argsort(vocab),
+        sort_gpu.build_argsort(vocab),
         {"probs": floats(*rows)},
         [floats(*rows), ints(*rows), floats(b, width), ints(b, width)],
         results=2,

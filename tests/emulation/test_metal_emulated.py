@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fairy_compile as fc
-from fairy_compile.kernels import logits_gpu, sampler_gpu
+from fairy_compile.kernels import logits_gpu, sampler_gpu, sort_gpu
 from fairy_compile.kernels.metal import METAL_KERNELS
 from tests.emulation import metal_rig
 from tests.emulation.gpu_cases import (
@@ -99,7 +99,7 @@ def test_the_sampler_draws_what_numpy_draws(rig, tmp_path: Path) -> None:
     target, vocab, rows = host_target("metal"), 1200, 3
     functions = {
         "multinomial": sampler_gpu.build_multinomial(),
-        "argsort": sampler_gpu.build_argsort(vocab),
+        "argsort": sort_gpu.build_argsort(vocab),
         "top_p": sampler_gpu.build_sample_top_p(),
         "renormalize": sampler_gpu.build_renormalize_top_p(),
         "take": sampler_gpu.build_take_probs(),
@@ -121,7 +121,7 @@ def test_the_sampler_draws_what_numpy_draws(rig, tmp_path: Path) -> None:
     assert probs[2, 0].max() == 1
     probs = np.ascontiguousarray(probs[:, 0])
 
-    width = sampler_gpu.sort_width(vocab)
+    width = sort_gpu.sort_width(vocab)
     _, ordered, index, *_ = run(
         "argsort", probs, np.zeros_like(probs), np.zeros(probs.shape, np.int32),
         np.zeros((rows, width), np.float32), np.zeros((rows, width), np.int32),

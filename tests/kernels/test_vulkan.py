@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairy_compile.kernels import sampler_gpu
+from fairy_compile.kernels import sampler_gpu, sort_gpu
 from fairy_compile.kernels.vulkan import VULKAN_KERNELS
 from fairy_compile.targets import Limits, Target
 from tests.emulation.gpu_cases import (
@@ -90,13 +90,13 @@ def test_sums_by_subgroup(tmp_path: Path, threads: int, batch: int) -> None:
 def test_sampling_kernels(tmp_path: Path) -> None:
     target, vocab, rows, samples = host_target("vulkan"), 700, 2, 12
     functions = {
-        "argsort": sampler_gpu.build_argsort(vocab),
+        "argsort": sort_gpu.build_argsort(vocab),
         "multinomial": sampler_gpu.build_multinomial(),
     }
     library = compile_functions(functions, target, tmp_path)
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.full(vocab, 0.1), rows).astype(np.float32)
-    width = sampler_gpu.sort_width(vocab)
+    width = sort_gpu.sort_width(vocab)
     _, ordered, index, *_ = call(library, "argsort", target, [
         probs, np.zeros_like(probs), np.zeros(probs.shape, np.int32),
         np.zeros((rows, width), np.float32), np.zeros((rows, width), np.int32),
