@@ -43,6 +43,11 @@ ROWS: dict[str, tuple[dict, bool]] = {  # name -> (options of convert, whether i
         {"quant": fc.QuantConfig("w2", scale="row"), "tune": 60},
         True,
     ),
+    "T2 alternating, head T3, rotated": (
+        {"quant": fc.QuantConfig("w2", method="alternating"), "rotate": True},
+        False,
+    ),
+    "T2 gptq, head T3, rotated": ({"quant": fc.QuantConfig("w2"), "rotate": True}, True),
     "2.2 bits by weight errors": ({"bits": 2.2}, False),
     "2.2 bits by estimated loss": ({"bits": 2.2}, True),
     "2.5 bits by estimated loss": ({"bits": 2.5}, True),

@@ -57,6 +57,7 @@ def resume_key(
         quant.to_json(),
         by_budget,
         tune,
+        type(source).__name__,  # a rotated one has the files of its source
         list(windows.shape),
         hashlib.sha256(windows.tobytes()).hexdigest(),
         str(device()),

@@ -21,9 +21,10 @@ from fairy_compile.artifact.files import human_bytes
 from fairy_compile.bench.machine import memory_bytes
 from fairy_compile.calibrate.refit import ScaleMap
 from fairy_compile.errors import FairyError
+from fairy_compile.evaluation.torch_model import source_model
 from fairy_compile.frontends.source import ModelSource
 from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor
-from fairy_compile.train.models import load_model, quiet_transformers
+from fairy_compile.train.models import quiet_transformers
 
 # Steps are relative: scales are tuned through their logarithms, gains are near 1.
 _RATE = 5e-3
@@ -111,7 +112,7 @@ def tune(
             "--calibrate-tokens, or a smaller --calibrate-window"
         )
     with quiet_transformers():
-        teacher, student = (load_model(source.directory).eval().to(device) for _ in range(2))
+        teacher, student = (source_model(source).eval().to(device) for _ in range(2))
     teacher.requires_grad_(False)
     student.requires_grad_(False)
     layers = {}

@@ -27,6 +27,7 @@ def build(
     calibrate_window: options.CalibrateWindow = None,
     text_field: options.TextField = None,
     tune: options.Tune = 0,
+    rotate: options.Rotate = False,
     act: options.Act = "int8",
     kv_dtype: options.KvDtype = None,
     output: options.Output = None,
@@ -63,6 +64,7 @@ def build(
                 calibrate, calibrate_tokens, calibrate_window, text_field, tune
             ),
             bits=bits,
+            rotate=rotate,
             act=act,
             kv_dtype=kv_dtype,
             output=output,

@@ -138,6 +138,14 @@ TextField = Annotated[
     typer.Option("--text-field", help="Key or column of the text  [default: text]"),
 ]
 
+Rotate = Annotated[
+    bool,
+    typer.Option(
+        "--rotate",
+        help="Change the weights' bases first, which spreads outliers over all channels.",
+    ),
+]
+
 Tune = Annotated[
     int,
     typer.Option(

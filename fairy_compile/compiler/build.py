@@ -20,6 +20,7 @@ from fairy_compile.compiler.write import Work, param_nbytes, write_configs, writ
 from fairy_compile.config import Granularity, QuantConfig, check_choice
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
+from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.models import DecoderConfig, parse_config
 from fairy_compile.models.config import KV_DTYPES
@@ -44,6 +45,7 @@ def build(
     scale: Granularity | None = None,
     calibrate: Calibration | str | Path | None = None,
     bits: float | None = None,
+    rotate: bool = False,
     act: str | None = None,
     kv_dtype: str | None = None,
     output: str | Path | None = None,
@@ -68,6 +70,7 @@ def build(
         scale: granularity of scales.
         calibrate: text to calibrate on, see `convert`; needs the extra ``train``.
         bits: mean bits a weight under which T is chosen for every layer, see `convert`.
+        rotate: spread outliers over all channels first, see `convert`.
         act: activation contract, ``int8``, ``int16`` or ``float``. GPU kernels without the asked
             one keep activations in float16, or in float32 for ``float``.
         kv_dtype: dtype of cached keys and values, ``float16`` or ``float32``; default float32 with
@@ -94,6 +97,8 @@ def build(
     compile_for = load_target(target)
     with clock("read headers"):
         source = open_source(model)
+        if rotate:
+            RotatedSource(source)  # refuses what cannot be rotated
         asked = config_quant
         config_quant, quant_note = source.settle(
             asked, calibrated=calibrate is not None, by_budget=bits is not None
@@ -120,7 +125,7 @@ def build(
     converted = None
     if bits is not None and dry_run:
         refuse_dry_run()
-    if (calibrate is not None or bits is not None) and not dry_run:
+    if (calibrate is not None or bits is not None or rotate) and not dry_run:
         with clock("convert"):
             converted = converted_path(Path(output))
             done = convert(
@@ -129,6 +134,7 @@ def build(
                 quant=asked,
                 calibrate=calibrate,
                 bits=bits,
+                rotate=rotate,
                 force=True,
                 progress=progress,
                 reuse=True,

@@ -56,7 +56,7 @@ class TorchModel:
 
         packed = source.kind == "packed"
         with quiet_transformers():
-            model = _packed_model(source) if packed else load_model(source.directory, hint="")
+            model = source_model(source) if packed else load_model(source.directory, hint="")
         self._model = model.to(place).eval()
         self._device = place
         # transformers 5.24 renamed the argument.
@@ -97,7 +97,15 @@ class TorchModel:
         self._model = None
 
 
-def _packed_model(source: ModelSource) -> Any:
+def source_model(source: ModelSource) -> Any:
+    """Return a transformers model with the weights of a source, float32.
+
+    Args:
+        source: of any kind; phase codes are dequantised.
+
+    Raises:
+        FairyError: transformers has no such model, or weights and config.json do not fit.
+    """
     import torch
     import transformers
 
@@ -118,7 +126,8 @@ def _packed_model(source: ModelSource) -> Any:
         name: torch.from_numpy(np.asarray(source.dense(name), np.float32))
         for name in source.names()
     }
-    _split_complex(model, weights, source)
+    if source.kind == "packed":
+        _split_complex(model, weights, source)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which no layer takes"

@@ -27,6 +27,7 @@ from fairy_compile.frontends.maker import (
 )
 from fairy_compile.frontends.packed import PackedLayer
 from fairy_compile.frontends.packed_writer import PackedWriter, layout_bytes, packed_layout
+from fairy_compile.frontends.rotate import NOTE, RotatedSource
 from fairy_compile.frontends.safetensors_writer import tensor_bytes
 from fairy_compile.frontends.source import LayerPlan, ModelSource, open_source
 
@@ -120,6 +121,7 @@ def convert(
     scale: Granularity | None = None,
     calibrate: Calibration | str | Path | None = None,
     bits: float | None = None,
+    rotate: bool = False,
     force: bool = False,
     dry_run: bool = False,
     dense_dtype: Literal["float16"] | None = None,
@@ -142,6 +144,8 @@ def convert(
         calibrate: text to calibrate on, or a `Calibration`; needs the extra ``train``.
         bits: mean bits a weight, scales included, under which T is chosen for every layer that
             ``quant.stages_for`` does not name; takes the place of ``quant.quant``.
+        rotate: change the bases of the residual stream and of the value heads first, which spreads
+            outliers over all channels; see `frontends.rotate`.
         force: replace an existing checkpoint.
         dry_run: plan and report, write nothing and read no weights.
         dense_dtype: store dense tensors as float16; None keeps their dtypes.
@@ -170,11 +174,17 @@ def convert(
             f"{source.directory} is a packed checkpoint already; give it to `fairy_compile build`, "
             "or convert the model it was made from"
         )
+    if rotate:
+        source = RotatedSource(source)
     check_output(output, force=force)
     config, note = source.settle(
         config, calibrated=calibrate is not None, by_budget=bits is not None
     )
     notes = [note] if note else []
+    if isinstance(source, RotatedSource):
+        notes.append(NOTE)
+        if not dry_run:
+            source.check_ordinary(config)
     if bits is not None:
         _check_bits(source, config, bits)
     maker: Maker = Direct(source, config, bits)
