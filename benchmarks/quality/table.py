@@ -1,0 +1,141 @@
+"""Tables and a plot of a quality study.
+
+    python benchmarks/quality/table.py WORK [--plot quality.png]
+
+Gaps are means over seeds, with the standard deviation between seeds. Conversions without training
+are compared with the floating-point model they were made from, trained models with the control,
+which saw the same further text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+TITLES = {
+    "free-w1-plain": "W1, published rule",
+    "free-w1-gptq": "W1, published rule's codes, scales fitted on text",
+    "free-ternary": "ternary (absmean)",
+    "free-w2-plain": "**W2, published rule**",
+    "free-w2-alternating": "W2, alternating",
+    "free-w2-gptq": "**W2, calibrated**",
+    "free-w2-gptq-head3": "**W2, calibrated, head T = 3** (what `--calibrate` does)",
+    "free-w2-gptq-head3-rotated": "W2, calibrated, head T = 3, `--rotate`",
+    "free-w2-gptq-head3-tuned": "W2, calibrated, head T = 3, scales per row, `--tune 60`",
+    "free-rtn2-g32": "2 bits rounded to nearest, groups of 32",
+    "free-rtn3-g32": "3 bits rounded to nearest, groups of 32",
+    "free-rtn4-g32": "4 bits rounded to nearest, groups of 32",
+    "free-w3-gptq": "W3, calibrated",
+    "qat-sign": "sign and mean (1-bit)",
+    "qat-w1": "**W1**",
+    "qat-ternary": "ternary (absmean)",
+    "qat-w2": "**W2**",
+    "qat-w2-head3": "W2, head T = 3",
+}
+
+
+class Results:
+    """The finished runs of a study: loss, nats a token, and bits a weight."""
+
+    def __init__(self, work: Path) -> None:
+        self.runs: dict[str, dict[int, dict]] = {}
+        for path in sorted(work.glob("seed-*/*.json")):
+            run = json.loads(path.read_text())
+            if "run" in run:
+                self.runs.setdefault(run["run"], {})[run["seed"]] = run
+
+    def losses(self, name: str) -> list[float]:
+        """Return the losses of a run, by seed."""
+        return [run["loss"] for _, run in sorted(self.runs[name].items())]
+
+    def gaps(self, name: str, base: str) -> list[float]:
+        """Return what a run loses against another, for every seed that has both."""
+        both = sorted(self.runs[name].keys() & self.runs[base].keys())
+        return [self.runs[name][seed]["loss"] - self.runs[base][seed]["loss"] for seed in both]
+
+    def ratios(self, name: str, other: str, base: str) -> list[float]:
+        """Return the gap of a run as a share of another's, for every seed."""
+        pairs = zip(self.gaps(name, base), self.gaps(other, base), strict=True)
+        return [mine / theirs for mine, theirs in pairs]
+
+    def bits(self, name: str) -> float:
+        """Return the stored bits a weight of the linear layers."""
+        return statistics.mean(run["bits"] for run in self.runs[name].values())
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Return "mean +- standard deviation"."""
+    words = f"{statistics.mean(values):.{digits}f}"
+    return f"{words} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else words
+
+
+def table(results: Results, prefix: str, base: str) -> list[str]:
+    """Return the Markdown lines of one kind of run."""
+    plain = "free-w2-plain"
+    free = prefix == "free-"
+    last = " | share of the published rule's |" if free else " | perplexity / the control's |"
+    lines = [f"| | bits a weight | loss gap, nats{last}", "|---|---|---|---|"]
+    for name, title in TITLES.items():
+        if not name.startswith(prefix) or name not in results.runs:
+            continue
+        gaps = results.gaps(name, base)
+        if free:
+            more = f"{100 * statistics.mean(results.ratios(name, plain, base)):.0f} %"
+        else:
+            more = spread([math.exp(gap) for gap in gaps])
+        lines.append(f"| {title} | {results.bits(name):.2f} | {spread(gaps)} | {more} |")
+    return lines
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw loss gaps over bits a weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    sides = (("free-", "fp", "without training"), ("qat-", "control", "trained for its codes"))
+    for axis, (prefix, base, words) in zip(axes, sides, strict=True):
+        for name, title in TITLES.items():
+            if not name.startswith(prefix) or name not in results.runs:
+                continue
+            gaps, bits = results.gaps(name, base), results.bits(name)
+            ours = title.replace("*", "").startswith("W")
+            colour = "tab:blue" if ours else "tab:gray"
+            axis.plot([bits] * len(gaps), gaps, "o", color=colour, markersize=4)
+            label = title.replace("*", "").split(" (")[0].replace("`", "")
+            axis.annotate(label, (bits, statistics.mean(gaps)), (5, 3), fontsize=7,
+                          textcoords="offset points", color=colour)  # fmt: skip
+        axis.set(title=words, xlabel="bits a weight", yscale="log")
+        axis.margins(x=0.35)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss gap, nats a token")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    results = Results(args.work)
+    fp, control = results.losses("fp"), results.losses("control")
+    perplexity = math.exp(statistics.mean(fp))
+    print(f"Floating point: loss {spread(fp)} nats (perplexity {perplexity:.1f})")
+    gains = [-gap for gap in results.gaps("control", "fp")]
+    share = statistics.mean(gain / loss for gain, loss in zip(gains, fp, strict=False))
+    print(f"Control: loss {spread(control)}; one more epoch gains {spread(gains)} nats ", end="")
+    print(f"({100 * share:.1f} % of the loss)\n")
+    print("\n".join(table(results, "free-", "fp")), end="\n\n")
+    print("\n".join(table(results, "qat-", "control")))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
