@@ -66,6 +66,7 @@ FREE: dict[str, dict] = {  # options of `fc.convert`; "tokens" calibrates, "tune
     "free-w2-gptq-head3-rotated": {"quant": fc.QuantConfig("w2"), "tune": 0, "rotate": True},
     "free-w3-gptq": {"quant": fc.QuantConfig("w3"), "tune": 0},
 }
+LAST = ("qat-w2-head3", "free-w3-gptq")  # can be missed where time is short
 PEERS = {  # name -> (bits a weight, rule); real weights rounded to nearest, minimum and step in f16
     "free-ternary": (1.58, ternary_rule),
     "free-rtn2-g32": (3.0, group_rule(2, 32)),
@@ -168,7 +169,8 @@ def runs(study: Study, seeds: list[int]) -> Iterator[tuple[int, str, Callable[[P
     """Yield (seed, name, run), in the order in which they are worth having."""
     for seed in seeds:
         yield seed, "fp", lambda log, s=seed: run_fp(study, s, log)
-    for name in (*QAT, *PEERS, *FREE):
+    names = [*QAT, *PEERS, *FREE]
+    for name in sorted(names, key=LAST.__contains__):
         for seed in seeds:
             if name in QAT:
                 yield seed, name, lambda log, s=seed, n=name: run_more(study, s, log, n)
