@@ -18,8 +18,10 @@ from fairy_compile.compiler.passes import iterates_over_reductions
 
 # Partial sums of a reduction along rows.
 LANES = 16
-# Columns of a product that are summed together and stay in the nearest cache.
+# Columns of other products that are summed together, in the nearest cache.
 COLUMNS = 64
+# Outputs of a product that are summed in registers, where they divide its shape.
+TILE_ROWS, TILE_LANES = (4, 2, 1), (32, 16, 8)
 # A nest of fewer steps is not worth waking a thread for.
 MIN_STEPS = 1 << 14
 
@@ -78,17 +80,52 @@ def _schedule_stage(sch: Schedule, name: str) -> None:
     elif _reads_along(node):
         # Products and convolutions: neighbouring outputs are the lanes.
         *lead, last = spatial
+        extents = [_constant(sch.get(loop).extent) for loop in spatial]
+        lanes = next((n for n in TILE_LANES if extents[-1] % n == 0), 0)
+        if lanes and lead:
+            rows = next(n for n in TILE_ROWS if extents[-2] % n == 0)
+            _sum_in_registers(sch, block, spatial, sums, (rows, lanes), threads)
+            return
         columns, lanes = sch.split(last, [None, COLUMNS])
         sch.reorder(*lead, columns, *sums, lanes)
-        sch.decompose_reduction(block, sums[0])
         _in_parallel(sch, [*lead, columns], threads)
+        sch.decompose_reduction(block, sums[0])
+    elif _constant(sch.get(sums[-1]).extent) % LANES == 0:
+        _sum_in_lanes(sch, block, spatial, sums[-1], threads)
     else:
-        if _constant(sch.get(sums[-1]).extent) % LANES == 0:
-            _sum_in_lanes(sch, block, spatial, sums[-1])
-        _in_parallel(sch, sch.get_loops(block)[: len(spatial)], threads)
+        _in_parallel(sch, spatial, threads)
 
 
-def _sum_in_lanes(sch: Schedule, block: Any, spatial: list[Any], loop: Any) -> None:
+def _sum_in_registers(
+    sch: Schedule,
+    block: Any,
+    spatial: list[Any],
+    sums: list[Any],
+    tile: tuple[int, int],
+    threads: bool,
+) -> None:
+    """Sum a tile of outputs at a time, so that sums stay in registers and inputs are reused."""
+    result = sch.cache_write(block, 0, "global")  # a local scope would be a call on CPUs
+    *lead, row, column = spatial
+    rows, row = sch.split(row, [None, tile[0]])
+    columns, lane = sch.split(column, [None, tile[1]])
+    sch.reorder(*lead, rows, columns, *sums, row, lane)
+    sch.reverse_compute_at(result, columns)
+    # A block whose start is split off is no reduction any more, so that comes last.
+    _in_parallel(sch, [*lead, rows, columns], threads)
+    for own in (block, result):
+        _as_vectors(sch, own, tile[0])
+    _as_vectors(sch, sch.decompose_reduction(block, sums[0]), tile[0])
+
+
+def _as_vectors(sch: Schedule, block: Any, rows: int) -> None:
+    *_, row, lane = sch.get_loops(block)
+    sch.vectorize(lane)
+    if rows > 1:
+        sch.unroll(row)
+
+
+def _sum_in_lanes(sch: Schedule, block: Any, spatial: list[Any], loop: Any, threads: bool) -> None:
     """Sum along rows in `LANES` partial sums; floats may not be reordered by LLVM itself."""
     _, lane = sch.split(loop, [None, LANES])
     partial = sch.rfactor(lane, factor_axis=len(spatial))
@@ -98,6 +135,7 @@ def _sum_in_lanes(sch: Schedule, block: Any, spatial: list[Any], loop: Any) -> N
     lanes = [own for own, kind in zip(inner, kinds, strict=True) if kind == _SPATIAL]
     sums = [own for own, kind in zip(inner, kinds, strict=True) if kind != _SPATIAL]
     sch.reorder(*sums, *lanes)
+    _in_parallel(sch, sch.get_loops(block)[: len(spatial)], threads)
     sch.vectorize(lanes[-1])
     init = sch.decompose_reduction(partial, sums[0])
     sch.vectorize(sch.get_loops(init)[-1])

@@ -8,7 +8,6 @@ read only when it is needed. External data files must be regular files of the mo
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairy_compile.artifact.files import path_problem
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
-from fairy_compile.frontends.files import member
 from fairy_compile.frontends.graph import Weight
+from fairy_compile.frontends.onnx_tensors import TensorReader
 
 if TYPE_CHECKING:
     import onnx
@@ -93,8 +91,9 @@ def read_onnx(path: Path) -> OnnxFile:
         model = onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, ValueError) as error:
         raise ModelFileError(f"{path} is no ONNX model: {error}") from error
+    _check_text(model, path)
     _check_operators(model, path)
-    reader = _TensorReader(path)
+    reader = TensorReader(path)
     _settle_tensors(model, reader)
     inputs = [value.name for value in model.graph.input]
     weights = _set_weights_apart(model, reader)
@@ -114,6 +113,21 @@ def read_onnx(path: Path) -> OnnxFile:
         (path, *reader.files),
         {entry.key: entry.value for entry in model.metadata_props},
     )
+
+
+def _check_text(message: Any, path: Path) -> None:
+    """Refuse text that is not UTF-8: protobuf hands it over as bytes, and only when it is read."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_MESSAGE, field.TYPE_STRING):
+            continue
+        repeated = not isinstance(value, str | bytes) and not hasattr(value, "ListFields")
+        for item in value if repeated else (value,):
+            if field.type == field.TYPE_MESSAGE:
+                _check_text(item, path)
+            elif isinstance(item, bytes):
+                raise ModelFileError(
+                    f"{path} is a malformed ONNX model: {field.name} is {item[:40]!r}, not UTF-8"
+                )
 
 
 def _check_operators(model: onnx.ModelProto, path: Path) -> None:
@@ -145,120 +159,7 @@ def _check_operators(model: onnx.ModelProto, path: Path) -> None:
             )
 
 
-class _TensorReader:
-    """Reads tensors of one model, from its message or from external data files.
-
-    Attributes:
-        files: external data files that tensors lie in.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.files: dict[Path, None] = {}
-
-    def dtype(self, tensor: onnx.TensorProto) -> str:
-        """Return the name of the tensor's dtype."""
-        from onnx import helper
-
-        try:
-            return str(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        except (KeyError, ValueError) as error:
-            raise ModelFileError(
-                f"{self._path}: tensor {tensor.name!r} has the unknown data type {tensor.data_type}"
-            ) from error
-
-    def check(self, tensor: onnx.TensorProto) -> None:
-        """Check a tensor's dimensions and where its data lies.
-
-        Raises:
-            ModelFileError: see `read_onnx`.
-        """
-        if any(dim < 0 for dim in tensor.dims):
-            raise ModelFileError(
-                f"{self._path}: tensor {tensor.name!r} has the shape {list(tensor.dims)}"
-            )
-        if tensor.data_location == tensor.EXTERNAL:
-            self._extent(tensor)
-        elif tensor.HasField("raw_data") and len(tensor.raw_data) != self._nbytes(tensor):
-            raise ModelFileError(
-                f"{self._path}: tensor {tensor.name!r} of shape {list(tensor.dims)} has "
-                f"{len(tensor.raw_data)} bytes; expected {self._nbytes(tensor)}"
-            )
-
-    def array(self, tensor: onnx.TensorProto) -> np.ndarray:
-        """Return the tensor's data."""
-        from onnx import numpy_helper
-
-        if tensor.data_location == tensor.EXTERNAL:
-            return np.frombuffer(self.bytes(tensor), np.dtype(self.dtype(tensor))).reshape(
-                tuple(tensor.dims)
-            )
-        try:
-            return numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
-            raise ModelFileError(
-                f"{self._path}: tensor {tensor.name!r} cannot be read: {error}"
-            ) from error
-
-    def bytes(self, tensor: onnx.TensorProto) -> bytes:
-        """Return the bytes of a tensor whose data is external."""
-        file, offset, nbytes = self._extent(tensor)
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read(nbytes)
-        if len(data) != nbytes:
-            raise ModelFileError(f"{file} became shorter while it was read")
-        return data
-
-    def _nbytes(self, tensor: onnx.TensorProto) -> int:
-        from onnx import TensorProto
-
-        # Types narrower than a byte are packed, the last byte filled up.
-        bits = {TensorProto.UINT4: 4, TensorProto.INT4: 4, TensorProto.FLOAT4E2M1: 4}
-        bits |= {getattr(TensorProto, name, -1): 2 for name in ("UINT2", "INT2")}
-        count = math.prod(tensor.dims)
-        if tensor.data_type in bits:
-            return -(-count * bits[tensor.data_type] // 8)
-        return count * np.dtype(self.dtype(tensor)).itemsize
-
-    def _extent(self, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
-        """Return (file, offset, bytes) of external data, checked."""
-        about = f"{self._path}: tensor {tensor.name!r}"
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        problem = path_problem(location)
-        if problem:
-            raise ModelFileError(
-                f"{about} lies in the external data file {location!r}, which is refused: {problem}"
-            )
-        file = member(self._path.parent, location)
-        if file is None:
-            raise ModelFileError(
-                f"{about} lies in the external data file {location!r}, which is missing; it "
-                "belongs beside the model file"
-            )
-        nbytes = self._nbytes(tensor)
-        numbers = {"offset": "0", "length": str(nbytes)} | entries
-        for key in ("offset", "length"):
-            if not re.fullmatch(r"[0-9]{1,18}", numbers[key]):
-                raise ModelFileError(f"{about} has the external data {key} {numbers[key]!r}")
-        offset, length = int(numbers["offset"]), int(numbers["length"])
-        if length != nbytes:
-            raise ModelFileError(
-                f"{about} of shape {list(tensor.dims)} takes {nbytes} bytes, but its external "
-                f"data has the length {length}"
-            )
-        size = file.stat().st_size
-        if offset + nbytes > size:
-            raise ModelFileError(
-                f"{about} lies at bytes {offset} to {offset + nbytes} of {location!r}, which has "
-                f"{size}; the file is truncated or belongs to another model"
-            )
-        self.files[file] = None
-        return file, offset, nbytes
-
-
-def _settle_tensors(model: onnx.ModelProto, reader: _TensorReader) -> None:
+def _settle_tensors(model: onnx.ModelProto, reader: TensorReader) -> None:
     """Check all tensors; make float constants initializers, and initializers no inputs."""
     graph = model.graph
     for node in [n for n in graph.node if n.op_type == "Constant" and n.output]:
@@ -292,7 +193,7 @@ def _inner_graphs(attribute: Any) -> list[onnx.GraphProto]:
     return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
 
 
-def _set_weights_apart(model: onnx.ModelProto, reader: _TensorReader) -> dict[str, Weight]:
+def _set_weights_apart(model: onnx.ModelProto, reader: TensorReader) -> dict[str, Weight]:
     """Move the weights from the initializers to the inputs and return them."""
     from onnx import helper
 
@@ -325,7 +226,7 @@ def _set_weights_apart(model: onnx.ModelProto, reader: _TensorReader) -> dict[st
 class _Reading:
     """A call that reads a tensor; it keeps a copy of the message it came from."""
 
-    def __init__(self, reader: _TensorReader, tensor: onnx.TensorProto) -> None:
+    def __init__(self, reader: TensorReader, tensor: onnx.TensorProto) -> None:
         self._reader = reader
         self._tensor = type(tensor)()
         self._tensor.CopyFrom(tensor)

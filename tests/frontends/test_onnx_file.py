@@ -246,3 +246,49 @@ def test_initializers_that_are_inputs_too_are_constants(tmp_path: Path) -> None:
     file = read(path)
     assert file.inputs == ("x",)
     assert "fc1.weight" in file.weights
+
+
+def test_random_damage_is_told_in_one_line(tmp_path: Path) -> None:
+    """A file with bytes changed, taken out or put in is read, or refused by a FairyError."""
+    import random
+
+    good = [mlp_onnx(tmp_path / "a.onnx").read_bytes(), external(tmp_path / "b.onnx").read_bytes()]
+    rng, messages = random.Random(0), []
+    for _ in range(150):
+        data = bytearray(rng.choice(good))
+        for _ in range(rng.randint(1, 6)):
+            place = rng.choice([rng.randrange(100), len(data) - 1 - rng.randrange(100)])
+            match rng.randrange(3):
+                case 0:
+                    data[place] = rng.randrange(256)
+                case 1:
+                    del data[place : place + rng.randint(1, 8)]
+                case _:
+                    data[place:place] = rng.randbytes(rng.randint(1, 8))
+        path = tmp_path / "damaged.onnx"
+        path.write_bytes(data)
+        try:
+            for damaged in read(path).weights.values():
+                damaged.read()
+        except fc.FairyError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert not [message for message in messages if "\n" in message]
+
+
+def test_bfloat16_weights_inside_and_outside_of_the_file(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    array = weight(16, 8).astype(ml_dtypes.bfloat16)
+    path = external(tmp_path / "m.onnx", length=str(array.nbytes))
+    (tmp_path / "data.bin").write_bytes(bytes(64) + array.tobytes())
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].data_type = onnx.TensorProto.BFLOAT16
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    path.write_bytes(model.SerializeToString())
+    found = read(path).weights["w"]
+    assert found.dtype == "bfloat16"
+    np.testing.assert_array_equal(found.read(), array)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(array, "w"))
+    path.write_bytes(model.SerializeToString())
+    np.testing.assert_array_equal(read(path).weights["w"].read(), array)

@@ -121,3 +121,52 @@ def test_marks_of_training_are_checked(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(fc.ModelFileError, match="quantization_config"):
         import_(path)
+
+
+@pytest.mark.slow
+def test_bert_of_transformers_with_dynamic_shapes(tmp_path: Path) -> None:
+    """The whole way of a published encoder: its code, PyTorch's exporter, our build."""
+    import torch
+
+    from tests.compiler.test_graph import close, run_onnx
+    from tests.tiny_graphs import dynamic, tokens, with_phase_values
+
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it (extra onnx)")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    path = tmp_path / "bert.onnx"
+    torch.onnx.export(
+        hidden_states(model), tokens(2, 8), path, dynamo=True, verbose=False, external_data=False,
+        input_names=["ids", "mask"], output_names=["hidden"],
+        dynamic_shapes=dynamic("ids", "mask"),
+    )  # fmt: skip
+    report = fc.build(path, act="float", output=tmp_path / "out")
+    names = {row.name for row in report.layers}
+    assert "model.encoder.layer.1.attention.self.query" in names
+    assert len(names) == 12
+    reference = with_phase_values(path)
+    with fc.load(tmp_path / "out") as built:
+        for batch, length in ((2, 8), (3, 5)):
+            ids, mask = (t.numpy() for t in tokens(batch, length))
+            (want,) = run_onnx(reference, {"ids": ids, "mask": mask})
+            close(built.run([ids, mask])["hidden"], want)
+
+
+def hidden_states(model):
+    """Return a module of ids and mask, the form the exporter takes."""
+    import torch
+
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    return Hidden()
