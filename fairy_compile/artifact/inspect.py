@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.artifact.files import human_bytes
+from fairy_compile.artifact.graph_contract import CHAT
 from fairy_compile.artifact.manifest import MANIFEST, Manifest
 from fairy_compile.artifact.schema import load_object
 from fairy_compile.errors import ModelFileError
@@ -58,7 +59,7 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        kind: ``artifact`` or ``packed checkpoint``.
+        kind: ``artifact``, ``graph artifact`` or ``packed checkpoint``.
         directory: what was inspected.
         header: title -> value: model, target, versions, sizes.
         layers: one row a layer.
@@ -127,7 +128,8 @@ def _inspect_artifact(directory: Path) -> Inspection:
         "layers": human_bytes(sum(row.bytes for row in rows)),
         "total": human_bytes(sum(file.bytes for file in files)),
     }
-    return Inspection("artifact", str(directory), header, rows, files)
+    kind = "artifact" if manifest.kind == CHAT else f"{manifest.kind} artifact"
+    return Inspection(kind, str(directory), header, rows, files)
 
 
 def _inspect_packed(directory: Path) -> Inspection:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.artifact.files import FileEntry, resolve_inside
-from fairy_compile.artifact.schema import MapOf, dump_json, load_object, require, show
+from fairy_compile.artifact.graph_contract import CHAT, KINDS
+from fairy_compile.artifact.schema import MapOf, OneOf, dump_json, load_object, require, show
 from fairy_compile.errors import ModelFileError
 
 MANIFEST = "fairy.json"
@@ -48,6 +49,7 @@ _SCHEMA = {
     "library": str,
     "functions": MapOf(str),
     "metadata": dict,
+    "kind?": OneOf(*KINDS),
 }
 
 
@@ -164,6 +166,8 @@ class Manifest:
         functions: name -> signature of the library's public functions, see `artifact.contract`.
         metadata: what the library's ``_metadata`` function returns.
         created: UTC, ISO 8601.
+        kind: ``chat``, an MLC model directory, of which the file says nothing, or ``graph``, see
+            `artifact.graph_contract`.
     """
 
     fairy_compile: str
@@ -182,10 +186,14 @@ class Manifest:
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
+    kind: str = CHAT
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `from_json` reads."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        value = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.kind == CHAT:
+            del value["kind"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str = MANIFEST) -> Manifest:
@@ -201,7 +209,8 @@ class Manifest:
                 f"{FORMAT_VERSION}: build the artifact again or install the version that wrote it"
             )
         require(value, _SCHEMA, where)
-        members = {key: value[key] for key in _SCHEMA if key != "format_version"}
+        keys = [key.removesuffix("?") for key in _SCHEMA if key != "format_version"]
+        members = {key: value[key] for key in keys if key in value}
         return cls(
             **members
             | {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TOKEN = re.compile(r"\s*(->|[(),\[\]]|[A-Za-z_]\w*|\d+|\?)")
 _WORDS = ("object", "params", "shape", "string", "none")
-_MAX_TEXT = 2000
+_MAX_TEXT = 1 << 16  # a graph may have hundreds of inputs
 
 
 @dataclass(frozen=True)

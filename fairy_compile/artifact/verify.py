@@ -20,6 +20,7 @@ import numpy as np
 
 from fairy_compile.artifact.contract import check_chat_config, check_library
 from fairy_compile.artifact.files import HASH_THREADS, hash_files, resolve_inside
+from fairy_compile.artifact.graph_contract import CHAT, check_graph
 from fairy_compile.artifact.manifest import MANIFEST, Manifest, ParamEntry
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import load_object, show
@@ -46,7 +47,7 @@ class VerifyReport:
     Attributes:
         directory: the artifact.
         manifest: its ``fairy.json``.
-        chat_config: its ``mlc-chat-config.json``.
+        chat_config: its ``mlc-chat-config.json``; empty for a graph, which has none.
         files: number of files checked.
         bytes: their size.
         tensors: number of parameters.
@@ -89,10 +90,13 @@ def verify(directory: Path | str, *, hashes: bool = True) -> VerifyReport:
     manifest = Manifest.load(directory)
     paths = _check_files(directory, manifest)
     cache = load_tensor_cache(directory)
-    config = load_object(resolve_inside(directory, MLC_CHAT_CONFIG, str(directory)))
+    config: dict[str, Any] = {}
+    if manifest.kind == CHAT:
+        config = load_object(resolve_inside(directory, MLC_CHAT_CONFIG, str(directory)))
     _check_listed(manifest, cache, config)
     _check_params(manifest, cache)
-    _refuse(check_chat_config(config, manifest.target.device))
+    if manifest.kind == CHAT:
+        _refuse(check_chat_config(config, manifest.target.device))
     _check_contract(manifest, config)
     if hashes:
         _check_hashes(manifest, paths)
@@ -160,7 +164,8 @@ def _check_listed(manifest: Manifest, cache: TensorCache, config: Mapping[str, A
             f"{', '.join(LIBRARY_SUFFIXES)}"
         )
     tokenizer = config.get("tokenizer_files")
-    named = [manifest.library, TENSOR_CACHE, MLC_CHAT_CONFIG, *cache.shards]
+    chat = [MLC_CHAT_CONFIG] if manifest.kind == CHAT else []
+    named = [manifest.library, TENSOR_CACHE, *chat, *cache.shards]
     named += tokenizer if isinstance(tokenizer, list) else []
     for name in named:
         if not isinstance(name, str) or name not in manifest.files:
@@ -202,15 +207,18 @@ def _check_params(manifest: Manifest, cache: TensorCache) -> None:
 
 
 def _check_contract(manifest: Manifest, config: Mapping[str, Any]) -> None:
-    """Check the recorded functions and metadata of the library against the engines' contract."""
-    _refuse(
-        check_library(
-            manifest.functions,
-            manifest.metadata,
-            manifest.target.device,
-            vocab_size=config["vocab_size"],
+    """Check the recorded functions and metadata of the library against the contract of its kind."""
+    if manifest.kind == CHAT:
+        _refuse(
+            check_library(
+                manifest.functions,
+                manifest.metadata,
+                manifest.target.device,
+                vocab_size=config["vocab_size"],
+            )
         )
-    )
+    else:
+        _refuse(check_graph(manifest.functions, manifest.metadata))
     params = manifest.metadata["params"]
     if len(params) != len(manifest.params):
         raise ModelFileError(
@@ -287,7 +295,7 @@ def _warnings(directory: Path, manifest: Manifest, config: Mapping[str, Any]) ->
             found.append(
                 f"the artifact was built with {package} {show(version)}, installed is {installed}"
             )
-    if not config["tokenizer_files"]:
+    if manifest.kind == CHAT and not config["tokenizer_files"]:
         found.append("the artifact has no tokenizer; it takes and gives token ids only")
     listed = {MANIFEST, *manifest.files}
     extra = sorted(p.name for p in directory.iterdir() if p.is_file() and p.name not in listed)

@@ -95,14 +95,14 @@ class Bench:
 
     def __init__(self, directory: Path, settings: Settings, command: str):
         from fairy_compile.artifact.manifest import Manifest
-        from fairy_compile.runtime import load
+        from fairy_compile.runtime import load_language_model
 
         self.settings = settings
         self._machine = Machine.here()  # the load average before our own work
         self._command = command
         manifest = Manifest.load(directory)
         start = time.perf_counter()
-        self.model: Model = load(
+        self.model: Model = load_language_model(
             directory,
             settings.device,
             threads=settings.threads,

@@ -39,7 +39,10 @@ def build(
         Optional[int],  # noqa: UP045
         typer.Option("--prefill-chunk", help="Most prompt tokens of one call  [default: 256]"),
     ] = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", help="Most sequences at a time.")] = 4,
+    max_batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--max-batch", help="Most sequences at a time  [default: 4]"),
+    ] = None,
     exempt: options.Exempt = None,
     debug_dump: Annotated[
         Optional[Path],  # noqa: UP045

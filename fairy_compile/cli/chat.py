@@ -46,7 +46,7 @@ def chat(
     from fairy_compile.tvm_pair import check_tvm_pair
 
     check_tvm_pair()
-    from fairy_compile.runtime import load
+    from fairy_compile.runtime import load_language_model
     from fairy_compile.runtime.cpus import parse_cpus
 
     sampling = {
@@ -57,7 +57,7 @@ def chat(
         "frequency_penalty": frequency_penalty,
         "seed": seed,
     }
-    with load(
+    with load_language_model(
         directory,
         device,
         threads=threads,

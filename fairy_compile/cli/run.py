@@ -46,10 +46,10 @@ def run(
     from fairy_compile.tvm_pair import check_tvm_pair
 
     check_tvm_pair()
-    from fairy_compile.runtime import load
+    from fairy_compile.runtime import load_language_model
     from fairy_compile.runtime.cpus import parse_cpus
 
-    with load(
+    with load_language_model(
         directory,
         device,
         threads=threads,

@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.compiler.clock import Clock
 from fairy_compile.compiler.cuda_binary import check_nvcc
 from fairy_compile.compiler.export import check_linker, export_library
+from fairy_compile.compiler.graph import build_graph
 from fairy_compile.compiler.library import Sizes, entry_points
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
-from fairy_compile.compiler.write import Work, param_nbytes, write_configs, write_params
+from fairy_compile.compiler.write import (
+    OTHER_FILES_BYTES,
+    Work,
+    param_nbytes,
+    write_configs,
+    write_params,
+)
 from fairy_compile.config import Granularity, QuantConfig, check_choice
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
+from fairy_compile.frontends.graph import Graph
 from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
+from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, parse_config
 from fairy_compile.models.config import KV_DTYPES
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fairy_compile.calibrate import Calibration
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
-# Room for the library, tokenizer and JSON files beside the parameters.
-_OTHER_FILES_BYTES = 64 << 20
+DEFAULT_MAX_BATCH = 4
 
 
 def build(
-    model: str | Path,
+    model: str | Path | nn.Module,
+    example_inputs: Sequence[Any] | None = None,
     *,
+    dynamic_shapes: Any = None,
     target: str = "cpu",
     quant: str | QuantConfig = "w2",
     method: str = "auto",
@@ -53,7 +64,7 @@ def build(
     dry_run: bool = False,
     context: int | None = None,
     prefill_chunk: int | None = None,
-    max_batch: int = 4,
+    max_batch: int | None = None,
     exempt: Sequence[str] = (),
     debug_dump: str | Path | None = None,
     progress: Progress | None = None,
@@ -62,7 +73,10 @@ def build(
 
     Args:
         model: Hugging Face directory or hub id, or a packed checkpoint (`convert`, QAT export).
-            A packed checkpoint brings its own quantisation.
+            A packed checkpoint brings its own quantisation. Or any network whose linear layers are
+            to be converted: an ONNX file (``model.onnx``) or a PyTorch module.
+        example_inputs: of a PyTorch module: positional arguments of its forward, as tensors.
+        dynamic_shapes: of a PyTorch module: dimensions that change, as `torch.export` takes them.
         target: name of a file in ``targets/``; ``cpu`` is this machine.
         quant: ``w1`` .. ``w4``, or a whole `QuantConfig`, which then also sets method, scale, act
             and exempt layers unless they are given here.
@@ -80,7 +94,7 @@ def build(
         dry_run: plan and report, write nothing.
         context: longest sequence; default the model's, at most 4096.
         prefill_chunk: most tokens of one prefill call; default 256.
-        max_batch: most sequences at a time.
+        max_batch: most sequences at a time; default 4. As the three above, of language models only.
         exempt: glob patterns of layers to leave dense.
         debug_dump: directory for the IR after every phase.
         progress: called as progress(what, done, total).
@@ -92,9 +106,41 @@ def build(
         FairyError: the input cannot be built; the message says what to do. Nothing is written.
     """
     check_tvm_pair()
-    clock = _Clock()
+    clock = Clock()
     config_quant = _quant_config(quant, method, scale, act, exempt)
     compile_for = load_target(target)
+    if output is None and not dry_run:
+        raise FairyError("build needs a place for the artifact; give it with -o DIR")
+    if is_torch_module(model) or is_onnx(model):
+        _refuse_for_graphs(
+            {
+                "--calibrate": calibrate,
+                "--bits": bits,
+                "--rotate": rotate or None,
+                "--kv-dtype": kv_dtype,
+                "--context": context,
+                "--prefill-chunk": prefill_chunk,
+                "--max-batch": max_batch,
+            }
+        )
+        with clock("import"):
+            graph = _import_graph(model, example_inputs, dynamic_shapes)
+        return build_graph(
+            graph,
+            target=compile_for,
+            quant=config_quant,
+            output=output,
+            force=force,
+            dry_run=dry_run,
+            debug_dump=debug_dump,
+            progress=progress,
+            clock=clock,
+        )
+    if example_inputs is not None or dynamic_shapes is not None:
+        raise FairyError(
+            "example inputs and dynamic shapes are for PyTorch modules; "
+            f"{str(model)!r} is none, so leave them out"
+        )
     with clock("read headers"):
         source = open_source(model)
         if rotate:
@@ -109,11 +155,11 @@ def build(
             kv_dtype=_kv_dtype(kv_dtype, config_quant.act, compile_for),
             act_dtype=activation_dtype(compile_for, config_quant.act),
         )
-        sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
+        sizes, notes = _sizes(
+            decoder, context, prefill_chunk, DEFAULT_MAX_BATCH if max_batch is None else max_batch
+        )
         if quant_note:
             notes.append(quant_note)
-    if output is None and not dry_run:
-        raise FairyError("build needs a place for the artifact; give it with -o DIR")
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
@@ -149,7 +195,7 @@ def build(
     if dry_run:
         report.seconds = clock.seconds
         return report
-    needed = report.param_bytes + _OTHER_FILES_BYTES
+    needed = report.param_bytes + OTHER_FILES_BYTES
     staged = staged_directory(
         output, force=force, needed_bytes=needed, resume_key=work.resume_key()
     )
@@ -184,19 +230,33 @@ def converted_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.converted")
 
 
-class _Clock:
-    """Wall time per stage."""
+def is_onnx(model: Any) -> bool:
+    """Tell whether ``model`` names an ONNX file."""
+    return isinstance(model, str | Path) and Path(model).suffix == ".onnx"
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = round(time.perf_counter() - start, 3)
+def _import_graph(model: Any, example_inputs: Any, dynamic_shapes: Any) -> Graph:
+    if is_torch_module(model):
+        return import_torch(model, example_inputs, dynamic_shapes)
+    if example_inputs is not None or dynamic_shapes is not None:
+        raise FairyError(
+            "example inputs and dynamic shapes are for PyTorch modules; an ONNX file has its "
+            "shapes in it, so leave them out"
+        )
+    path = Path(model).expanduser()
+    if not path.is_file():
+        raise FairyError(f"no model {str(model)!r}: there is no file {path.absolute()}")
+    from fairy_compile.frontends.onnx_import import import_onnx
+
+    return import_onnx(path)
+
+
+def _refuse_for_graphs(options: dict[str, Any]) -> None:
+    for flag, value in options.items():
+        if value is not None:
+            raise FairyError(
+                f"{flag} is for language models; leave it out for an ONNX or PyTorch graph"
+            )
 
 
 def _quant_config(

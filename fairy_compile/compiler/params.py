@@ -102,4 +102,6 @@ def role(param: Param) -> str:
     if param.call is not None:
         known = ("codes", "scales", "tables", "bias")
         return next((name for name in known if param.array.endswith(name)), "weight")
-    return "embedding" if "embed" in param.name else "norm"
+    if "embed" in param.name:
+        return "embedding"
+    return "norm" if "norm" in param.name else "weight"

@@ -79,7 +79,7 @@ class BindElementwise:
     def _bind(self, func: tirx.PrimFunc, name: str) -> tirx.PrimFunc:
         sch = Schedule(tvm.IRModule({"main": func}))
         *inner, last = sch.get_child_blocks(sch.get_sblock("root"))
-        if any(_iterates_over_reductions(sch.get(block)) for block in (*inner, last)):
+        if any(iterates_over_reductions(sch.get(block)) for block in (*inner, last)):
             raise RuntimeError(f"function {name} reduces, and has no schedule for a GPU")
         loops = sch.get_loops(last)
         for block in inner:
@@ -139,9 +139,9 @@ def _parallelize(func: tirx.PrimFunc) -> tirx.PrimFunc:
     try:
         root = sch.get_sblock("root")
         blocks = sch.get_child_blocks(root)
-    except (tvm.TVMError, ValueError):
+    except (RuntimeError, ValueError):
         return func  # not a function of schedulable blocks
-    if len(blocks) != 1 or _iterates_over_reductions(sch.get(blocks[0])):
+    if len(blocks) != 1 or iterates_over_reductions(sch.get(blocks[0])):
         return func
     loops = sch.get_loops(blocks[0])
     if not loops or not _worth_threads([sch.get(loop).extent for loop in loops]):
@@ -152,7 +152,8 @@ def _parallelize(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return sch.mod["main"]
 
 
-def _iterates_over_reductions(block: Any) -> bool:
+def iterates_over_reductions(block: Any) -> bool:
+    """Tell whether a block has loops that sum up, or others that are not independent."""
     return any(int(v.iter_type) != int(tirx.IterVar.DataPar) for v in block.iter_vars)
 
 

@@ -17,6 +17,7 @@ from tvm import relax
 
 from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.device_pipeline import tir_pipeline
+from fairy_compile.compiler.loops import ScheduleLoops
 from fairy_compile.compiler.passes import (
     BindElementwise,
     CheckBound,
@@ -37,11 +38,19 @@ class Phase:
     passes: tuple[Any, ...]
 
 
-def phases(entry_points: list[str], target: Target) -> list[Phase]:
-    """Return the phases in order; ``entry_points`` are the functions an engine may call."""
+def phases(entry_points: list[str], target: Target, graph: bool = False) -> list[Phase]:
+    """Return the phases in order.
+
+    Args:
+        entry_points: the functions an engine may call.
+        target: what to compile for.
+        graph: the module was imported and has operators that reduce and have no schedule of ours.
+    """
     t = relax.transform
     legalise: tuple[Any, ...] = (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())
     schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
+    if graph:
+        schedule = (ScheduleLoops(), *schedule)
     if target.limits:
         # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
         legalise = (*legalise, t.RewriteDataflowReshape())
@@ -78,6 +87,7 @@ def compile_module(
     target: Target,
     entry_points: list[str],
     *,
+    graph: bool = False,
     debug_dump: Path | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -87,13 +97,14 @@ def compile_module(
         module: Relax module with kernels as PrimFuncs.
         target: what to compile for.
         entry_points: names an engine calls; everything they do not reach is dropped.
+        graph: see `phases`.
         debug_dump: directory for one ``NN-phase.py`` per phase, or None.
         progress: called before each phase.
 
     Returns:
         The Relax VM executable.
     """
-    steps = phases(entry_points, target)
+    steps = phases(entry_points, target, graph)
     tvm_target = target.to_tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
         _dump(debug_dump, 0, "input", module)

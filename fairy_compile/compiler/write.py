@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fairy_compile.artifact import (
     EngineSizes,
@@ -16,6 +17,7 @@ from fairy_compile.artifact import (
     ModelInfo,
     ParamEntry,
     ParamWriter,
+    Signature,
     Source,
     TargetInfo,
     WrittenParams,
@@ -26,6 +28,7 @@ from fairy_compile.artifact import (
     describe_files,
     signatures_of,
 )
+from fairy_compile.artifact.graph_contract import CHAT
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import dump_json, load_object
 from fairy_compile.artifact.tensor_cache import ITEMSIZE, TENSOR_CACHE
@@ -40,6 +43,9 @@ from fairy_compile.frontends.source import ModelSource
 from fairy_compile.models import DecoderConfig
 from fairy_compile.targets import Target
 from fairy_compile.tvm_pair import TVM_PAIR
+
+OTHER_FILES_BYTES = 64 << 20
+"""Room for the library, tokenizer and JSON files beside the parameters."""
 
 
 @dataclass
@@ -100,8 +106,20 @@ def param_nbytes(param: Param) -> int:
 _DEMANDS = "demands-progress.json"
 
 
+class AnyWork(Protocol):
+    """What a build passes along, of a chat model (`Work`) or of a graph."""
+
+    source: Any
+    quant: QuantConfig
+    target: Target
+    planner: Planner
+    params: list[Param]
+    metadata: dict[str, Any]
+    signatures: dict[str, Signature]
+
+
 def write_params(
-    work: Work, directory: Path, progress: Progress | None
+    work: AnyWork, directory: Path, progress: Progress | None
 ) -> tuple[WrittenParams, parameters.Demands]:
     """Write shards and ``tensor-cache.json``, going on where an interrupted build stopped.
 
@@ -150,14 +168,50 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
     if chat.conv_template_reason:
         report.notes.append(f"MLC conversation template: {chat.conv_template_reason}")
     chat.write(directory)
+    manifest = manifest_of(
+        work,
+        directory,
+        written,
+        report,
+        kind=CHAT,
+        model=ModelInfo(work.decoder.model_type, _model_sizes(work.decoder) | report.sizes),
+        others=[*tokenizer, MLC_CHAT_CONFIG],
+        functions=entry_points(work.target),
+    )
+    manifest.write(directory)
+    report.files = {name: entry.bytes for name, entry in manifest.files.items()}
+
+
+def manifest_of(
+    work: AnyWork,
+    directory: Path,
+    written: WrittenParams,
+    report: BuildReport,
+    *,
+    kind: str,
+    model: ModelInfo,
+    others: Sequence[str],
+    functions: Sequence[str],
+) -> Manifest:
+    """Return the manifest of a finished directory.
+
+    Args:
+        work: what was built.
+        directory: where it lies.
+        written: its parameters.
+        report: of the build.
+        kind: of the artifact, see `Manifest`.
+        model: family and sizes.
+        others: files besides library and parameters.
+        functions: the library's public functions.
+    """
     library = library_name(work.target)
-    names = [*tokenizer, *written.files, MLC_CHAT_CONFIG, TENSOR_CACHE, library]
-    files = describe_files(directory, names, known=written.files)
-    manifest = Manifest(
+    names = [*others, *written.files, TENSOR_CACHE, library]
+    return Manifest(
         fairy_compile=package_metadata.version("fairy-compile"),
         tvm=TVM_PAIR["apache-tvm"],
         tvm_ffi=TVM_PAIR["apache-tvm-ffi"],
-        source=Source(work.source.kind, report.model, work.source.sha256()),
+        source=Source(work.source.kind, report.model, dict(work.source.sha256())),
         quant=work.quant.to_json(),
         target=TargetInfo(
             work.target.name,
@@ -165,8 +219,8 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
             str(work.target.to_tvm()),
             tuple(sorted(work.target.features)),
         ),
-        model=ModelInfo(work.decoder.model_type, _model_sizes(work.decoder) | report.sizes),
-        files=files,
+        model=model,
+        files=describe_files(directory, names, known=written.files),
         layers=tuple(
             LayerEntry(
                 name=row.name,
@@ -183,11 +237,10 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
         ),
         params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
         library=library,
-        functions={name: str(work.signatures[name]) for name in entry_points(work.target)},
+        functions={name: str(work.signatures[name]) for name in functions},
         metadata=work.metadata,
+        kind=kind,
     )
-    manifest.write(directory)
-    report.files = {name: entry.bytes for name, entry in files.items()}
 
 
 def _model_sizes(decoder: DecoderConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fairy_compile.errors import FairyError
 from fairy_compile.evaluation.models import prefix_of
 from fairy_compile.evaluation.scores import log_softmax
-from fairy_compile.runtime import Model, load
+from fairy_compile.runtime import Model, load_language_model
 
 DEFAULT_GEN_TOKENS = 256
 _BLOCK = 256
@@ -61,7 +61,9 @@ class FairyCompileLM(TemplateLM):
         if isinstance(directory, Model):
             self.model = directory
         else:
-            self.model = load(directory, device, threads=threads, max_sequences=1, context=context)
+            self.model = load_language_model(
+                directory, device, threads=threads, max_sequences=1, context=context
+            )
         self._prefix = prefix_of(self.model.directory)
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from fairy_compile.artifact.manifest import Manifest
 from fairy_compile.artifact.tokenizer_files import TokenizerFiles
-from fairy_compile.runtime import load
+from fairy_compile.runtime import load_language_model
 from fairy_compile.runtime.text import Tokenizer
 
 
@@ -63,7 +63,7 @@ class CompiledModel:
         cpus: Collection[int] | None = None,
     ):
         """Load an artifact for sequences of ``context`` tokens; see `fairy_compile.load`."""
-        self.model = load(
+        self.model = load_language_model(
             directory, device, threads=threads, cpus=cpus, max_sequences=1, context=context
         )
         engine = self.model.engine

@@ -64,7 +64,7 @@ def exempting_pattern(layer: str, quant: QuantConfig) -> str | None:
 
 
 def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> LayerPlan:
-    """Decide what becomes of the dense weight ``<layer>.weight``.
+    """Decide what becomes of the dense weight ``<layer>.weight``, judging by its name.
 
     Args:
         layer: e.g. ``"model.layers.0.self_attn.q_proj"``.
@@ -74,13 +74,18 @@ def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> Layer
     Raises:
         UnsupportedError: ``quant`` asks for the terms of a natively complex model.
     """
-    if quant.terms != ("U", "W"):
-        raise UnsupportedError(
-            f"{layer} is a real matrix and cannot take the terms {quant.terms}; "
-            "use the terms ('U', 'W')"
-        )
     if not is_linear(f"{layer}.weight", shape):
+        _check_terms(layer, quant)
         return LayerPlan.dense("not a linear layer")
+    return plan_linear(layer, shape, quant)
+
+
+def plan_linear(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> LayerPlan:
+    """Decide what becomes of the weight of what is known to be a linear layer.
+
+    Args and errors are those of `plan_weight`.
+    """
+    _check_terms(layer, quant)
     if (pattern := exempting_pattern(layer, quant)) is not None:
         return LayerPlan.dense(f"exempt by pattern {pattern!r}")
     for size in shape:
@@ -90,6 +95,14 @@ def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> Layer
             return LayerPlan.dense("empty")
     stages = quant.stages(layer)
     return LayerPlan(True, stages, quant.terms, quant.scale, method_words(quant, stages))
+
+
+def _check_terms(layer: str, quant: QuantConfig) -> None:
+    if quant.terms != ("U", "W"):
+        raise UnsupportedError(
+            f"{layer} is a real matrix and cannot take the terms {quant.terms}; "
+            "use the terms ('U', 'W')"
+        )
 
 
 def method_words(quant: QuantConfig, stages: int) -> str:

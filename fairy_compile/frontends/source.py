@@ -113,6 +113,11 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
     path = Path(model).expanduser()
     if model != "" and path.is_dir():  # an empty string is no way to say "."
         directory = path
+    elif path.suffix == ".onnx":
+        raise FairyError(
+            f"{path} is an ONNX file, which only `fairy_compile build` takes; give a model "
+            "directory here"
+        )
     elif path.is_file():
         raise FairyError(
             f"{path} is a file; give the model's directory, which holds config.json and "

@@ -119,6 +119,17 @@ def kernel_symbol(call: LinearCall, batch: str) -> str:
     )
 
 
+def kernel_function(call: LinearCall, target: Any, batch: str) -> tirx.PrimFunc:
+    """Return the scheduled function of a call for a batch class, opaque to operator fusion."""
+    if call.kernel and call.spec:
+        func = call.kernel.build(call.spec, target, batch, call.knobs.get(batch, {}))
+    elif target.is_gpu:
+        func = dense_gpu.build_dense(call, target.limits, batch)
+    else:
+        func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
+    return func.with_attr("op_pattern", 8)
+
+
 class PlannedLinear(nn.Module):
     """y = x A^T + bias for one `LinearCall`, x (..., in) -> y (..., out), in the call's dtypes."""
 
@@ -140,24 +151,13 @@ class PlannedLinear(nn.Module):
         out = sum(self.call.out_features)
         weights = [getattr(self, name) for name in self.array_names] or self._shared
         y = op.tensor_ir_op(
-            self._function(batch),
+            kernel_function(self.call, self.target, batch),
             kernel_symbol(self.call, batch),
             [flat, *weights],
             Tensor.placeholder((rows, out), self.call.out_dtype),
         )
         y = op.reshape(y, (*lead, out))
         return add_bias(y, self.bias) if self.bias is not None else y
-
-    def _function(self, batch: str) -> tirx.PrimFunc:
-        call = self.call
-        if call.kernel and call.spec:
-            func = call.kernel.build(call.spec, self.target, batch, call.knobs.get(batch, {}))
-        elif self.target.is_gpu:
-            func = dense_gpu.build_dense(call, self.target.limits, batch)
-        else:
-            func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
-        # Opaque to operator fusion: the function is already scheduled.
-        return func.with_attr("op_pattern", 8)
 
 
 class LinearRow(nn.Module):

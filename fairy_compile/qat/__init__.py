@@ -6,6 +6,9 @@
     fc.qat.export(model, "ckpt", tokenizer=tokenizer)
     fc.build("ckpt", output="dist/model")
 
+Any other network: ``fc.qat.export_onnx(model, "model.onnx", inputs)`` writes what
+``fc.build("model.onnx")`` reads; or ``fc.build(model, inputs)`` takes the module itself.
+
 `fairy_compile.qat.ifairy` has a natively complex model, which takes
 ``fc.QuantConfig("w1", terms=("W",))``.
 
@@ -30,6 +33,7 @@ from fairy_compile.qat.layers import (
     frozen,
     phase_layers,
 )
+from fairy_compile.qat.onnx import export_onnx
 from fairy_compile.qat.prepare import PreparedLayer, PrepareReport, prepare
 
 __all__ = [
@@ -41,6 +45,7 @@ __all__ = [
     "PrepareReport",
     "PreparedLayer",
     "export",
+    "export_onnx",
     "frozen",
     "phase_layers",
     "prepare",

@@ -58,28 +58,26 @@ def _fresh_copy(path: Path) -> Iterator[Path]:
         yield Path(shutil.copy(path, directory))
 
 
-class ModelLibrary:
-    """An opened model library.
+class LibraryFile:
+    """An opened library and the weights of its artifact.
 
     Opening a library runs its code: only open files that come from a source you trust.
 
     Attributes:
         metadata: the JSON object `_metadata` returned.
-        counts: function name -> `CallCount`.
     """
 
     def __init__(self, path: Path, device: Any):
         """Open ``path`` for the `tvm.runtime.Device` ``device``.
 
         Raises:
-            ModelFileError: the file cannot be loaded, or lacks a function of the contract.
+            ModelFileError: the file cannot be loaded, or does not describe itself.
         """
         import tvm
         from tvm.runtime.vm import VirtualMachine
 
         self.path = path
         self.device = device
-        self.counts: dict[str, CallCount] = {}
         try:
             with _fresh_copy(path) as copy:
                 self._executable = tvm.runtime.load_module(str(copy))
@@ -90,13 +88,17 @@ class ModelLibrary:
                 f"cannot load the model library {path}: {reason[-1] if reason else error!r}; "
                 "build the model again for this machine"
             ) from error
-        self._functions = {name: self._find(name) for name in RELAX_FUNCTIONS + INPLACE_FUNCTIONS}
         try:
-            self.metadata = json.loads(str(self._functions["_metadata"]()))
+            self.metadata = json.loads(str(self.find("_metadata")()))
         except ValueError as error:
             raise ModelFileError(f"{path}: its metadata is not valid JSON: {error}") from error
 
-    def _find(self, name: str) -> Callable[..., Any]:
+    def find(self, name: str) -> Callable[..., Any]:
+        """Return the function ``name``.
+
+        Raises:
+            ModelFileError: the library has no such function.
+        """
         module = self._vm.module
         if module.implements_function(name):
             return module[name]
@@ -105,29 +107,6 @@ class ModelLibrary:
         raise ModelFileError(
             f"the model library {self.path} has no function {name!r}; build the model again"
         )
-
-    def call(self, name: str, *args: Any, tokens: int = 0) -> Any:
-        """Call the function ``name`` and count the call, its ``tokens`` and its time."""
-        count = self.counts.setdefault(name, CallCount())
-        start = time.perf_counter()
-        result = self._functions[name](*args)
-        count.calls += 1
-        count.tokens += tokens
-        count.seconds += time.perf_counter() - start
-        return result
-
-    def call_logits(self, name: str, *args: Any, tokens: int) -> Any:
-        """Call a prefill or decode function and return its logits as a float32 NumPy array.
-
-        The copy to the host is part of the counted time, because it waits for the device.
-        """
-        start = time.perf_counter()
-        logits = self._functions[name](*args)[0].numpy()
-        count = self.counts.setdefault(name, CallCount())
-        count.calls += 1
-        count.tokens += tokens
-        count.seconds += time.perf_counter() - start
-        return logits
 
     def load_params(self, directory: Path) -> Any:
         """Return the weights of ``directory`` as the tuple the functions take.
@@ -156,6 +135,47 @@ class ModelLibrary:
             ) from error
         finally:
             clear()  # the cache is global: names of the next model must not meet ours
+
+
+class ModelLibrary(LibraryFile):
+    """The library of a chat model, with the functions an engine calls.
+
+    Attributes:
+        counts: function name -> `CallCount`.
+    """
+
+    def __init__(self, path: Path, device: Any):
+        """Open ``path`` for the `tvm.runtime.Device` ``device``.
+
+        Raises:
+            ModelFileError: the file cannot be loaded, or lacks a function of the contract.
+        """
+        super().__init__(path, device)
+        self.counts: dict[str, CallCount] = {}
+        self._functions = {name: self.find(name) for name in RELAX_FUNCTIONS + INPLACE_FUNCTIONS}
+
+    def call(self, name: str, *args: Any, tokens: int = 0) -> Any:
+        """Call the function ``name`` and count the call, its ``tokens`` and its time."""
+        count = self.counts.setdefault(name, CallCount())
+        start = time.perf_counter()
+        result = self._functions[name](*args)
+        count.calls += 1
+        count.tokens += tokens
+        count.seconds += time.perf_counter() - start
+        return result
+
+    def call_logits(self, name: str, *args: Any, tokens: int) -> Any:
+        """Call a prefill or decode function and return its logits as a float32 NumPy array.
+
+        The copy to the host is part of the counted time, because it waits for the device.
+        """
+        start = time.perf_counter()
+        logits = self._functions[name](*args)[0].numpy()
+        count = self.counts.setdefault(name, CallCount())
+        count.calls += 1
+        count.tokens += tokens
+        count.seconds += time.perf_counter() - start
+        return logits
 
     def traced(self, name: str, *args: Any) -> dict[str, int]:
         """Run the function ``name`` once and return how often each kernel was called.

@@ -1,4 +1,4 @@
-"""`Model`: a loaded artifact; text in, text out."""
+"""`load` for every artifact; `Model`, a loaded language model: text in, text out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fairy_compile.artifact import Manifest, check_loaded_metadata, verify
+from fairy_compile.artifact.graph_contract import GRAPH
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime import stats
 from fairy_compile.runtime.amx import request_amx
 from fairy_compile.runtime.chat_template import ChatTemplate, Message
 from fairy_compile.runtime.engine import Engine
 from fairy_compile.runtime.generation import Generation
+from fairy_compile.runtime.graph_model import GraphModel
 from fairy_compile.runtime.sampler import Sampler, SamplingParams
 from fairy_compile.runtime.text import TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from fairy_compile.artifact.manifest import LayerEntry, Manifest
+    from fairy_compile.artifact.manifest import LayerEntry
     from fairy_compile.runtime.chat import ChatSession
 
 DEFAULT_MAX_TOKENS = 128
@@ -31,15 +34,58 @@ def load(
     *,
     threads: int | None = None,
     cpus: Collection[int] | None = None,
+    **options: Any,
+) -> Model | GraphModel:
+    """Load an artifact that ``fairy_compile build`` wrote.
+
+    The directory is verified first. The model library in it is code that this process will run:
+    load artifacts you trust.
+
+    Args:
+        directory: the artifact.
+        device: TVM device, e.g. ``cpu`` or ``cuda:0``; default the one it was built for.
+        threads: CPU threads; default one a physical core.
+        cpus: numbers of the CPUs they may run on; default all this process may.
+        options: of language models, see `load_language_model`.
+
+    Returns:
+        `Model` of a language model, `GraphModel` of a graph (ONNX, PyTorch module).
+
+    Raises:
+        ModelFileError: the artifact is incomplete, changed or damaged.
+        UnsupportedError: this machine lacks the device or the instructions it was built for.
+        FairyError: an argument is out of range, or not for this kind of model.
+    """
+    manifest = Manifest.load(directory)
+    common: dict[str, Any] = {"device": device, "threads": threads, "cpus": cpus}
+    if manifest.kind != GRAPH:
+        return load_language_model(directory, **common, **options)
+    if options:
+        raise FairyError(
+            f"{next(iter(options))} is for language models; {directory} is a graph, so leave it out"
+        )
+    report = verify(directory)
+    directory, manifest = Path(directory), report.manifest
+    _check_features(manifest)
+    warnings = [*report.warnings, *_permit_amx(manifest)]
+    common["device"] = device or manifest.target.device
+    model = GraphModel(directory, directory / manifest.library, **common, warnings=warnings)
+    check_loaded_metadata(manifest, model.metadata)
+    return model
+
+
+def load_language_model(
+    directory: Path | str,
+    device: str | None = None,
+    *,
+    threads: int | None = None,
+    cpus: Collection[int] | None = None,
     max_sequences: int = 4,
     context: int | None = None,
     kv_tokens: int | None = None,
     prefill_chunk: int | None = None,
 ) -> Model:
-    """Load an artifact that ``fairy_compile build`` wrote.
-
-    The directory is verified first. The model library in it is code that this process will run:
-    load artifacts you trust.
+    """Load the artifact of a language model; what `load` returns for one.
 
     Args:
         directory: the artifact.
@@ -53,14 +99,18 @@ def load(
 
     Raises:
         ModelFileError: the artifact is incomplete, changed or damaged.
-        UnsupportedError: this machine lacks the device or the instructions it was built for.
+        UnsupportedError: it is a graph, or this machine lacks the device or the instructions it
+            was built for.
         FairyError: an argument is out of range.
     """
-    from fairy_compile.artifact import check_loaded_metadata, verify
-
     directory = Path(directory)
     report = verify(directory)
     manifest = report.manifest
+    if manifest.kind == GRAPH:
+        raise UnsupportedError(
+            f"{directory} is a compiled graph ({manifest.model.family}), not a language model; run "
+            f"it from Python: fairy_compile.load({str(directory)!r}).run(inputs)"
+        )
     _check_features(manifest)
     engine = Engine(
         directory,
@@ -75,11 +125,15 @@ def load(
         prefill_chunk=prefill_chunk,
     )
     check_loaded_metadata(manifest, engine.metadata)
-    warnings = list(report.warnings)
-    uses_amx = any(layer.kernel.endswith("amx") for layer in manifest.layers)
-    if uses_amx and (refusal := request_amx()):
-        warnings.append(refusal)
+    warnings = [*report.warnings, *_permit_amx(manifest)]
     return Model(directory, engine, manifest.layers, warnings)
+
+
+def _permit_amx(manifest: Manifest) -> list[str]:
+    """Ask the system for AMX if a kernel needs it; return its refusal, if it refuses."""
+    uses_amx = any(layer.kernel.endswith("amx") for layer in manifest.layers)
+    refusal = request_amx() if uses_amx else None
+    return [refusal] if refusal else []
 
 
 def _check_features(manifest: Manifest) -> None:

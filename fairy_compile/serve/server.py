@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from fairy_compile.errors import FairyError
-from fairy_compile.runtime import load
+from fairy_compile.runtime import load_language_model
 from fairy_compile.serve.app import DEFAULT_MAX_BODY, create_app
 from fairy_compile.serve.worker import EngineThread
 
 if TYPE_CHECKING:
     from fairy_compile.runtime.model import Model
 
-MOST_SEQUENCES = 1 << 10  # load() cuts this to what the model was built for
+MOST_SEQUENCES = 1 << 10  # load_language_model() cuts this to what the model was built for
 _FAREWELL_SECONDS = 5  # to send the last events
 _CLOSE_SECONDS = 60.0  # one step of the engine is far shorter
 
@@ -119,7 +119,7 @@ def serve(
 
 
 def _load(directory: Path, options: dict[str, Any]) -> Model:
-    model = load(directory, **options)
+    model = load_language_model(directory, **options)
     cache, context = model.engine.cache, model.engine.context
     if cache.capacity < context:
         raise FairyError(

@@ -21,7 +21,7 @@ from fairy_compile.errors import ModelFileError
         "(n, ) int32 -> none",
         "(n) 3 -> none",
         "object \u00e9 -> none",
-        "object," * 1000 + "object -> none",
+        "object," * 10000 + "object -> none",
     ],
 )
 def test_malformed_text(text):
