@@ -22,7 +22,7 @@ from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.source import open_source
 from fairy_compile.models import DecoderConfig, parse_config
-from fairy_compile.models.config import KV_DTYPES
+from fairy_compile.models.config import KV_DTYPES, at_context, for_target
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -104,7 +104,8 @@ def build(
             kv_dtype=_kv_dtype(kv_dtype, config_quant.act, compile_for),
             act_dtype=activation_dtype(compile_for, config_quant.act),
         )
-        sizes, notes = _sizes(decoder, context, prefill_chunk, max_batch)
+        sizes, notes = _sizes(for_target(decoder, compile_for), context, prefill_chunk, max_batch)
+        decoder = at_context(decoder, sizes.context)
         if quant_note:
             notes.append(quant_note)
     if output is None and not dry_run:
@@ -240,10 +241,16 @@ def _sizes(
             f"--context {context} is more than {decoder.context}, the limit "
             f"{decoder.context_reason}"
         )
-    chosen = context or min(decoder.context, DEFAULT_CONTEXT)
+    native = decoder.rope.native_context or decoder.context
+    chosen = context or min(native, decoder.context, DEFAULT_CONTEXT)
     if chosen < decoder.context and context is None:
         notes.append(
             f"context is {chosen} tokens; the model takes {decoder.context} (--context changes it)"
+        )
+    if chosen > native:
+        notes.append(
+            f"beyond {native} tokens the model rotates by other angles ({decoder.rope.kind}); "
+            f"built for {chosen}, it does so at every length"
         )
     chunk = min(prefill_chunk or DEFAULT_PREFILL_CHUNK, chosen)
     return Sizes(chosen, chunk, max_batch), notes
