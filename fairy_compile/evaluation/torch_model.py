@@ -57,6 +57,7 @@ class TorchModel:
         packed = source.kind == "packed"
         with quiet_transformers():
             model = _packed_model(source) if packed else load_model(source.directory, hint="")
+        _round_embed_scale(model, source)
         self._model = model.to(place).eval()
         self._device = place
         # transformers 5.24 renamed the argument.
@@ -95,6 +96,16 @@ class TorchModel:
     def close(self) -> None:
         """Free its memory."""
         self._model = None
+
+
+def _round_embed_scale(model: Any, source: ModelSource) -> None:
+    """Give Gemma's factor on embedded tokens the precision it has in the checkpoint's dtype."""
+    import torch
+
+    for module in model.modules():
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, torch.Tensor):
+            scale.copy_(scale.to(getattr(torch, source.dtype("model.embed_tokens.weight"))))
 
 
 def _packed_model(source: ModelSource) -> Any:
