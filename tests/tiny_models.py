@@ -44,9 +44,10 @@ LONGROPE = {
     "short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.5],
     "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
 }
-LONG = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+LONG = {"max_position_embeddings": 256, "original_max_position_embeddings": 128}
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 12}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -61,6 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     ),
     "llama_yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama_dynamic": ("Llama", {"rope_parameters": DYNAMIC}),
     "llama_biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),

@@ -108,6 +108,11 @@ def build(
         decoder = at_context(decoder, sizes.context)
         if quant_note:
             notes.append(quant_note)
+        if decoder.wide_activations and decoder.act_dtype == "float16":
+            notes.append(
+                f"hidden states of {decoder.model_type} models can exceed what float16 holds; "
+                "--act float keeps them in float32"
+            )
     if output is None and not dry_run:
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
     if output is not None:
@@ -247,6 +252,8 @@ def _sizes(
         notes.append(
             f"context is {chosen} tokens; the model takes {decoder.context} (--context changes it)"
         )
+    elif chosen == decoder.context and decoder.context_reason != "of the model":
+        notes.append(f"context is {chosen} tokens, the limit {decoder.context_reason}")
     if chosen > native:
         notes.append(
             f"beyond {native} tokens the model rotates by other angles ({decoder.rope.kind}); "

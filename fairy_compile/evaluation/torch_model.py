@@ -113,6 +113,7 @@ def _packed_model(source: ModelSource) -> Any:
     import transformers
 
     from fairy_compile.frontends.packed import METADATA_KEY
+    from fairy_compile.train.models import quiet_transformers
 
     keep = {key: value for key, value in source.config.items() if key != METADATA_KEY}
     try:
@@ -130,7 +131,19 @@ def _packed_model(source: ModelSource) -> Any:
         for name in source.names()
     }
     _split_complex(model, weights, source)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if any(parameter.ndim == 3 for parameter in model.parameters()):
+        # Experts lie in one parameter, which transformers makes of a checkpoint's many.
+        with quiet_transformers():
+            model, found = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        missing, unexpected = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    else:
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which no layer takes"
         raise FairyError(

@@ -41,7 +41,8 @@ class DecoderConfig:
 
     Layers with ``sparse_layers[layer]``, or all if that is empty, have ``experts`` feed-forward
     layers of ``expert_size``, of which a token takes ``experts_per_token``, with weights that sum
-    to 1 if ``normalize_experts``.
+    to 1 if ``normalize_experts``. ``wide_activations`` says that published models of the family
+    were trained in bfloat16 and have hidden states beyond float16's 65504.
     """
 
     model_type: str
@@ -75,6 +76,7 @@ class DecoderConfig:
     expert_size: int = 0
     sparse_layers: tuple[bool, ...] = ()
     normalize_experts: bool = True
+    wide_activations: bool = False
 
     def is_local(self, layer: int) -> bool:
         """Tell whether a layer attends over the sliding window only."""

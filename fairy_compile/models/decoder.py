@@ -17,7 +17,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.models.config import DecoderConfig
-from fairy_compile.models.elementwise import RMSNorm, gate_product, soft_cap
+from fairy_compile.models.elementwise import RMSNorm, gate_product, soft_cap, split
 from fairy_compile.models.engine_functions import softmax_with_temperature
 from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearCall, LinearPlanner, make_linear
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         heads, kv_heads, head_dim = self.heads, self.kv_heads, self.config.head_dim
         qkv = op.reshape(self.qkv_proj(x), (batch, tokens, heads + 2 * kv_heads, head_dim))
         if self.config.qk_norm:
-            q, k, v = op.split(qkv, [heads, heads + kv_heads], axis=2)
+            q, k, v = split(qkv, [heads, kv_heads, kv_heads], axis=2)
             qkv = op.concat([self.q_norm(q), self.k_norm(k), v], dim=2)
         y = attend(cache, layer, qkv, self.config, self.target)
         return self.o_proj(op.reshape(y, (batch, tokens, heads * head_dim)))

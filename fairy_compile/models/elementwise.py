@@ -124,6 +124,28 @@ def _gate_product(gate_up: te.Tensor, activation: Activation) -> te.Tensor:
     return te.compute((*gate_up.shape[:-1], size), product, name=f"{activation}_product")
 
 
+def split(x: Tensor, sizes: Sequence[int], axis: int) -> list[Tensor]:
+    """Return the parts of x of ``sizes`` along ``axis``, each by a function of its own.
+
+    Relax's own split is one function with several loops, which passes cannot give to threads.
+    """
+    axis %= x.ndim
+    parts, first = [], 0
+    for size in sizes:
+
+        def define(a: te.Tensor, first: int = first, size: int = size) -> te.Tensor:
+            shape = [*a.shape[:axis], size, *a.shape[axis + 1 :]]
+
+            def value(*at: Any) -> Any:
+                return a[(*at[:axis], at[axis] + first, *at[axis + 1 :])]
+
+            return te.compute(shape, value, name="part")
+
+        parts.append(op.tensor_expr_op(define, "part", [x]))
+        first += size
+    return parts
+
+
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """Return cap tanh(x / cap) of float32 x (Gemma 2, arXiv 2408.00118, section 2)."""
 

@@ -61,7 +61,13 @@ def parse_gemma(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
     }
     scale = positive_float(config, "query_pre_attn_scalar", 256.0) ** -0.5
     return parse_decoder(
-        config, qkv_bias=biased, o_bias=biased, attention_scale=scale, **caps, **family
+        config,
+        qkv_bias=biased,
+        o_bias=biased,
+        attention_scale=scale,
+        wide_activations=True,
+        **caps,
+        **family,
     )
 
 

@@ -13,7 +13,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.models import decoder
 from fairy_compile.models.config import DecoderConfig, parse_decoder
-from fairy_compile.models.elementwise import LayerNorm, layer_norm
+from fairy_compile.models.elementwise import LayerNorm, layer_norm, split
 from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner
 
@@ -97,7 +97,8 @@ class Attention(decoder.Attention):
         batch, tokens, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
         shape = (batch, tokens, heads + 2 * kv_heads, self.config.head_dim)
-        q, k, v = op.split(op.reshape(self.qkv_proj(x), shape), [heads, heads + kv_heads], axis=2)
+        qkv = op.reshape(self.qkv_proj(x), shape)
+        q, k, v = split(qkv, [heads, kv_heads, kv_heads], axis=2)
         qkv = op.concat([self.q_layernorm(q), self.k_layernorm(k), v], dim=2)
         y = attend(cache, layer, qkv, self.config, self.target)
         return self.o_proj(op.reshape(y, (batch, tokens, self.q_size)))

@@ -110,7 +110,7 @@ def test_int16_logits_are_nearly_exact(built, quant: str) -> None:
 
 
 # One of a kind of each new part runs always; the others differ from it in what is tested apart.
-SLOW = {"llama_yarn", "mistral_window", "phi3", "stablelm", "gemma3", "qwen3_moe"}
+SLOW = {"llama_yarn", "llama_dynamic", "mistral_window", "phi3", "stablelm", "gemma3", "qwen3_moe"}
 OTHERS = [
     pytest.param(family, marks=pytest.mark.slow) if family in SLOW else family
     for family in sorted(set(FAMILIES) - {"llama", "qwen2"})
@@ -133,6 +133,29 @@ def test_every_family_matches_pytorch(built, family: str) -> None:
         assert relative_error(by_chunk, want[-1]) <= FLOAT_TOLERANCE
         assert relative_error(by_token, want[-1]) <= FLOAT_TOLERANCE
         assert greedy(model, TOKENS[:5], 24) == oracle.greedy(TOKENS[:5], 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi3_longrope", {"original_max_position_embeddings": 32}),
+        ("llama_dynamic", {"max_position_embeddings": 45}),
+    ],
+)
+def test_a_longer_context_takes_the_angles_of_long_sequences(
+    tmp_path: Path, family: str, changes: dict[str, int]
+) -> None:
+    """PyTorch does so for a sequence as long as that in one piece."""
+    source = save_model(tmp_path / "model", family, **changes)
+    quant = fc.QuantConfig("w2", act="float")
+    context = len(TOKENS) + (0 if family == "phi3_longrope" else 15)
+    tokens = (TOKENS * 2)[:context]
+    report = fc.build(source, quant=quant, output=tmp_path / "out", context=context)
+    assert any("rotates by other angles" in note for note in report.notes)
+    with fc.load(tmp_path / "out") as model:
+        want = Oracle(source, quant).logits(tokens)
+        assert relative_error(model.logits(tokens), want) <= FLOAT_TOLERANCE
 
 
 @pytest.mark.slow

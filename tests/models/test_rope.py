@@ -13,9 +13,17 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fairy_compile.models import parse_config
-from tests.tiny_models import LLAMA3_ROPE, LONG, LONGROPE, NO_TOKENS, PARTIAL_ROPE, SIZES, YARN
+from tests.tiny_models import (
+    DYNAMIC,
+    LLAMA3_ROPE,
+    LONG,
+    LONGROPE,
+    NO_TOKENS,
+    PARTIAL_ROPE,
+    SIZES,
+    YARN,
+)
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 # Name -> (family, config, contexts at which transformers computes the table anew).
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "default": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, (64,)),
@@ -40,11 +48,11 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         },
         (64,),
     ),
-    "longrope": ("Phi3", {**NO_TOKENS, "rope_parameters": LONGROPE, **LONG}, (64, 65, 256)),
+    "longrope": ("Phi3", {**NO_TOKENS, "rope_parameters": LONGROPE, **LONG}, (128, 129, 256)),
     "longrope_factor": (
         "Phi3",
         {**NO_TOKENS, "rope_parameters": LONGROPE | {"attention_factor": 1.5}, **LONG},
-        (64, 65),
+        (128, 129),
     ),
     "partial": ("Phi3", {**NO_TOKENS, "rope_parameters": PARTIAL_ROPE}, (64,)),
     "stablelm": ("StableLm", {}, (64,)),
