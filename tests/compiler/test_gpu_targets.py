@@ -72,8 +72,8 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("gemma2", "gemma2 caps its attention scores.*--target cpu"),
-        ("mixtral", "no kernels for mixtures of experts.*--target cpu"),
+        ("gemma2", r"caps its attention scores.*--target cpu"),
+        ("mixtral", r"no kernels for mixtures of experts.*--target cpu"),
     ],
 )
 def test_what_gpus_lack_is_refused_with_what_helps(tmp_path: Path, family: str, words: str) -> None:
