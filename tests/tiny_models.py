@@ -34,6 +34,26 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# What the defaults of a family name lies outside the tiny vocabulary.
+NO_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# Heads of 16 elements have eight pairs, or six where three quarters turn.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+}
+LONG = {"max_position_embeddings": 256, "original_max_position_embeddings": 128}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 12}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -41,18 +61,49 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     ),
+    "llama_yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama_dynamic": ("Llama", {"rope_parameters": DYNAMIC}),
     "llama_biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral_window": ("Mistral", {"sliding_window": 12}),
     "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {**NO_TOKENS, "sliding_window": 20}),
+    "phi3_longrope": ("Phi3", {**NO_TOKENS, "rope_parameters": LONGROPE, **LONG}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm_12b": (
+        "StableLm",
+        {"qk_layernorm": True, "use_parallel_residual": True},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 20}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "gemma2": (
+        "Gemma2",
+        {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 
 
 def save_model(directory: Path, family: str, dtype: str = "float32", **changes: Any) -> Path:
     """Write a random model of one of `FAMILIES` and return its directory."""
     name, extra = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **extra, **changes})
+    config_name = {"Gemma3": "Gemma3Text"}.get(name, name)
+    config = getattr(transformers, f"{config_name}Config")(**{**SIZES, **extra, **changes})
     torch.manual_seed(7)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     for parameter_name, parameter in model.named_parameters():
@@ -118,6 +169,10 @@ class Oracle:
             if quant.act == "int8":
                 parent = self.model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], Int8Linear(module))
+        for module in self.model.modules():
+            for name in ("gate_up_proj", "down_proj"):
+                if isinstance(weight := getattr(module, name, None), nn.Parameter):
+                    _dequantize_experts(weight, quant, parts=2 if name == "gate_up_proj" else 1)
         assert not tied or self.model.lm_head is not None
 
     @torch.no_grad()
@@ -132,6 +187,14 @@ class Oracle:
         for _ in range(count):
             tokens.append(int(np.argmax(self.logits(tokens)[-1])))
         return tokens[len(prompt) :]
+
+
+def _dequantize_experts(weight: nn.Parameter, quant: QuantConfig, parts: int) -> None:
+    """Replace weights (experts, parts * n, m), of which every n rows are a matrix, in place."""
+    with torch.no_grad():
+        for matrix in (part for expert in weight for part in expert.chunk(parts)):
+            codes = quantize(matrix.clone(), quant.stages(), scale=quant.scale)
+            matrix.copy_(torch.from_numpy(codes.dequantize()))
 
 
 def relative_error(seen: np.ndarray, want: np.ndarray) -> float:

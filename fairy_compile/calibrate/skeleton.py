@@ -18,6 +18,7 @@ from torch import nn
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.source import ModelSource
+from fairy_compile.qat.layers import refuse_experts
 from fairy_compile.train.models import load_model, quiet_transformers
 
 
@@ -43,6 +44,9 @@ class Skeleton:
         with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
             self.model = load_model(source.directory, scratch=True).eval()
         self.model.requires_grad_(False)
+        refuse_experts(
+            self.model, "calibration does not reach yet; convert the model without --calibrate"
+        )
         base = getattr(self.model, self.model.base_model_prefix, None)
         self.head = self.model.get_output_embeddings()
         parts = [getattr(base, name, None) for name in ("layers", "norm")]
@@ -106,10 +110,14 @@ class Skeleton:
         Args:
             windows: uint32 (windows, length).
         """
-        name = f"{self.name(self.model.get_input_embeddings())}.weight"
+        embedding = self.model.get_input_embeddings()
+        name = f"{self.name(embedding)}.weight"
         table = self.source.dense(name)  # in its stored dtype: large vocabularies stay small
+        factor = np.ones((), np.float32)
+        if hasattr(embedding, "embed_scale"):  # Gemma; rounded as its embedding is
+            factor = np.asarray(float(embedding.embed_scale)).astype(table.dtype).astype(np.float32)
         for window in windows:
-            yield table[window].astype(np.float32)
+            yield table[window].astype(np.float32) * factor
 
     @torch.no_grad()
     def contexts(self, length: int) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, parse_config
-from fairy_compile.models.config import KV_DTYPES
+from fairy_compile.models.config import KV_DTYPES, at_context, for_target
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -155,11 +155,16 @@ def build(
             kv_dtype=_kv_dtype(kv_dtype, config_quant.act, compile_for),
             act_dtype=activation_dtype(compile_for, config_quant.act),
         )
-        sizes, notes = _sizes(
-            decoder, context, prefill_chunk, DEFAULT_MAX_BATCH if max_batch is None else max_batch
-        )
+        most = DEFAULT_MAX_BATCH if max_batch is None else max_batch
+        sizes, notes = _sizes(for_target(decoder, compile_for), context, prefill_chunk, most)
+        decoder = at_context(decoder, sizes.context)
         if quant_note:
             notes.append(quant_note)
+        if decoder.wide_activations and decoder.act_dtype == "float16":
+            notes.append(
+                f"hidden states of {decoder.model_type} models can exceed what float16 holds; "
+                "--act float keeps them in float32"
+            )
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
@@ -306,10 +311,18 @@ def _sizes(
             f"--context {context} is more than {decoder.context}, the limit "
             f"{decoder.context_reason}"
         )
-    chosen = context or min(decoder.context, DEFAULT_CONTEXT)
+    native = decoder.rope.native_context or decoder.context
+    chosen = context or min(native, decoder.context, DEFAULT_CONTEXT)
     if chosen < decoder.context and context is None:
         notes.append(
             f"context is {chosen} tokens; the model takes {decoder.context} (--context changes it)"
+        )
+    elif chosen == decoder.context and decoder.context_reason != "of the model":
+        notes.append(f"context is {chosen} tokens, the limit {decoder.context_reason}")
+    if chosen > native:
+        notes.append(
+            f"beyond {native} tokens the model rotates by other angles ({decoder.rope.kind}); "
+            f"built for {chosen}, it does so at every length"
         )
     chunk = min(prefill_chunk or DEFAULT_PREFILL_CHUNK, chosen)
     return Sizes(chosen, chunk, max_batch), notes

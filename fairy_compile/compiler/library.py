@@ -19,6 +19,7 @@ from fairy_compile.compiler.plan import Planner
 from fairy_compile.models import DecoderConfig, network_of
 from fairy_compile.models import engine_functions as engine
 from fairy_compile.models.decoder import CausalLM
+from fairy_compile.models.elementwise import RMSNorm
 from fairy_compile.models.gpu_sampler import add_gpu_sampler
 from fairy_compile.models.kv_cache import add_kv_cache
 from fairy_compile.models.linear import LinearCall, PlannedLinear
@@ -56,6 +57,7 @@ class Param:
         call: the linear call it belongs to, or None.
         array: which of the call's arrays it is (``codes``, ``scales``, ..., ``bias``); for
             parameters outside linear calls, the same as ``name``.
+        offset: what is added to the checkpoint's values, see `OffsetRMSNorm`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Param:
     dtype: str
     call: LinearCall | None
     array: str
+    offset: float = 0.0
 
 
 def define(
@@ -128,15 +131,19 @@ def _entry_points(config: DecoderConfig) -> dict[str, Any]:
 
 def _describe(network: CausalLM, named: list[tuple[str, nn.Parameter]]) -> list[Param]:
     owners: dict[str, tuple[LinearCall, str]] = {}
+    offsets: dict[str, float] = {}
     for path, module in _modules(network):
         if isinstance(module, PlannedLinear):
             arrays = [*module.array_names, *(["bias"] if module.bias is not None else [])]
             owners.update({f"{path}.{array}": (module.call, array) for array in arrays})
+        if isinstance(module, RMSNorm):
+            offsets[f"{path}.weight"] = module.offset
     params = []
     for name, parameter in named:
         call, array = owners.get(name, (None, name))
         shape = tuple(int(d) for d in parameter.shape)
-        params.append(Param(name, shape, str(parameter.dtype), call, array))
+        offset = offsets.get(name, 0.0)
+        params.append(Param(name, shape, str(parameter.dtype), call, array, offset))
     return params
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fairy_compile.errors import FairyError
 from fairy_compile.frontends.source import ModelSource
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op.token_int8 import guard_weight
+from fairy_compile.phase import PhaseTensor
 
 Demands = dict[str, dict[str, Any]]
 """Call name -> knobs its weights need, see `PhaseKernel.demands`."""
@@ -23,6 +25,8 @@ def call_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[st
 
     What the weights demand of their kernel is noted in ``demands``.
     """
+    if call.experts:
+        return _expert_arrays(call, planner, demands)
     source = planner.source
     if call.kernel and call.spec:
         parts = [source.phase(layer, planner.quant) for layer in call.sources]
@@ -44,6 +48,29 @@ def call_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[st
     return arrays
 
 
+def _expert_arrays(call: LinearCall, planner: Planner, demands: Demands) -> dict[str, np.ndarray]:
+    """Return the arrays of all experts, filled one expert at a time."""
+    arrays = {
+        suffix: np.empty(array.shape, np.dtype(array.dtype))
+        for suffix, array in call.arrays().items()
+    }
+    codes: list[PhaseTensor] = []
+    for expert, layers in enumerate(call.by_expert()):
+        own = replace(call, sources=layers, experts=0)
+        if call.kernel and call.spec:
+            parts = [planner.source.phase(layer, planner.quant) for layer in layers]
+            codes += parts
+            packed = call.kernel.layout.pack(parts, call.spec)
+        else:
+            packed = call_arrays(own, planner, demands)
+        for suffix, array in packed.items():
+            arrays[suffix][expert] = array
+    # One function serves all experts, with the tables that the worst of them allows.
+    if call.kernel and call.spec and (knobs := dict(call.kernel.demands(codes, call.spec))):
+        demands[call.name] = knobs
+    return arrays
+
+
 def plain_array(param: Param, source: ModelSource) -> np.ndarray:
     """Return a parameter outside linear calls (embedding, norm) in the dtype it is stored in."""
     array = source.dense(param.name)
@@ -51,6 +78,8 @@ def plain_array(param: Param, source: ModelSource) -> np.ndarray:
         raise FairyError(
             f"tensor {param.name} has shape {array.shape}; config.json implies {param.shape}"
         )
+    if param.offset:
+        array = array.astype(np.float32) + np.float32(param.offset)
     return stored_as(param.dtype, array, param.name)
 
 

@@ -104,6 +104,10 @@ class Planner:
         """See `LinearPlanner.dtype`. GPUs store real weights as they compute with them."""
         return self.act_dtype if self.target.is_gpu else self.source.dtype(name)
 
+    def source_dtype(self, name: str) -> str:
+        """See `LinearPlanner.source_dtype`."""
+        return self.source.dtype(name)
+
     def linear(
         self,
         name: str,
@@ -138,6 +142,39 @@ class Planner:
             calls = [replace(c, reason=c.reason + note) for c in calls]
         self.calls.extend(calls)
         return calls
+
+    def experts(
+        self,
+        name: str,
+        sources: Sequence[Sequence[str]],
+        in_features: int,
+        out_features: Sequence[int],
+    ) -> LinearCall:
+        """See `LinearPlanner.experts`.
+
+        Raises:
+            UnsupportedError: the target has no such kernels, or experts differ in form.
+        """
+        if self.target.is_gpu:
+            raise UnsupportedError(
+                f"target {self.target.name} has no kernels for mixtures of experts; build for a "
+                "CPU target, e.g. --target cpu"
+            )
+        for layers in sources:
+            for layer, rows in zip(layers, out_features, strict=True):
+                self._check_shape(f"{layer}.weight", (rows, in_features))
+                self.layer_plans[layer] = self.source.plan(layer, self.quant)
+                if not self._fusable(sources[0][0], layer):
+                    raise UnsupportedError(
+                        f"{layer} differs in stages, scales or dtype from {sources[0][0]}; all "
+                        "experts of a layer must agree, so use patterns such as '*.experts.*'"
+                    )
+        rows = tuple(out_features)
+        call = self._call(name, tuple(sources[0]), in_features, rows, False, False, None)
+        flat = tuple(layer for layers in sources for layer in layers)
+        call = replace(call, sources=flat, experts=len(sources))
+        self.calls.append(call)
+        return call
 
     def head(self, name: str, in_features: int, vocab: int) -> list[LinearCall]:
         """See `LinearPlanner.head`.

@@ -16,7 +16,7 @@ class LayerReport:
     Attributes:
         name: the (possibly fused) layer.
         sources: layers of the checkpoint it computes.
-        shape: (out_features, in_features) of the real map.
+        shape: (out_features, in_features) of the real map; of all experts together.
         kernel: kernel family, ``dense`` for a real layer.
         layout: how its weight lies in memory.
         act: activation contract of the call.
@@ -95,7 +95,7 @@ def describe_call(call: LinearCall) -> LayerReport:
     return LayerReport(
         name=call.name,
         sources=call.sources,
-        shape=(sum(call.out_features), call.in_features),
+        shape=(max(1, call.experts) * sum(call.out_features), call.in_features),
         kernel=call.kernel_name,
         layout=call.layout_name,
         act=spec.contract if spec else _float(call.act_dtype),
@@ -103,5 +103,5 @@ def describe_call(call: LinearCall) -> LayerReport:
         terms="".join(spec.terms) if spec else "",
         scale=spec.scale if spec else "",
         bytes=size,
-        reason=call.reason,
+        reason=call.reason + (f"; {call.experts} experts" if call.experts else ""),
     )

@@ -57,6 +57,7 @@ class TorchModel:
         packed = source.kind == "packed"
         with quiet_transformers():
             model = source_model(source) if packed else load_model(source.directory, hint="")
+        _round_embed_scale(model, source)
         self._model = model.to(place).eval()
         self._device = place
         # transformers 5.24 renamed the argument.
@@ -97,6 +98,16 @@ class TorchModel:
         self._model = None
 
 
+def _round_embed_scale(model: Any, source: ModelSource) -> None:
+    """Give Gemma's factor on embedded tokens the precision it has in the checkpoint's dtype."""
+    import torch
+
+    for module in model.modules():
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, torch.Tensor):
+            scale.copy_(scale.to(getattr(torch, source.dtype("model.embed_tokens.weight"))))
+
+
 def source_model(source: ModelSource) -> Any:
     """Return a transformers model with the weights of a source, float32.
 
@@ -110,6 +121,7 @@ def source_model(source: ModelSource) -> Any:
     import transformers
 
     from fairy_compile.frontends.packed import METADATA_KEY
+    from fairy_compile.train.models import quiet_transformers
 
     keep = {key: value for key, value in source.config.items() if key != METADATA_KEY}
     try:
@@ -128,7 +140,19 @@ def source_model(source: ModelSource) -> Any:
     }
     if source.kind == "packed":
         _split_complex(model, weights, source)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if any(parameter.ndim == 3 for parameter in model.parameters()):
+        # Experts lie in one parameter, which transformers makes of a checkpoint's many.
+        with quiet_transformers():
+            model, found = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        missing, unexpected = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    else:
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which no layer takes"
         raise FairyError(

@@ -128,14 +128,19 @@ def read_config(directory: Path) -> dict[str, Any]:
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
+# Architectures whose config.json need not say that the head is tied to the embedding.
+TIED_BY_DEFAULT = frozenset({"gemma2", "gemma3_text"})
+
+
 def tied_tensors(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
     """Return name -> stored tensor of weights that exist only as another tensor's.
 
     The output head of a model with ``tie_word_embeddings`` is its embedding, and yet a linear
     layer of its own: it may be quantised while the embedding is not.
     """
-    tied = bool(config.get("tie_word_embeddings")) and EMBEDDING in names and HEAD not in names
-    return {HEAD: EMBEDDING} if tied else {}
+    default = config.get("model_type") in TIED_BY_DEFAULT
+    tied = bool(config.get("tie_word_embeddings", default))
+    return {HEAD: EMBEDDING} if tied and EMBEDDING in names and HEAD not in names else {}
 
 
 class ModelDirectory:

@@ -15,6 +15,8 @@ from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor, quantize
 
 # Two-dimensional weights that are looked up or multiplied elementwise, not applied as a matrix.
 NOT_LINEAR = ("*embed*.weight", "*wte.weight", "*wpe.weight", "*norm*.weight")
+# Routers of mixtures of experts: small, and every later product hangs on their choice.
+ROUTERS = ("*.mlp.gate.weight", "*.block_sparse_moe.gate.weight")
 
 BY_RULE = "quantised by the phase rule"
 BY_METHOD = {
@@ -77,6 +79,8 @@ def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> Layer
     if not is_linear(f"{layer}.weight", shape):
         _check_terms(layer, quant)
         return LayerPlan.dense("not a linear layer")
+    if any(fnmatch.fnmatchcase(f"{layer}.weight", pattern) for pattern in ROUTERS):
+        return LayerPlan.dense("routes tokens to experts")
     return plan_linear(layer, shape, quant)
 
 

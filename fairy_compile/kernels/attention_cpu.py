@@ -14,7 +14,7 @@ from fairy_compile.kernels.attention_cpu_pages import (
     build_read,
 )
 from fairy_compile.kernels.attention_cpu_prefill import build_paged_prefill, build_ragged_prefill
-from fairy_compile.kernels.attention_cpu_rope import build_rope, rope_frequencies
+from fairy_compile.kernels.attention_cpu_rope import build_rope, build_rotate
 from fairy_compile.kernels.attention_cpu_tile import AttentionShape
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, vector_unit
 
@@ -30,6 +30,6 @@ __all__ = [
     "build_ragged_prefill",
     "build_read",
     "build_rope",
-    "rope_frequencies",
+    "build_rotate",
     "vector_unit",
 ]

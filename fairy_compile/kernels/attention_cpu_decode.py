@@ -5,7 +5,8 @@ rows of one tile and share every load of keys and values. Each task leaves norma
 results and their log-sum-exps, which a short second step combines (Flash-Decoding).
 
 Where a context is cut depends on its own length alone, so that no result depends, not even in its
-last bit, on the sequences it is computed beside.
+last bit, on the sequences it is computed beside. Pages that lie before a layer's sliding window are
+not read.
 
 Walking several heads of a page in a task, for longer runs of memory, and huge pages for the cache
 measured the same within 3 %: with the next page prefetched, reading is at memory bandwidth.
@@ -23,6 +24,9 @@ from fairy_compile.kernels.attention_cpu_tile import (
     TILE,
     AttentionShape,
     QueryTile,
+    Visible,
+    first_key,
+    local_layer,
     page_tile,
 )
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
@@ -70,11 +74,12 @@ class _Decode:
             self.indptr = T.arg("page_indptr", index_buffer(batch + 1))
             self.page_values = T.arg("page_values", index_buffer(T.int32()))
             self.last_page = T.arg("last_page_len", index_buffer(batch))
-            T.arg("k_rope_pos_offset", index_buffer(batch))
-            T.arg("q_rope_position", index_buffer(batch))
+            self.offset = T.arg("k_rope_pos_offset", index_buffer(batch))
+            self.position = T.arg("q_rope_position", index_buffer(batch))
             self.output = T.arg("output", T.buffer(rows, dtype))
             self.lse = T.arg("lse", T.buffer((batch, shape.heads), "float32"))
             self.sm_scale = rope_and_scale_args()
+            self.local = local_layer(shape, self.sm_scale)
             self._attend()
         return ir.get()
 
@@ -109,8 +114,23 @@ class _Decode:
         longest = T.alloc_buffer((1,), "int32")
         store(longest, 0, T.int32(1))
         with T.serial(0, self.batch) as b:
-            store(longest, 0, T.max(longest[0], self.indptr[b + 1] - self.indptr[b]))
+            pages = self.indptr[b + 1] - self.indptr[b] - self._first_page(b)
+            store(longest, 0, T.max(longest[0], pages))
         return T.bind(self._parts_of(longest[0]))
+
+    def _first_key(self, sequence: Expr) -> Expr | None:
+        if self.local is None:
+            return None
+        at = (self.position[sequence], self.offset[sequence])
+        return T.bind(first_key(self.shape, self.local, *at))
+
+    def _first_page(self, sequence: Expr) -> Expr | int:
+        """Return the first of a sequence's pages that its query sees, at most their number."""
+        first = self._first_key(sequence)
+        if first is None:
+            return 0
+        pages = self.indptr[sequence + 1] - self.indptr[sequence]
+        return T.bind(T.min(T.shift_right(first, T.int32(4)), pages))
 
     def _task(self, sequence: Expr, head: Expr, part: Expr) -> Expr:
         """Number the tasks, sequences innermost: a thread's share has short and long ones."""
@@ -122,9 +142,11 @@ class _Decode:
         rest = T.bind(T.truncdiv(task, self.batch))
         head = T.bind(T.truncmod(rest, T.int32(shape.kv_heads)))
         part = T.bind(T.truncdiv(rest, T.int32(shape.kv_heads)))
-        begin = T.bind(self.indptr[b])
+        first_key = self._first_key(b)
+        unseen = self._first_page(b)
+        begin = T.bind(self.indptr[b] + unseen)
         pages = T.bind(self.indptr[b + 1] - begin)
-        queries = QueryTile(self.unit, shape.head_dim, shape.group)
+        queries = QueryTile(self.unit, shape, shape.group)
         lanes = queries.unit.lanes
         queries.start(
             lambda row, at: vec.load(self.q, (b, head * shape.group + row, at), lanes),
@@ -145,7 +167,8 @@ class _Decode:
             )
             count = T.bind(T.if_then_else(at == pages - 1, self.last_page[b], T.int32(TILE)))
             tile = page_tile(self.pages, page, head, count, lanes)
-            queries.attend(tile, shape.group, lambda _: count)
+            hidden = None if first_key is None else T.bind(first_key - (unseen + at) * TILE)
+            queries.attend(tile, shape.group, lambda _: Visible(count, hidden))
         with T.serial(0, shape.group) as row:
             lse = queries.finish(
                 row, lambda at, value: store(self.part_out, (task, row, span(at, lanes)), value)
@@ -200,8 +223,8 @@ def index_buffer(size: Expr) -> Buffer:
 def rope_and_scale_args() -> Expr:
     """Take the last four arguments of the attention kernels; return sm_scale.
 
-    The runtime rotates queries and keys before it calls them, except with sliding windows, which
-    these kernels do not serve.
+    The runtime rotates queries and keys before it calls them, except where it slides the window of
+    a whole cache itself, which these kernels do not serve; windows of layers are theirs.
     """
     mode = T.arg("rotary_mode", T.int32())
     T.arg("rope_scale", T.float32())

@@ -18,13 +18,16 @@ from fairy_compile.kernels.attention_cpu_tile import (
     AttentionShape,
     KeyTile,
     QueryTile,
+    Visible,
+    first_key,
+    local_layer,
     page_tile,
 )
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
-    from tvm.tirx import PrimFunc
+    from tvm.tirx import Buffer, PrimFunc
 
 # Query rows of a task. 32 rows of 128 elements and their outputs are 32 KiB, beside 16 KiB of a
 # tile's keys and values in float32.
@@ -76,6 +79,7 @@ class _Prefill:
             self.lse = T.arg("lse", T.buffer((self.total, shape.heads), "float32"))
             self.causal = T.arg("causal", T.int32())
             self.sm_scale = rope_and_scale_args()
+            self.local = local_layer(shape, self.sm_scale)
             # At most this many tiles: a sequence's last one may be short.
             tiles = T.bind(T.floordiv(self.total, ROWS) + self.batch)
             with T.parallel(0, tiles * shape.heads) as task:
@@ -86,7 +90,7 @@ class _Prefill:
         return ir.get()
 
     def _key_args(self) -> None:
-        """Take the arguments between q_indptr and output."""
+        """Take the arguments between q_indptr and output; sets ``position`` and ``offset``."""
         raise NotImplementedError
 
     def _key_count(self, sequence: Expr) -> Expr:
@@ -109,17 +113,25 @@ class _Prefill:
             ahead = T.bind(keys - length + first + 1)
             reach = T.bind(T.if_then_else(self.causal > 0, ahead, keys))
             end = T.bind(T.min(keys, reach + count - 1))
-            queries = QueryTile(self.unit, self.shape.head_dim, ROWS)
+            hidden = self._first_keys(sequence, begin, count)
+            queries = QueryTile(self.unit, self.shape, ROWS)
             queries.start(
                 lambda row, at: vec.load(self.q, (begin + row, head, at), self.lanes),
                 count,
                 self.sm_scale,
             )
-            with T.serial(0, T.shift_right(end + (TILE - 1), T.int32(4))) as i:
-                at = T.bind(i * TILE)
+            tiles = T.bind(T.shift_right(end + (TILE - 1), T.int32(4)))
+            unseen = 0 if hidden is None else T.bind(T.min(T.shift_right(hidden[ROWS], 4), tiles))
+            with T.serial(0, tiles - unseen) as i:
+                at = T.bind((unseen + i) * TILE)
                 kv_head = T.bind(T.floordiv(head, self.shape.group))
                 key_tile = self._key_tile(sequence, kv_head, at, keys)
-                queries.attend(key_tile, count, lambda row: T.bind(T.min(reach + row, keys) - at))
+
+                def visible(row: Expr) -> Visible:
+                    first = None if hidden is None else T.bind(hidden[row] - at)
+                    return Visible(T.bind(T.min(reach + row, keys) - at), first)
+
+                queries.attend(key_tile, count, visible)
             with T.serial(0, count) as row:
                 place = T.bind(begin + row)
                 lse = queries.finish(
@@ -127,6 +139,23 @@ class _Prefill:
                     lambda at, value: vec.save(self.output, (place, head, at), value, self.lanes),
                 )
                 store(self.lse, (place, head), lse)
+
+    def _first_keys(self, sequence: Expr, begin: Expr, count: Expr) -> Buffer | None:
+        """Return the first key of every row of a tile, and at [ROWS] the least of them.
+
+        Positions are read row by row: where sequences share pages, the runtime gives the rows of
+        several as one.
+        """
+        if self.local is None:
+            return None
+        hidden = T.alloc_buffer((ROWS + 1,), "int32")
+        store(hidden, ROWS, T.int32(2**31 - 1))
+        with T.serial(0, ROWS) as row:
+            position = self.position[begin + T.min(row, count - 1)]
+            first = T.bind(first_key(self.shape, self.local, position, self.offset[sequence]))
+            store(hidden, row, first)
+            store(hidden, ROWS, T.min(hidden[ROWS], first))
+        return hidden
 
     def _find(self, tile: Expr) -> tuple[Expr, Expr]:
         """Return the sequence a tile is of, or -1, and its first row in it."""
@@ -153,8 +182,8 @@ class _PagedPrefill(_Prefill):
         self.indptr = T.arg("page_indptr", index_buffer(self.batch + 1))
         self.page_values = T.arg("page_values", index_buffer(T.int32()))
         self.last_page = T.arg("last_page_len", index_buffer(self.batch))
-        T.arg("k_rope_pos_offset", index_buffer(self.batch))
-        T.arg("q_rope_position", index_buffer(self.total))
+        self.offset = T.arg("k_rope_pos_offset", index_buffer(self.batch))
+        self.position = T.arg("q_rope_position", index_buffer(self.total))
 
     def _key_count(self, sequence: Expr) -> Expr:
         pages = T.bind(self.indptr[sequence + 1] - self.indptr[sequence])
@@ -177,8 +206,8 @@ class _RaggedPrefill(_Prefill):
         self.k = T.arg("k", T.buffer(rows, shape.dtype))
         self.v = T.arg("v", T.buffer(rows, shape.dtype))
         self.indptr = T.arg("kv_indptr", index_buffer(self.batch + 1))
-        T.arg("q_rope_position", index_buffer(self.total))
-        T.arg("k_rope_pos_offset", index_buffer(self.batch))
+        self.position = T.arg("q_rope_position", index_buffer(self.total))
+        self.offset = T.arg("k_rope_pos_offset", index_buffer(self.batch))
 
     def _key_count(self, sequence: Expr) -> Expr:
         return self.indptr[sequence + 1] - self.indptr[sequence]

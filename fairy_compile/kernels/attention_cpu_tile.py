@@ -9,6 +9,9 @@ For every query row, with scores in units of log2 (the query is scaled by ``sm_s
 so that out / total is the attention and peak + log2(total) its log-sum-exp (Milakov and
 Gimelshein, arXiv 1805.02867). Rows are handled in blocks of four, two or one: a key or value that
 was loaded and widened to float32 serves the whole block.
+
+Soft-capped scores are s' = cap tanh(s / cap) (Gemma 2, arXiv 2408.00118, section 2). A layer with a
+sliding window sees the ``window`` last keys, that of the query itself included.
 """
 
 from __future__ import annotations
@@ -49,12 +52,19 @@ class AttentionShape:
         head_dim: elements of a head; multiples of 8 are vectorised.
         dtype: ``float16`` or ``float32``: of pages, queries, keys, values and outputs alike, as
             the runtime demands. All arithmetic is float32.
+        window: tokens of the sliding window of the layers that have one, or None if none has. The
+            runtime calls the same functions for all layers and tells them nothing of the layer but
+            its ``sm_scale``, so the sign of that says it: a negative one, whose magnitude is the
+            scale, asks for the window.
+        softcap: cap of the scores, or None.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def group(self) -> int:
@@ -77,11 +87,24 @@ class KeyTile:
     count: Expr
 
 
+@dataclass(frozen=True)
+class Visible:
+    """Which of a tile's keys a row may see: ``first`` (None: 0) and on, before ``end``.
+
+    Either may lie outside the tile.
+    """
+
+    end: Expr
+    first: Expr | None = None
+
+
 class QueryTile:
     """Scratch of up to ``rows`` query rows, and the code that works on it."""
 
-    def __init__(self, unit: VectorUnit, head_dim: int, rows: int) -> None:
+    def __init__(self, unit: VectorUnit, shape: AttentionShape, rows: int) -> None:
+        head_dim = shape.head_dim
         self.unit, self.dim, self.rows = unit.dividing(head_dim), head_dim, rows
+        self.softcap = shape.softcap
         self._q = T.alloc_buffer((rows * head_dim,), "float32")
         self._out = T.alloc_buffer((rows * head_dim,), "float32")
         self._peak = T.alloc_buffer((rows,), "float32")
@@ -91,7 +114,9 @@ class QueryTile:
     def start(self, query: Load, count: Expr | int, sm_scale: Expr) -> None:
         """Load ``count`` query rows, zero the others, and forget earlier keys."""
         lanes = self.unit.lanes
-        scale = splat(T.bind(sm_scale * T.float32(math.log2(math.e))), lanes)
+        # What is left to do of exp(2 s / cap), or of exp(s), is a power of two.
+        unit = 2 * math.log2(math.e) / self.softcap if self.softcap else math.log2(math.e)
+        scale = splat(T.bind(T.abs(sm_scale) * T.float32(unit)), lanes)
         vec.fill(self._out, 0, self.rows * self.dim, 0.0, lanes)
         vec.fill(self._total, 0, self.rows * TILE, 0.0, TILE)
         vec.fill(self._peak, 0, self.rows, EMPTY, 1)
@@ -101,13 +126,13 @@ class QueryTile:
             at = T.bind(i * lanes)
             store(self._q, span(row * self.dim + at, lanes), query(row, at) * scale)
 
-    def attend(self, tile: KeyTile, count: Expr | int, visible: Callable[[Expr], Expr]) -> None:
+    def attend(self, tile: KeyTile, count: Expr | int, visible: Callable[[Expr], Visible]) -> None:
         """Take in a tile of keys for the first ``count`` rows.
 
         Args:
             tile: the keys and values.
             count: rows to handle; if not a Python int, rounded up to whole blocks.
-            visible: row -> how many of the tile's first keys it may see; 16 and more is all.
+            visible: row -> the keys it may see.
         """
         for block, size in self._blocks(count):
             with block as row:
@@ -172,11 +197,16 @@ class QueryTile:
                     part = T.Shuffle([sums], list(range(offset, offset + run)))
                 store(self._weights, span(row * TILE + step * keys + key, run), part)
 
-    def _soften(self, row: Expr, slot: int, visible: Expr) -> None:
+    def _soften(self, row: Expr, slot: int, visible: Visible) -> None:
         """Turn a row's scores into weights 2^(s - peak), raising its peak where needed."""
         at = span(slot * TILE, TILE)
-        seen = T.ramp(0, 1, TILE) < T.broadcast(visible, TILE)
-        scores = T.bind(T.Select(seen, self._weights[at], splat(_MASKED, TILE)))
+        keys = T.ramp(0, 1, TILE)
+        scores = self._capped(self._weights[at])
+        if visible.first is not None:
+            hidden = keys < T.broadcast(visible.first, TILE)
+            scores = T.bind(T.Select(hidden, splat(_MASKED, TILE), scores))
+        seen = keys < T.broadcast(visible.end, TILE)
+        scores = T.bind(T.Select(seen, scores, splat(_MASKED, TILE)))
         peak = vec.lane_max(scores, TILE)
         with T.If(peak > self._peak[row]), T.Then():
             self._rescale(row, vec.exp2(self._peak[row] - peak, 1))
@@ -185,6 +215,16 @@ class QueryTile:
         store(self._weights, at, weights)
         total = span(row * TILE, TILE)
         store(self._total, total, self._total[total] + weights)
+
+    def _capped(self, scores: Expr) -> Expr:
+        """Return cap log2(e) tanh(s / cap) of sixteen scores that stand as 2 log2(e) s / cap."""
+        if not self.softcap:
+            return scores
+        # tanh x = 1 - 2 / (e^2x + 1), which is 1 to float32 long before the power overflows.
+        power = vec.exp2(T.min(scores, splat(64.0, TILE)), TILE)
+        one = splat(1.0, TILE)
+        tanh = one - splat(2.0, TILE) / (power + one)
+        return T.bind(splat(self.softcap * math.log2(math.e), TILE) * tanh)
 
     def _rescale(self, row: Expr, factor: Expr) -> None:
         lanes = self.unit.lanes
@@ -238,6 +278,24 @@ def log_sum_exp_weights(first: Expr, second: Expr) -> tuple[Expr, Expr, Expr]:
     a, b = vec.exp2(first - peak, 1), vec.exp2(second - peak, 1)
     total = T.bind(a + b)
     return T.bind(a / total), T.bind(b / total), T.bind(peak + T.log2(total))
+
+
+def local_layer(shape: AttentionShape, sm_scale: Expr) -> Expr | None:
+    """Return whether the layer of this call has a sliding window, or None if no layer has one."""
+    return None if shape.window is None else T.bind(sm_scale < T.float32(0))
+
+
+def first_key(shape: AttentionShape, local: Expr, position: Expr, offset: Expr) -> Expr:
+    """Return the first key a query may see, 0 where the layer has no window.
+
+    Args:
+        shape: with a window.
+        local: see `local_layer`.
+        position: of the query in its sequence.
+        offset: position of key 0; the answer may be beyond the last key there is.
+    """
+    lowest = T.max(position - (shape.window - 1) - offset, T.int32(0))
+    return T.if_then_else(local, lowest, T.int32(0))
 
 
 def page_tile(pages: Buffer, page: Expr, head: Expr, count: Expr, lanes: int) -> KeyTile:

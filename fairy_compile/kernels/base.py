@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from fairy_compile.targets import Target
 
+Activation = Literal["silu", "gelu_tanh"]
+"""Of gated feed-forward layers."""
+
 Batch = Literal["single", "many"]
 """Batch class of a function: exactly one row, or a symbolic number of rows."""
 

@@ -17,7 +17,7 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_pages import parallel_tokens
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
-from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.base import Activation, Batch
 from fairy_compile.op import ACT_GROUP
 from fairy_compile.op.token_int8 import GUARDS, LEVELS, MIN_PEAK, VALUES, guarded_columns
 
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer, PrimFunc
 
+GELU_CUBIC = 0.044715
+GELU_SCALE = 2 * math.sqrt(2 / math.pi)
+
 # Enough sums to hide the latency of an addition.
 _SUMS = 4
 # Elements a thread should have to do for one row to be worth splitting: about 2 us of work.
 _ELEMENTS_PER_TASK = 4096
-# silu is below 1e-35 from here on, and its exponential still a finite float32.
-_SILU_VANISHES = -87.0
+# From these gates on activations are below 1e-35, and their exponentials still finite float32.
+_VANISHES = {"silu": -87.0, "gelu_tanh": -10.0}
 
 
 def build_rms_norm(size: int, eps: float, unit: VectorUnit, batch: Batch) -> PrimFunc:
@@ -68,22 +71,77 @@ def build_rms_norm(size: int, eps: float, unit: VectorUnit, batch: Batch) -> Pri
     return ir.get().without_attr("global_symbol")
 
 
-def build_silu_product(size: int, unit: VectorUnit, batch: Batch) -> PrimFunc:
-    """Return ``silu_product``: y = silu(gate) * up, silu(g) = g / (1 + exp(-g)).
+def build_layer_norm(
+    size: int, eps: float, unit: VectorUnit, batch: Batch, *, scaled: bool
+) -> PrimFunc:
+    """Return ``layer_norm``: y = (x - mean) / sqrt(variance + eps) [* weight + bias], row by row.
 
-    Arguments: gate_up float32 (b, 2 size), gate first; y float32 (b, size). Equal to exact
-    arithmetic within about 1e-6 relative. A single row is split over threads.
+    Arguments: x float32 (b, size); weight and bias float32 (size,) if ``scaled``; y float32 (b,
+    size). The variance is the mean of squared differences (Ba, Kiros and Hinton, arXiv 1607.06450).
+    """
+    lanes = unit.dividing(size).lanes
+    whole = span(0, lanes)
+
+    def mean_of(value: Callable[[Expr], Expr]) -> Expr:
+        (total,) = vec.zeros(1, lanes)
+        with T.serial(0, size // lanes) as i:
+            store(total, whole, total[whole] + value(T.bind(i * lanes)))
+        return T.bind(_first_lane(vec.lane_sums([total[whole]], lanes), lanes) / T.float32(size))
+
+    def norm(row: Expr | int, x: Buffer, parameters: list[Buffer], y: Buffer) -> None:
+        mean = splat(mean_of(lambda at: x[row, span(at, lanes)]), lanes)
+
+        def square(at: Expr) -> Expr:
+            difference = T.bind(x[row, span(at, lanes)] - mean)
+            return difference * difference
+
+        factor = T.bind(T.float32(1) / T.sqrt(mean_of(square) + T.float32(eps)))
+        with T.serial(0, size // lanes) as i:
+            at = span(i * lanes, lanes)
+            value = (x[row, at] - mean) * splat(factor, lanes)
+            if parameters:
+                weight, bias = parameters
+                value = value * weight[at] + bias[at]
+            store(y, (row, at), value)
+
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_name("layer_norm")
+        _attributes()
+        rows = _rows(batch)
+        x = T.arg("x", T.buffer((rows, size), "float32"))
+        names = ("weight", "bias") if scaled else ()
+        parameters = [T.arg(name, T.buffer((size,), "float32")) for name in names]
+        y = T.arg("y", T.buffer((rows, size), "float32"))
+        with T.sblock("root"):
+            _each_row(batch, rows, lambda row: norm(row, x, parameters, y))
+    return ir.get().without_attr("global_symbol")
+
+
+def build_gate_product(
+    activation: Activation, size: int, unit: VectorUnit, batch: Batch
+) -> PrimFunc:
+    """Return ``<activation>_product``: y = f(gate) * up, f(g) = g sigmoid(a(g)).
+
+    silu has a(g) = g; gelu_tanh, the tanh form of GELU (Hendrycks and Gimpel, arXiv 1606.08415),
+    is the same with a(g) = 2 sqrt(2 / pi) (g + 0.044715 g³), since (1 + tanh x) / 2 is
+    sigmoid(2 x). Arguments: gate_up float32 (b, 2 size), gate first; y float32 (b, size). Equal to
+    exact arithmetic within about 1e-6 relative. A single row is split over threads.
     """
     lanes = unit.dividing(size).lanes
 
     def product(row: Expr | int, at: Expr, gate_up: Buffer, y: Buffer) -> None:
-        gate = T.bind(T.max(gate_up[row, span(at, lanes)], splat(_SILU_VANISHES, lanes)))
+        vanishes = splat(_VANISHES[activation], lanes)
+        gate = T.bind(T.max(gate_up[row, span(at, lanes)], vanishes))
         up = gate_up[row, span(at + size, lanes)]
-        power = vec.exp2(gate * splat(-math.log2(math.e), lanes), lanes)
+        argument = gate
+        if activation == "gelu_tanh":
+            inner = gate * gate * splat(GELU_CUBIC, lanes) + splat(1.0, lanes)
+            argument = gate * inner * splat(GELU_SCALE, lanes)
+        power = vec.exp2(argument * splat(-math.log2(math.e), lanes), lanes)
         sigmoid = splat(1.0, lanes) / (splat(1.0, lanes) + power)
         store(y, (row, span(at, lanes)), gate * sigmoid * up)
 
-    return _build_gate("silu_product", size, lanes, 1, product, batch)
+    return _build_gate(f"{activation}_product", size, lanes, 1, product, batch)
 
 
 def build_relu2_product(size: int, unit: VectorUnit, batch: Batch) -> PrimFunc:

@@ -10,11 +10,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairy_compile.errors import UnsupportedError, nearest
-from fairy_compile.models import ifairy, llama, mistral, olmo2, qwen2, qwen3
+from fairy_compile.models import (
+    gemma2,
+    gemma3,
+    ifairy,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    stablelm,
+)
 from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.decoder import CausalLM
 
-FAMILIES = {family.MODEL_TYPE: family for family in (ifairy, llama, mistral, olmo2, qwen2, qwen3)}
+_FAMILIES = (
+    gemma2,
+    gemma3,
+    ifairy,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    stablelm,
+)
+FAMILIES = {family.MODEL_TYPE: family for family in _FAMILIES}
 
 
 def parse_config(config: Mapping[str, Any]) -> DecoderConfig:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
+from fairy_compile.kernels.base import Activation
+from fairy_compile.models.rope import Rope, parse_rope
+from fairy_compile.models.values import positive_float, positive_int
+from fairy_compile.op.rope import RopeTable
 
-# Rope types, by what this version lowers them to.
-ROPE_TYPES = ("default", "linear", "llama3")
+if TYPE_CHECKING:
+    from fairy_compile.targets import Target
+
 KV_DTYPES = ("float16", "float32")
-_LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_LIMIT = 1 << 24
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding.
-
-    Attributes:
-        theta: base of the frequencies.
-        scale: factor on positions (1/factor for type ``linear``, else 1).
-        scaling: TVM's description of a frequency rule, ``{}`` for the plain one.
-    """
-
-    theta: float
-    scale: float = 1.0
-    scaling: Mapping[str, Any] = field(default_factory=dict)
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,16 @@ class DecoderConfig:
     ``attention_scale`` is the factor on attention scores, None for head_dim^-1/2. Models of complex
     numbers count real and imaginary parts: their sizes are those of the real maps. ``kv_dtype`` is
     the dtype of cached keys and values, ``act_dtype`` that of activations between kernels; the
-    build chooses both.
+    build chooses both, and narrows ``context`` to what it builds for.
+
+    Layers with ``local_layers[layer]`` attend over a sliding window of ``window`` tokens, the
+    query's own included, and rotate by ``local_rope`` if there is one. ``attention_softcap`` and
+    ``logit_softcap`` are the caps of cap tanh(x / cap) on attention scores and on logits.
+
+    Layers with ``sparse_layers[layer]``, or all if that is empty, have ``experts`` feed-forward
+    layers of ``expert_size``, of which a token takes ``experts_per_token``, with weights that sum
+    to 1 if ``normalize_experts``. ``wide_activations`` says that published models of the family
+    were trained in bfloat16 and have hidden states beyond float16's 65504.
     """
 
     model_type: str
@@ -63,67 +65,44 @@ class DecoderConfig:
     attention_scale: float | None = None
     kv_dtype: str = "float32"
     act_dtype: str = "float32"
+    activation: Activation = "silu"
+    window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    local_rope: Rope | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    sparse_layers: tuple[bool, ...] = ()
+    normalize_experts: bool = True
+    wide_activations: bool = False
+
+    def is_local(self, layer: int) -> bool:
+        """Tell whether a layer attends over the sliding window only."""
+        return bool(self.local_layers) and self.local_layers[layer]
+
+    def is_sparse(self, layer: int) -> bool:
+        """Tell whether a layer is a mixture of experts."""
+        return self.experts > 0 and (not self.sparse_layers or self.sparse_layers[layer])
+
+    def rope_table(self, layer: int = 0) -> RopeTable:
+        """Return the angles of a layer."""
+        local = self.local_rope is not None and self.is_local(layer)
+        rope = self.local_rope if local and self.local_rope else self.rope
+        return rope.table(self.head_dim, self.context)
 
 
-def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return config[key] if it is a positive integer of sane size, else raise `ModelFileError`."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LIMIT:
-        raise ModelFileError(
-            f"config.json has {key} = {value!r}; expected an integer from 1 to {_LIMIT - 1}"
-        )
-    return value
-
-
-def positive_float(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """Return config[key] if it is a positive finite number, else raise `ModelFileError`."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not 0 < float(value) < 1e12:
-        raise ModelFileError(f"config.json has {key} = {value!r}; expected a positive number")
-    return float(value)
-
-
-def parse_rope(config: Mapping[str, Any]) -> Rope:
-    """Read rope settings in either spelling: ``rope_scaling`` or ``rope_parameters``.
-
-    Raises:
-        UnsupportedError: a rope type this version does not lower; the message lists those it does.
-        ModelFileError: a value is missing or out of range.
-    """
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(settings, Mapping):
-        raise ModelFileError(f"config.json has rope settings {settings!r}; expected an object")
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    theta_from = settings if "rope_theta" in settings else config
-    theta = positive_float(theta_from, "rope_theta", 10000.0)
-    partial = config.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
-    if kind not in ROPE_TYPES:
-        raise UnsupportedError(
-            f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
-    if partial != 1.0:
-        raise UnsupportedError(
-            f"partial_rotary_factor {partial!r} is not supported; supported: 1.0"
-        )
-    if kind == "linear":
-        return Rope(theta, 1.0 / positive_float(settings, "factor"))
-    if kind == "llama3":
-        scaling = {key: positive_float(settings, key) for key in ("factor", *_LLAMA3_KEYS)}
-        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            raise ModelFileError(
-                "config.json has high_freq_factor <= low_freq_factor in its llama3 rope settings"
-            )
-        return Rope(theta, 1.0, {"rope_type": "llama3", **scaling})
-    return Rope(theta)
-
-
-def parse_decoder(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
+def parse_decoder(
+    config: Mapping[str, Any], local: Callable[[int], bool] | None = None, **family: Any
+) -> DecoderConfig:
     """Build a `DecoderConfig` from a config.json; ``family`` sets what the family fixes.
+
+    Args:
+        config: config.json.
+        local: layer -> whether it attends over ``sliding_window`` tokens, where ``layer_types``
+            does not say; None for families without windows.
+        family: further fields.
 
     Raises:
         ModelFileError: a size is missing, not an integer, or inconsistent.
@@ -142,29 +121,79 @@ def parse_decoder(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
         raise ModelFileError(
             f"config.json has hidden_size {hidden}, which {heads} attention heads do not divide"
         )
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedError(f"activation {activation!r} is not supported; supported: silu")
-    context, reason = positive_int(config, "max_position_embeddings", 2048), "of the model"
-    window = config.get("sliding_window")
-    uses_window = config.get("use_sliding_window", config.get("model_type") == "mistral")
-    if window is not None and uses_window and window < context:
-        # Inside the window sliding-window attention is full attention, so this stays exact.
-        context = positive_int(config, "sliding_window")
-        reason = "the sliding window; longer contexts need sliding-window attention"
+    activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+        )
+    context = positive_int(config, "max_position_embeddings", 2048)
+    layers = positive_int(config, "num_hidden_layers")
+    rope = family.pop("rope", None) or parse_rope(config)
+    if rope.kind == "dynamic":
+        context = int(context * rope.settings["factor"])
+    window = None if local is None else config.get("sliding_window")
+    if local is not None and window is not None:
+        window = positive_int(config, "sliding_window")
+        local_layers = _local_layers(config, layers, local)
+        if any(local_layers):
+            family |= {"window": window, "local_layers": local_layers}
     return DecoderConfig(
         model_type=str(config.get("model_type")),
         hidden_size=hidden,
         intermediate_size=positive_int(config, "intermediate_size"),
-        num_layers=positive_int(config, "num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=positive_int(config, "vocab_size"),
         rms_norm_eps=positive_float(config, "rms_norm_eps", 1e-6),
-        rope=parse_rope(config),
+        rope=rope,
         context=context,
-        context_reason=reason,
+        context_reason="of the model",
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        activation=_ACTIVATIONS[activation],
         **family,
     )
+
+
+def for_target(config: DecoderConfig, target: Target) -> DecoderConfig:
+    """Return the model as a target can run it: GPUs have no sliding windows, but full attention.
+
+    Inside the window that is the same.
+    """
+    if not target.is_gpu or config.window is None:
+        return config
+    reason = f"of the sliding window, which attention on target {target.name} lacks; --target cpu "
+    return replace(config, context=config.window, context_reason=reason + "has it")
+
+
+def at_context(config: DecoderConfig, context: int) -> DecoderConfig:
+    """Return the model for sequences of at most ``context`` tokens."""
+    config = replace(config, context=context)
+    if config.window is None or config.window < context:
+        return config
+    # The layers stay local: they may rotate by angles of their own.
+    return replace(config, window=None)
+
+
+_LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
+
+
+def _local_layers(
+    config: Mapping[str, Any], layers: int, local: Callable[[int], bool]
+) -> tuple[bool, ...]:
+    """Return which layers have windows: as ``layer_types`` of config.json says, else ``local``."""
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(local(layer) for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers:
+        raise ModelFileError(
+            f"config.json has layer_types = {str(types)[:80]}; expected one for each of its "
+            f"{layers} layers"
+        )
+    for kind in types:
+        if kind not in _LAYER_TYPES:
+            raise UnsupportedError(
+                f"config.json has a layer of type {kind!r}; supported: {', '.join(_LAYER_TYPES)}"
+            )
+    return tuple(_LAYER_TYPES[kind] for kind in types)

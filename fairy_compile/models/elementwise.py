@@ -11,12 +11,15 @@ from tvm.relax.frontend.nn import Tensor, op
 
 from fairy_compile.kernels import elementwise_gpu
 from fairy_compile.kernels.attention_cpu import vector_unit
-from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.base import Activation, Batch
 from fairy_compile.kernels.elementwise_cpu import (
+    GELU_CUBIC,
+    GELU_SCALE,
+    build_gate_product,
+    build_layer_norm,
     build_regroup_heads,
     build_relu2_product,
     build_rms_norm,
-    build_silu_product,
     build_token_rounding,
 )
 from fairy_compile.models.shapes import product
@@ -28,7 +31,13 @@ if TYPE_CHECKING:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight float32 (size,)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight float32 (size,).
+
+    Attributes:
+        offset: what is added to the checkpoint's weights when a library's are written.
+    """
+
+    offset = 0.0
 
     def __init__(self, size: int, eps: float, target: Target) -> None:
         self.weight = nn.Parameter((size,), "float32")
@@ -37,6 +46,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x (..., size), keeping its dtype."""
         return rms_norm(x, self.weight, self.eps, self.target)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """An `RMSNorm` whose checkpoint holds weights less one (Gemma)."""
+
+    offset = 1.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, target: Target) -> Tensor:
@@ -51,28 +66,94 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, target: Target) -> Tensor:
     return _per_row(build, f"rms_norm_{size}", x, [weight], size)
 
 
-def silu_product(gate_up: Tensor, target: Target) -> Tensor:
-    """Return silu(gate) * up of gate_up (..., 2 size), gate first -> (..., size)."""
-    size = int(gate_up.shape[-1]) // 2
-    if target.is_gpu:
-        return op.tensor_expr_op(_silu_product, "silu_product", [gate_up])
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
+
+    Weight and bias are float32 (size,).
+    """
+
+    def __init__(self, size: int, eps: float, target: Target) -> None:
+        self.weight = nn.Parameter((size,), "float32")
+        self.bias = nn.Parameter((size,), "float32")
+        self.eps, self.target = eps, target
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x (..., size), keeping its dtype."""
+        return layer_norm(x, [self.weight, self.bias], self.eps, self.target)
+
+
+def layer_norm(x: Tensor, parameters: list[Tensor], eps: float, target: Target) -> Tensor:
+    """Normalise x (..., size) in its dtype; ``parameters`` are weight and bias, or none."""
+    size, scaled = int(x.shape[-1]), bool(parameters)
 
     def build(batch: Batch) -> tirx.PrimFunc:
-        return build_silu_product(size, vector_unit(target), batch)
+        if target.is_gpu:
+            return elementwise_gpu.build_layer_norm(size, eps, x.dtype, batch, scaled=scaled)
+        return build_layer_norm(size, eps, vector_unit(target), batch, scaled=scaled)
 
-    return _per_row(build, f"silu_product_{size}", gate_up, [], size)
+    name = f"layer_norm_{size}" + ("" if scaled else "_plain")
+    return _per_row(build, name, x, parameters, size)
 
 
-def _silu_product(gate_up: te.Tensor) -> te.Tensor:
+def gate_product(gate_up: Tensor, activation: Activation, target: Target) -> Tensor:
+    """Return activation(gate) * up of gate_up (..., 2 size), gate first -> (..., size)."""
+    size = int(gate_up.shape[-1]) // 2
+    name = f"{activation}_product"
+    if target.is_gpu:
+        return op.tensor_expr_op(lambda a: _gate_product(a, activation), name, [gate_up])
+
+    def build(batch: Batch) -> tirx.PrimFunc:
+        return build_gate_product(activation, size, vector_unit(target), batch)
+
+    return _per_row(build, f"{name}_{size}", gate_up, [], size)
+
+
+def _gate_product(gate_up: te.Tensor, activation: Activation) -> te.Tensor:
     size = gate_up.shape[-1] // 2
+    one = tirx.const(1, "float32")
 
     def product(*at: Any) -> Any:
         gate = tirx.Cast("float32", gate_up[at])
         up = tirx.Cast("float32", gate_up[(*at[:-1], at[-1] + size)])
-        one = tirx.const(1, "float32")
-        return tirx.Cast(gate_up.dtype, gate / (one + te.exp(-gate)) * up)
+        argument = gate
+        if activation == "gelu_tanh":
+            cubic, scale = (tirx.const(v, "float32") for v in (GELU_CUBIC, GELU_SCALE))
+            argument = gate * (gate * gate * cubic + one) * scale
+        return tirx.Cast(gate_up.dtype, gate / (one + te.exp(-argument)) * up)
 
-    return te.compute((*gate_up.shape[:-1], size), product, name="silu_product")
+    return te.compute((*gate_up.shape[:-1], size), product, name=f"{activation}_product")
+
+
+def split(x: Tensor, sizes: Sequence[int], axis: int) -> list[Tensor]:
+    """Return the parts of x of ``sizes`` along ``axis``, each by a function of its own.
+
+    Relax's own split is one function with several loops, which passes cannot give to threads.
+    """
+    axis %= x.ndim
+    parts, first = [], 0
+    for size in sizes:
+
+        def define(a: te.Tensor, first: int = first, size: int = size) -> te.Tensor:
+            shape = [*a.shape[:axis], size, *a.shape[axis + 1 :]]
+
+            def value(*at: Any) -> Any:
+                return a[(*at[:axis], at[axis] + first, *at[axis + 1 :])]
+
+            return te.compute(shape, value, name="part")
+
+        parts.append(op.tensor_expr_op(define, "part", [x]))
+        first += size
+    return parts
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Return cap tanh(x / cap) of float32 x (Gemma 2, arXiv 2408.00118, section 2)."""
+
+    def define(a: te.Tensor) -> te.Tensor:
+        c = tirx.const(cap, "float32")
+        return te.compute(a.shape, lambda *at: c * te.tanh(a[at] / c), name="soft_cap")
+
+    return op.tensor_expr_op(define, "soft_cap", [x])
 
 
 def add_bias(x: Tensor, bias: Tensor) -> Tensor:

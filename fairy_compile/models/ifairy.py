@@ -28,7 +28,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
-from fairy_compile.models.config import DecoderConfig, Rope, positive_float, positive_int
+from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.decoder import CausalLM, gather_rows
 from fairy_compile.models.elementwise import (
     regroup_heads,
@@ -38,6 +38,8 @@ from fairy_compile.models.elementwise import (
 )
 from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner, PlannedLinear, make_linear
+from fairy_compile.models.rope import Rope
+from fairy_compile.models.values import positive_float, positive_int
 
 MODEL_TYPE = "complexnet"
 # Keys of config.json that the published model does not implement, whatever they are set to.
@@ -170,7 +172,7 @@ class Attention(nn.Module):
         parts = [heads, kv_heads, kv_heads]
         qkv = regroup_heads(self.qkv_proj(x), parts, size, self.target, to_heads=True)
         qkv = op.reshape(qkv, (batch, tokens, sum(parts), 2 * size))
-        y = attend(cache, layer, qkv, self.config)
+        y = attend(cache, layer, qkv, self.config, self.target)
         y = op.reshape(y, (batch, tokens, 2 * heads * size))
         y = regroup_heads(y, [heads], size, self.target, to_heads=False)
         return self.o_proj(self.attn_layernorm(y))

@@ -5,6 +5,14 @@ and pages; the functions it calls to work on them are `kernels.attention_cpu`'s 
 TVM's `TIRPagedKVCache` on GPUs. It demands one dtype for pages and for everything that goes in and
 comes out, so a float16 cache means that queries and outputs are rounded to float16 as well.
 Arithmetic in between is float32.
+
+Rotary embedding happens in the cache, which knows one rule. Where layers differ, and on GPUs where
+the rule is none of TVM's, it happens before, at the positions the cache tells.
+
+Sliding windows are a matter of the kernels: the cache keeps the keys of all positions. So sequences
+can be forked, cut back and shared as ever, and only reading is saved. The runtime's own windows
+(`AttnKind.MHA_SLIDING`) keep all keys too, see the whole of a prefill chunk whatever its length,
+and have no place for models of which every layer has one.
 """
 
 from __future__ import annotations
@@ -22,8 +30,10 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
     TIRPagedKVCache,
 )
 
+from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
 from fairy_compile.kernels.attention_gpu import build_merge
+from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
     from fairy_compile.models.config import DecoderConfig
@@ -35,7 +45,9 @@ PAGE_SIZE = 16
 """Tokens of a page; engines use no other size."""
 
 
-def attend(cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig) -> Tensor:
+def attend(
+    cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig, target: Target
+) -> Tensor:
     """Append new keys and values to the cache and attend over it, with rotary embedding.
 
     Args:
@@ -43,16 +55,21 @@ def attend(cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig) 
         layer: which layer's pages.
         qkv: ``config.act_dtype`` (b, s, heads + 2 kv_heads, head_dim).
         config: sizes of the model.
+        target: what is compiled for.
 
     Returns:
         ``config.act_dtype`` (b, s, heads, head_dim).
     """
+    if not _rotates_in_cache(config, target):
+        qkv = _rotate(cache, layer, qkv, config, target)
     if config.kv_dtype != qkv.dtype:
         if config.kv_dtype == "float16":
             qkv = op.tensor_expr_op(_to_float16, "to_float16", [qkv])
         else:
             qkv = qkv.astype(config.kv_dtype)
     scale = config.attention_scale or config.head_dim**-0.5
+    if config.window is not None and config.is_local(layer):
+        scale = -scale  # asks the kernels for the window, see `kernels.AttentionShape`
     y = cache.attention_with_fused_qkv(layer, qkv, config.num_heads, sm_scale=scale)
     return y if y.dtype == config.act_dtype else y.astype(config.act_dtype)
 
@@ -66,6 +83,69 @@ def _to_float16(x: te.Tensor) -> te.Tensor:
     return te.compute(x.shape, convert, name="to_float16")
 
 
+# Rules that TVM's rope for GPUs computes as we do; on CPUs it is our own.
+_GPU_RULES = ("default", "linear", "llama3")
+
+
+def _rotates_in_cache(config: DecoderConfig, target: Target) -> bool:
+    if config.local_rope is not None:
+        return False
+    return not target.is_gpu or config.rope.kind in _GPU_RULES
+
+
+def _rotate(
+    cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig, target: Target
+) -> Tensor:
+    """Rotate the queries and keys of qkv (b, s, heads + 2 kv_heads, head_dim)."""
+    *lead, heads, head_dim = qkv.shape
+    rows = product(lead)
+    flat = op.reshape(qkv, (rows, heads, head_dim))
+    positions = cache.get_query_positions(rows)
+    table = config.rope_table(layer)
+    local = config.local_rope is not None and config.is_local(layer)
+    name = "rotate_local" if local else "rotate"
+    if target.is_gpu:
+        frequencies = Tensor.from_const(table.array())
+        turned = config.num_heads + config.num_kv_heads
+
+        def define(x: te.Tensor, at: te.Tensor, frequency: te.Tensor) -> te.Tensor:
+            return _rotated(x, at, frequency, table.amplitude, turned)
+
+        y = op.tensor_expr_op(define, name, [flat, positions, frequencies])
+    else:
+        shape = kernels.AttentionShape(config.num_heads, config.num_kv_heads, head_dim, qkv.dtype)
+        y = op.tensor_ir_op(
+            kernels.build_rotate(shape, kernels.vector_unit(target), table).with_attr(
+                "op_pattern", 8
+            ),
+            name,
+            [flat, positions],
+            Tensor.placeholder((rows, heads, head_dim), qkv.dtype),
+        )
+    return op.reshape(y, qkv.shape)
+
+
+def _rotated(
+    x: te.Tensor, positions: te.Tensor, frequency: te.Tensor, amplitude: float, turned: int
+) -> te.Tensor:
+    """Return x with the elements of its first ``turned`` heads rotated."""
+    half = int(frequency.shape[0])
+
+    def value(n: Any, head: Any, i: Any) -> Any:
+        angle = tirx.Cast("float32", positions[n]) * frequency[i % half]
+        own = tirx.Cast("float32", x[n, head, i])
+        partner = tirx.if_then_else(
+            i < half,
+            -tirx.Cast("float32", x[n, head, i + half]),
+            tirx.Cast("float32", x[n, head, i - half]),
+        )
+        rotated = (te.cos(angle) * own + te.sin(angle) * partner) * tirx.const(amplitude, "float32")
+        turns = tirx.all(head < turned, i < 2 * half)
+        return tirx.if_then_else(turns, tirx.Cast(x.dtype, rotated), x[n, head, i])
+
+    return te.compute(x.shape, value, name="rotate")
+
+
 def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> None:
     """Add ``create_tir_paged_kv_cache`` to the module under construction.
 
@@ -75,7 +155,7 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
     names = ("max_sequences", "max_total_tokens", "prefill_chunk", "page_size", "sliding_window")
     sizes = [tirx.Var(name, "int64") for name in names]
     params = [relax.Var(f"{v.name}_", relax.ShapeType([v])) for v in sizes]
-    rope = config.rope
+    mode = RopeMode.NORMAL if _rotates_in_cache(config, target) else RopeMode.NONE
     functions = (_gpu_functions if target.is_gpu else _functions)(bb, config, target)
     with bb.function(CREATE, params=params):
         prim = relax.prim_value
@@ -89,9 +169,9 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
             prim(config.head_dim),
             relax.ShapeExpr([int(AttnKind.MHA)] * config.num_layers),
             prim(False),  # no disaggregation
-            prim(int(RopeMode.NORMAL)),
-            prim(rope.scale),
-            prim(rope.theta),
+            prim(int(mode)),
+            prim(1.0),  # rope scale and theta, which only kernels that rotate themselves look at
+            prim(config.rope.theta),
             prim(0),  # no rope extension factors
             relax.op.zeros((), config.kv_dtype),
             *functions,
@@ -104,11 +184,14 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
 def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> list[Any]:
     """Return the function arguments of the runtime's constructor, in its order."""
     shape = kernels.AttentionShape(
-        config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.kv_dtype,
+        window=config.window,
+        softcap=config.attention_softcap,
     )
     unit = kernels.vector_unit(target)
-    rope = config.rope
-    frequencies = kernels.rope_frequencies(config.head_dim, rope.theta, rope.scale, rope.scaling)
 
     def add(function: tirx.PrimFunc) -> relax.GlobalVar:
         return bb.add_func(function, function.attrs["global_symbol"])
@@ -129,7 +212,7 @@ def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) ->
         absent,  # attention over token trees of a prefill
         absent,  # multi-head latent attention
         relax.Tuple([add(kernels.build_merge(shape, unit))]),
-        add(kernels.build_rope(shape, unit, frequencies)),
+        add(kernels.build_rope(shape, unit, config.rope_table())),
         add(kernels.build_copy_page(shape, unit)),
         add(kernels.build_read(shape, unit, config.num_layers)),
         add(kernels.build_compact(shape, unit)),
@@ -140,8 +223,21 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     """Return the function arguments of the runtime's constructor that TVM gives it for a GPU.
 
     Left out are kernels for sliding windows, token trees and latent attention, which nothing calls.
+
+    Raises:
+        UnsupportedError: the model needs what these kernels lack.
     """
+    if config.attention_softcap is not None:
+        raise UnsupportedError(
+            f"{config.model_type} caps its attention scores, which the attention kernels of target "
+            f"{target.name} cannot; build for a CPU target, e.g. --target cpu"
+        )
+    if config.window is not None:
+        raise ValueError(f"context {config.context} is beyond the window of {config.window}")
     rope = config.rope
+    scaling = {}
+    if rope.kind == "llama3":
+        scaling = {"rope_type": "llama3", **rope.settings}
     names = ("max_sequences", "max_total_tokens", "prefill_chunk", "sliding_window")
     sizes = {name: tirx.Var(name, "int64") for name in names}
     params = [relax.Var(f"{name}_", relax.ShapeType([var])) for name, var in sizes.items()]
@@ -163,11 +259,11 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
             mla_original_qk_head_dim=0,
             mla_original_v_head_dim=0,
             rope_mode=RopeMode.NORMAL,
-            rope_scale=rope.scale,
+            rope_scale=1.0 / rope.settings["factor"] if rope.kind == "linear" else 1.0,
             rope_theta=rope.theta,
-            rope_scaling=dict(rope.scaling),
+            rope_scaling=scaling,
             rope_ext_factors=relax.prim_value(0),
-            rotary_dim=config.head_dim,
+            rotary_dim=rope.rotary_dim(config.head_dim),
             enable_disaggregation=False,
             dtype=config.kv_dtype,
             target=_attention_target(config, target),

@@ -35,6 +35,8 @@ class LinearCall:
         shared: parameter that already holds the dense weight (tied embeddings), or None.
         token_int8: inputs are rounded to int8 a token before the call, see `op.token_int8`; of a
             kernel with int8 activations, its columns are guarded.
+        experts: how many matrices of this form lie in its arrays, as a first dimension; 0 for one
+            without that dimension. ``sources`` then holds those of one expert after the other.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LinearCall:
     token_int8: bool = False
     act_dtype: str = "float32"
     out_dtype: str = "float32"
+    experts: int = 0
 
     @property
     def guarded(self) -> bool:
@@ -69,11 +72,22 @@ class LinearCall:
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Return the packed weight arrays, without biases: suffix -> shape and dtype."""
-        if self.kernel and self.spec:
-            return dict(self.kernel.layout.arrays(self.spec))
         if self.shared:
             return {}
-        return {"weight": ArraySpec((sum(self.out_features), self.in_features), self.dtype)}
+        own = {"weight": ArraySpec((sum(self.out_features), self.in_features), self.dtype)}
+        if self.kernel and self.spec:
+            own = dict(self.kernel.layout.arrays(self.spec))
+        if not self.experts:
+            return own
+        return {
+            suffix: ArraySpec((self.experts, *array.shape), array.dtype)
+            for suffix, array in own.items()
+        }
+
+    def by_expert(self) -> list[tuple[str, ...]]:
+        """Return the sources of each matrix: one list, or one an expert."""
+        count = len(self.sources) // max(1, self.experts)
+        return [self.sources[i : i + count] for i in range(0, len(self.sources), count)]
 
 
 class LinearPlanner(Protocol):
@@ -94,11 +108,23 @@ class LinearPlanner(Protocol):
         `op.token_int8` instead of that of the kernels.
         """
 
+    def experts(
+        self,
+        name: str,
+        sources: Sequence[Sequence[str]],
+        in_features: int,
+        out_features: Sequence[int],
+    ) -> LinearCall:
+        """Plan the layers ``sources[expert]`` over one input, for all experts in one call."""
+
     def head(self, name: str, in_features: int, vocab: int) -> list[LinearCall]:
         """Plan the output head, which may share the embedding's weight."""
 
     def dtype(self, name: str) -> str:
         """Return the storage dtype of the tensor ``name``."""
+
+    def source_dtype(self, name: str) -> str:
+        """Return the dtype in which the checkpoint holds the tensor ``name``."""
 
 
 def kernel_symbol(call: LinearCall, batch: str) -> str:

@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases; contexts up to the sliding window, where it has one."""
+"""Mistral: Llama without biases, with a sliding window in all layers of its first version."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ MODEL_TYPE = "mistral"
 
 def parse(config: Mapping[str, Any]) -> DecoderConfig:
     """Read a Mistral config.json."""
-    return parse_decoder(config)
+    return parse_decoder(config, local=lambda layer: True)

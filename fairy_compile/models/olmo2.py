@@ -11,7 +11,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.models import decoder
 from fairy_compile.models.config import DecoderConfig, parse_decoder
-from fairy_compile.models.elementwise import RMSNorm
+from fairy_compile.models.elementwise import RMSNorm, split
 from fairy_compile.models.kv_cache import attend
 from fairy_compile.models.linear import LinearPlanner
 
@@ -31,20 +31,17 @@ class Attention(decoder.Attention):
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
         super().__init__(prefix, config, planner, target)
-        self.q_size = config.num_heads * config.head_dim
-        self.k_size = config.num_kv_heads * config.head_dim
         self.q_norm = RMSNorm(self.q_size, config.rms_norm_eps, target)
-        self.k_norm = RMSNorm(self.k_size, config.rms_norm_eps, target)
+        self.k_norm = RMSNorm(self.kv_size, config.rms_norm_eps, target)
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
         """Attend from x (batch, tokens, hidden); rotary embedding happens in the cache."""
         batch, tokens, _ = x.shape
         heads = self.heads + 2 * self.kv_heads
-        ends = [self.q_size, self.q_size + self.k_size]
-        q, k, v = op.split(self.qkv_proj(x), ends, axis=-1)
+        q, k, v = split(self.qkv_proj(x), [self.q_size, self.kv_size, self.kv_size], axis=-1)
         qkv = op.concat([self.q_norm(q), self.k_norm(k), v], dim=-1)
         qkv = op.reshape(qkv, (batch, tokens, heads, self.config.head_dim))
-        y = attend(cache, layer, qkv, self.config)
+        y = attend(cache, layer, qkv, self.config, self.target)
         return self.o_proj(op.reshape(y, (batch, tokens, self.q_size)))
 
 

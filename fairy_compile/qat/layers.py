@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from fairy_compile.config import Granularity
-from fairy_compile.errors import FairyError
+from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.phase import PhaseTensor, quantize, quantize_complex_layer
 from fairy_compile.phase.quantize import FAIRY2I_MIN_SCALE, IFAIRY_MIN_SCALE
 from fairy_compile.qat.rule import (
@@ -234,6 +234,26 @@ def phase_layers(model: nn.Module) -> dict[str, PhaseLayer]:
         for name, module in model.named_modules()
         if isinstance(module, PhaseLinear | PhaseComplexLinear)
     }
+
+
+def refuse_experts(model: nn.Module, what: str) -> None:
+    """Refuse models that hold the weights of experts as one parameter of three dimensions.
+
+    They are no linear layers, so they would stay as they are: most of such a model.
+
+    Args:
+        model: any module.
+        what: what is not possible with such parameters, and what to do instead.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] != "experts":
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                raise UnsupportedError(
+                    f"{name}.{own} holds the weights of {len(parameter)} experts in one parameter, "
+                    f"which {what}"
+                )
 
 
 def plain_name(name: str) -> str:

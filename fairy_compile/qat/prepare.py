@@ -19,6 +19,7 @@ from fairy_compile.qat.layers import (
     PhaseComplexLinear,
     PhaseLinear,
     phase_layers,
+    refuse_experts,
 )
 
 # Where `prepare` leaves the configuration for `export`.
@@ -97,8 +98,8 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
             ``"phase"``, the rule that training goes through.
 
     Raises:
-        FairyError: the model has no layer to convert, was prepared before, or the method is
-            another one.
+        FairyError: the model has no layer to convert, was prepared before, is a mixture of experts,
+            or the method is another one.
     """
     quant = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     if quant.method not in ("auto", "phase"):
@@ -109,6 +110,11 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
     quant = dataclasses.replace(quant, method="phase")
     if phase_layers(model):
         raise FairyError("the model has phase layers already; prepare it once, before training")
+    refuse_experts(
+        model,
+        "training does not convert yet; `fairy_compile convert` and `build` quantise such models "
+        "without training",
+    )
     plans, shapes, notes = _plan(model, quant)
     if not any(plan.phase for plan in plans.values()):
         kept = "; ".join(f"{name}: {plan.reason}" for name, plan in list(plans.items())[:5])

@@ -16,6 +16,7 @@ from fairy_compile.calibrate.skeleton import Skeleton  # noqa: E402
 from fairy_compile.calibrate.solutions import Solutions  # noqa: E402
 from fairy_compile.calibrate.stream import Grams  # noqa: E402
 from fairy_compile.calibrate.windows import read_windows  # noqa: E402
+from fairy_compile.errors import UnsupportedError  # noqa: E402
 from fairy_compile.frontends import open_source  # noqa: E402
 from fairy_compile.phase import quantize  # noqa: E402
 from tests.calibrate.conftest import WINDOW  # noqa: E402
@@ -23,7 +24,10 @@ from tests.calibrate.conftest import WINDOW  # noqa: E402
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "llama_biased", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama3", "llama_biased", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"],
+)
 def test_gram_matrices_are_those_of_the_whole_model(
     make_checkpoint, reference, text, tmp_path, monkeypatch, family
 ):
@@ -121,3 +125,10 @@ def test_only_one_decoder_layer_has_weights(checkpoint, text, tmp_path, monkeypa
     assert len(made[0].layers) >= 2
     assert 0 < max(most) <= max(layer, head)
     assert resident(made[0]) == 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_are_refused(make_checkpoint, family):
+    source = open_source(make_checkpoint(family))
+    with pytest.raises(UnsupportedError, match="without --calibrate"):
+        Skeleton(source, CPU)

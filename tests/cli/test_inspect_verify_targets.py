@@ -1,6 +1,7 @@
 import json
 import shutil
 
+from fairy_compile.models import FAMILIES
 from fairy_compile.targets import target_names
 
 
@@ -49,3 +50,11 @@ def test_targets_lists_every_target(cli):
     targets = {t["name"]: t for t in json.loads(cli("targets", "--json").stdout)}
     assert targets["cpu"]["runs_here"] is True
     assert targets["cpu"]["features"]
+
+
+def test_targets_lists_every_family_of_models(cli):
+    text = cli("targets", "--models").stdout
+    assert all(name in text for name in FAMILIES)
+    models = {m["model_type"]: m for m in json.loads(cli("targets", "--models", "--json").stdout)}
+    assert set(models) == set(FAMILIES)
+    assert all(model["description"] for model in models.values())

@@ -13,6 +13,7 @@ from fairy_compile.artifact import verify
 from fairy_compile.artifact.contract import GPU_SAMPLER_FUNCTIONS
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.targets import Limits, load_target
+from tests.tiny_models import save_model
 
 GPU_TARGETS = {
     "android-adreno": "opencl",
@@ -66,6 +67,32 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
     assert (tmp_path / "out" / manifest.library).read_bytes()[: len(magic)] == magic
     if target.device in ("metal", "vulkan"):
         assert set(GPU_SAMPLER_FUNCTIONS) <= set(manifest.functions)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gemma2", r"caps its attention scores.*--target cpu"),
+        ("mixtral", r"no kernels for mixtures of experts.*--target cpu"),
+    ],
+)
+def test_what_gpus_lack_is_refused_with_what_helps(tmp_path: Path, family: str, words: str) -> None:
+    model = save_model(tmp_path / "model", family)
+    with pytest.raises(UnsupportedError, match=words):
+        fc.build(model, target="opencl", dry_run=True)
+
+
+def test_contexts_of_gpus_end_at_the_sliding_window(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "gemma3", sliding_window=32)
+    report = fc.build(model, target="opencl", dry_run=True)
+    assert report.sizes["context"] == 32
+    assert any("sliding window" in note and "--target cpu" in note for note in report.notes)
+    assert any("float16" in note and "--act float" in note for note in report.notes)
+    exact = fc.build(model, target="opencl", act="float", dry_run=True)
+    assert not any("float16" in note for note in exact.notes)
+    with pytest.raises(fc.FairyError, match=r"--context 64 is more than 32.*sliding window"):
+        fc.build(model, target="opencl", context=64, dry_run=True)
+    assert fc.build(model, dry_run=True).sizes["context"] == 256
 
 
 def test_a_device_without_float16_computes_in_float32(monkeypatch, model: Path) -> None:

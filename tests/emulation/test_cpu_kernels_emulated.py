@@ -7,7 +7,7 @@ import pytest
 
 from fairy_compile.kernels import attention_cpu
 from fairy_compile.kernels.attention_cpu import AttentionShape, vector_unit
-from fairy_compile.kernels.elementwise_cpu import build_rms_norm, build_silu_product
+from fairy_compile.kernels.elementwise_cpu import build_gate_product, build_rms_norm
 from tests.emulation import arm_rig
 from tests.kernels.test_attention_cpu import (
     Paged,
@@ -59,7 +59,7 @@ def test_silu_product(tmp_path, machine, rows, size):
     rng = np.random.default_rng([rows, size, 1])
     gate_up = (rng.standard_normal((rows, 2 * size)) * 8).astype(np.float32)
     batch = "single" if rows == 1 else "many"
-    function = build_silu_product(size, vector_unit(machine.target()), batch)
+    function = build_gate_product("silu", size, vector_unit(machine.target()), batch)
     y = call(tmp_path, machine, function, gate_up, np.full((rows, size), np.nan, np.float32))[-1]
     gate, up = np.split(gate_up.astype(np.float64), 2, axis=1)
     want = gate / (1 + np.exp(-gate)) * up

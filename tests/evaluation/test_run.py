@@ -14,6 +14,7 @@ import pytest
 import fairy_compile as fc
 from fairy_compile.evaluation import cut_windows, scores
 from fairy_compile.evaluation.scores import log_softmax
+from tests.tiny_models import Oracle, relative_error, save_model
 
 CONTEXT = 32
 
@@ -182,3 +183,28 @@ def test_logits_that_are_not_finite_are_refused():
     (window,) = cut_windows(5, 8, 8)
     with pytest.raises(fc.FairyError, match="not finite"):
         scores.score_window(np.zeros(5, np.int32), window, Broken())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_packed_mixtures_run_in_pytorch(tmp_path, family):
+    """transformers keeps experts in one parameter; a packed checkpoint has them one by one."""
+    from fairy_compile.evaluation.torch_model import TorchModel
+    from fairy_compile.frontends import open_source
+
+    source = save_model(tmp_path / "model", family)
+    fc.convert(source, tmp_path / "packed", quant=fc.QuantConfig("w2", method="phase"))
+    tokens = np.arange(20)
+    (seen,) = TorchModel(open_source(tmp_path / "packed")).logits(tokens, 0, 20)
+    want = Oracle(source, fc.QuantConfig("w2", act="float")).logits(tokens.tolist())
+    assert relative_error(seen, want) <= 1e-5
+
+
+def test_gemma_multiplies_embedded_tokens_by_a_factor_of_its_dtype(tmp_path):
+    from fairy_compile.evaluation.torch_model import TorchModel
+    from fairy_compile.frontends import open_source
+
+    sizes = {"hidden_size": 120, "num_hidden_layers": 1}  # sqrt(120) is 10.954, in bfloat16 10.9375
+    for dtype, factor in (("float32", math.sqrt(120)), ("bfloat16", 10.9375)):
+        source = open_source(save_model(tmp_path / dtype, "gemma2", dtype, **sizes))
+        embedding = TorchModel(source)._model.get_input_embeddings()
+        assert float(embedding.embed_scale) == pytest.approx(factor, rel=1e-7)

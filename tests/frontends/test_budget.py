@@ -78,6 +78,15 @@ def test_layers_of_one_call_share_a_stage_count():
     assert set(groups[0].errors) == {3}
 
 
+def test_all_experts_of_a_layer_share_a_stage_count():
+    mixtral = [f"m.0.moe.experts.{e}.{part}" for e in range(3) for part in ("w1", "w2", "w3")]
+    gate_up, down = group_layers(mixtral)
+    assert set(gate_up) | set(down) == set(mixtral)
+    assert all(layer.endswith("w2") for layer in down)
+    qwen = [f"m.{i}.mlp.experts.{e}.up_proj" for i in range(2) for e in range(11)]
+    assert [len(group) for group in group_layers(qwen)] == [11, 11]
+
+
 @pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
 def test_weight_errors(scale):
     weight = np.random.default_rng(0).standard_normal((600, 64)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,8 @@ import tvm
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels.attention_cpu import AttentionShape, VectorUnit, rope_frequencies
+from fairy_compile.kernels.attention_cpu import AttentionShape, VectorUnit
+from fairy_compile.op.rope import RopeTable, rope_table, rotate
 from fairy_compile.targets import load_target
 
 PAGE = 16
@@ -33,7 +35,9 @@ one_case = CASES["gqa2-64-float16"]
 
 @cache
 def compiled(build, shape: AttentionShape, unit: VectorUnit, *extra):
-    function = build(shape, unit, *(np.asarray(e) if isinstance(e, tuple) else e for e in extra))
+    function = build(shape, unit, *extra)
+    if "global_symbol" not in function.attrs:
+        function = function.with_attr("global_symbol", "function")
     library = tvm.compile(function, target=load_target("cpu").to_tvm())
     return library[function.attrs["global_symbol"]]
 
@@ -87,8 +91,11 @@ class Paged:
         size = (sum(counts), 2, shape.kv_heads, PAGE, shape.head_dim)
         self.pages = np.full(size, np.nan, shape.dtype)
         self.last = np.array([(n - 1) % PAGE + 1 if n else 0 for n in lengths], np.int32)
-        for s, n in enumerate(lengths):
-            for i in range(n):
+        self.fill()
+
+    def fill(self) -> None:
+        for s, k in enumerate(self.k):
+            for i in range(len(k)):
                 page = self.values[self.indptr[s] + i // PAGE]
                 self.pages[page, 0, :, i % PAGE] = self.k[s][i]
                 self.pages[page, 1, :, i % PAGE] = self.v[s][i]
@@ -193,7 +200,88 @@ def check_prefill(shape, q, indptr, keys, values, causal, out, lse) -> None:
             np.testing.assert_allclose(lse[row], want_lse, rtol=0, atol=1e-5)
 
 
-def test_sliding_windows_are_refused() -> None:
+def windowed(case: str, window: int | None, softcap: float | None):
+    shape, unit = CASES[case]
+    return replace(shape, window=window, softcap=softcap), unit
+
+
+def masked_attention(shape, q, k, v, first, end):
+    """Return `attention` over keys first .. end - 1, with capped scores if the shape has a cap."""
+    group = shape.group
+    k, v = (np.repeat(x[first:end].astype(np.float64), group, axis=1) for x in (k, v))
+    scores = np.einsum("hd,nhd->hn", q.astype(np.float64), k) / math.sqrt(shape.head_dim)
+    if shape.softcap:
+        scores = shape.softcap * np.tanh(scores / shape.softcap)
+    weights = np.exp(scores)
+    total = weights.sum(axis=1, keepdims=True)
+    return np.einsum("hn,nhd->hd", weights / total, v), np.log2(total)[:, 0]
+
+
+WINDOWS = [("mha-16-float32", 1), ("gqa2-64-float16", 20), ("gqa4-80-float32", 64)]
+# The head's size gives scores of about 1, so that a cap of 1.5 bends them.
+FEATURES = [*((case, window, None) for case, window in WINDOWS), ("gqa2-64-float16", None, 1.5),
+            ("gqa3-6-float32", 40, 1.5)]  # fmt: skip
+each_feature = pytest.mark.parametrize(("case", "window", "softcap"), FEATURES)
+
+
+@each_feature
+@pytest.mark.parametrize("local", [False, True])
+def test_decode_in_windows_and_with_capped_scores(case, window, softcap, local) -> None:
+    shape, unit = windowed(case, window, softcap)
+    paged = Paged(shape)
+    q = random(shape, len(LENGTHS), shape.heads, shape.head_dim)
+    position = np.array([n - 1 for n in LENGTHS], np.int32)
+    scale = shape.head_dim**-0.5 * (-1 if local else 1)
+    result = call(
+        compiled(kernels.build_decode, shape, unit),
+        *(q, paged.pages, paged.indptr, paged.values, paged.last, np.zeros_like(position)),
+        *(position, np.zeros_like(q), np.zeros(q.shape[:2], np.float32), 0, 1.0, 1e4, scale),
+    )
+    for s, length in enumerate(LENGTHS):
+        first = max(0, length - window) if local and window else 0
+        want, lse = masked_attention(shape, q[s], paged.k[s], paged.v[s], first, length)
+        np.testing.assert_allclose(result[7][s], want, rtol=0, atol=tolerance(shape))
+        np.testing.assert_allclose(result[8][s], lse, rtol=0, atol=1e-5)
+
+
+@each_feature
+@pytest.mark.parametrize("past", [0, 5, 31])
+def test_prefill_in_windows_and_with_capped_scores(case, window, softcap, past: int) -> None:
+    """New keys by the ragged kernel, earlier ones by the paged one, which may be out of sight."""
+    shape, unit = windowed(case, window, softcap)
+    scale, lengths = -(shape.head_dim**-0.5), (1, 9, 32, 47)
+    paged = Paged(shape, tuple(past + n for n in lengths))
+    cached = Paged(shape, (past,) * len(lengths))
+    for s in range(len(lengths)):
+        cached.k[s], cached.v[s] = paged.k[s][:past], paged.v[s][:past]
+    cached.fill()
+    indptr = np.cumsum([0, *lengths]).astype(np.int32)
+    offset = np.full(len(lengths), past, np.int32)
+    position = np.concatenate([past + np.arange(n) for n in lengths]).astype(np.int32)
+    q = random(shape, len(position), shape.heads, shape.head_dim)
+    k, v = (np.concatenate([x[past:] for x in part]) for part in (paged.k, paged.v))
+    new = call(
+        compiled(kernels.build_ragged_prefill, shape, unit),
+        *(q, indptr, k, v, indptr, position, offset),
+        *(np.zeros_like(q), np.zeros(q.shape[:2], np.float32), 1, 0, 1.0, 1e4, scale),
+    )[7:9]
+    old = call(
+        compiled(kernels.build_paged_prefill, shape, unit),
+        *(q, indptr, cached.pages, cached.indptr, cached.values, cached.last),
+        *(np.zeros_like(offset), position),
+        *(np.zeros_like(q), np.zeros(q.shape[:2], np.float32), 0, 0, 1.0, 1e4, scale),
+    )[8:10]
+    out, lse, *_ = call(compiled(kernels.build_merge, shape, unit), *new, *old)
+    for s, n in enumerate(lengths):
+        for i in range(n):
+            row, end = indptr[s] + i, past + i + 1
+            first = max(0, end - window) if window else 0
+            want, want_lse = masked_attention(shape, q[row], paged.k[s], paged.v[s], first, end)
+            np.testing.assert_allclose(out[row], want, rtol=0, atol=2 * tolerance(shape))
+            np.testing.assert_allclose(lse[row], want_lse, rtol=0, atol=1e-5)
+
+
+def test_windows_slid_by_the_runtime_are_refused() -> None:
     shape, unit = one_case
     paged = Paged(shape, (3,))
     q = random(shape, 1, shape.heads, shape.head_dim)
@@ -257,36 +345,55 @@ def test_merged_halves_equal_the_whole(rows: int) -> None:
         np.testing.assert_allclose(lse[row], want_lse, rtol=0, atol=1e-5)
 
 
+ROPES = {
+    "whole": lambda dim: rope_table("default", 1e4, dim, {}, 1),
+    "half": lambda dim: rope_table("default", 1e4, dim // 4 * 2, {}, 1),
+    "louder": lambda dim: RopeTable(rope_table("default", 1e4, dim, {}, 1).frequencies, 1.25),
+}
+
+
+def rope_tolerance(shape: AttentionShape) -> float:
+    """Values are of size 4; a float32 angle of 4000 is off by up to 2^-13."""
+    return tolerance(shape) * 4 + 5 * 2**-13
+
+
 @pytest.mark.parametrize("apply", [0, 1])
 @pytest.mark.parametrize("case", ["gqa4-80-float32", "gqa2-64-float16"])
-def test_rope_splits_and_rotates_pairs(case: str, apply: int) -> None:
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_splits_and_rotates_pairs(case: str, apply: int, rope: str) -> None:
     shape, unit = CASES[case]
-    frequencies = rope_frequencies(shape.head_dim, 10000.0)
-    fused = shape.heads + 2 * shape.kv_heads
+    table = ROPES[rope](shape.head_dim)
+    heads, fused = shape.heads, shape.heads + 2 * shape.kv_heads
     qkv = random(shape, 11, fused, shape.head_dim)
     positions = np.array([*range(9), 200, 4000], np.int32)
     outputs = [np.zeros((11, n, shape.head_dim), shape.dtype)
                for n in (shape.heads, shape.kv_heads, shape.kv_heads)]  # fmt: skip
-    function = compiled(kernels.build_rope, shape, unit, tuple(frequencies.tolist()))
+    function = compiled(kernels.build_rope, shape, unit, table)
     _, _, q, k, v, _ = call(function, qkv, positions, *outputs, apply)
-    x = qkv.astype(np.float64)
-    angle = apply * positions[:, None, None] * frequencies.astype(np.float64)
-    a, b = np.split(x, 2, axis=2)
-    turned = np.concatenate(
-        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=2
-    )
-    heads = shape.heads
-    # A float32 angle of 4000 is off by up to 2^-13.
-    atol = tolerance(shape) * 4 + 4 * 2**-13
+    turned = rotate(qkv, positions, table) if apply else qkv.astype(np.float64)
+    atol = rope_tolerance(shape)
     np.testing.assert_allclose(q, turned[:, :heads], rtol=0, atol=atol)
     np.testing.assert_allclose(k, turned[:, heads : heads + shape.kv_heads], rtol=0, atol=atol)
     np.testing.assert_array_equal(v, qkv[:, heads + shape.kv_heads :])
 
 
-def test_rope_of_odd_heads_is_refused() -> None:
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotate_turns_queries_and_keys_in_their_places(rope: str) -> None:
+    shape, unit = CASES["gqa4-80-float32"]
+    table, turning = ROPES[rope](shape.head_dim), shape.heads + shape.kv_heads
+    qkv = random(shape, 11, turning + shape.kv_heads, shape.head_dim)
+    positions = np.array([*range(9), 200, 4000], np.int32)
+    function = compiled(kernels.build_rotate, shape, unit, table)
+    out = call(function, qkv, positions, np.zeros_like(qkv))[2]
+    want = rotate(qkv, positions, table)[:, :turning]
+    np.testing.assert_allclose(out[:, :turning], want, rtol=0, atol=rope_tolerance(shape))
+    np.testing.assert_array_equal(out[:, turning:], qkv[:, turning:])
+
+
+def test_rope_of_more_than_a_head_is_refused() -> None:
     shape = AttentionShape(1, 1, 7, "float32")
     with pytest.raises(UnsupportedError, match="7"):
-        kernels.build_rope(shape, AVX2, np.zeros(3, np.float32))
+        kernels.build_rope(shape, AVX2, RopeTable((1.0,) * 4))
 
 
 @pytest.mark.parametrize(

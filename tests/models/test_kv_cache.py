@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,16 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 import fairy_compile as fc
 from fairy_compile.errors import FairyError
-from fairy_compile.kernels.attention_cpu import rope_frequencies
-from fairy_compile.models.config import DecoderConfig, Rope
+from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.kv_cache import CREATE, add_kv_cache, attend
+from fairy_compile.models.rope import Rope
+from fairy_compile.op.rope import rotate
 from fairy_compile.runtime.kv_cache import PAGE_SIZE, KVCache
 from fairy_compile.targets import load_target
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
-ROPE = Rope(theta=10000.0, scale=0.5)
+ROPE = Rope(10000.0, "linear", {"factor": 2.0})
 # Rounding to float16 is relative to 2^-11. Queries and keys are rounded before and after rotation,
 # so a score, a sum over pairs of size |q| |k| / sqrt(DIM) <= 4 here, moves by up to 4 such steps
 # of that, values by one and outputs by one.
@@ -32,10 +34,10 @@ FLOAT16_TOLERANCE = (4 * 4 + 2) * 2**-11
 class Session:
     """A cache with its attention function, and NumPy keeping the same sequences in float64."""
 
-    def __init__(self, kv_dtype: str) -> None:
-        config = DecoderConfig(
+    def __init__(self, kv_dtype: str, **features: Any) -> None:
+        config = self.config = DecoderConfig(
             "test", 64, 64, LAYERS, HEADS, KV_HEADS, DIM, 100, 1e-5, ROPE, 256, "", False,
-            kv_dtype=kv_dtype,
+            kv_dtype=kv_dtype, **features,
         )  # fmt: skip
         target = load_target("cpu")
         bb = relax.BlockBuilder()
@@ -45,7 +47,7 @@ class Session:
             qkv, cache = relax.Var("qkv", qkv_type), relax.Var("cache", relax.AnyType())
             with bb.function(f"attend{layer}", [qkv, cache]):
                 handle = PagedKVCache(_expr=cache, _name="cache")
-                bb.emit_func_output(attend(handle, layer, Tensor(_expr=qkv), config)._expr)
+                bb.emit_func_output(attend(handle, layer, Tensor(_expr=qkv), config, target)._expr)
         add_kv_cache(bb, config, target)
         executable = tvm.relax.build(bb.finalize(), target=target.to_tvm())
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
@@ -84,34 +86,48 @@ class Session:
             rows = np.concatenate([self.rows[sequence], new[first : first + count]])
             self.rows[sequence] = rows
             for layer in range(LAYERS):
-                want = reference(rows[:, layer], count)
+                want = reference(rows[:, layer], count, self.config, layer)
                 error = np.abs(seen[layer][first : first + count] - want).max()
                 worst = max(worst, float(error))
             first += count
         return worst
 
 
-def reference(qkv: np.ndarray, count: int) -> np.ndarray:
+def reference(qkv: np.ndarray, count: int, config: DecoderConfig, layer: int) -> np.ndarray:
     """Return causal attention of the last ``count`` of all tokens of a sequence, in float64."""
     x = qkv.astype(np.float64)
-    frequencies = rope_frequencies(DIM, ROPE.theta, ROPE.scale)
-    angle = np.arange(len(x))[:, None, None] * frequencies.astype(np.float64)
-    a, b = np.split(x[:, : HEADS + KV_HEADS], 2, axis=2)
-    cos, sin = np.cos(angle), np.sin(angle)
-    turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+    at = np.arange(len(x))
+    turned = rotate(x[:, : HEADS + KV_HEADS], at, config.rope_table(layer))
     q, k = turned[-count:, :HEADS], np.repeat(turned[:, HEADS:], HEADS // KV_HEADS, axis=1)
     v = np.repeat(x[:, HEADS + KV_HEADS :], HEADS // KV_HEADS, axis=1)
     scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(DIM)
-    seen = np.arange(len(x)) <= np.arange(len(x) - count, len(x))[:, None]
+    if config.attention_softcap:
+        scores = config.attention_softcap * np.tanh(scores / config.attention_softcap)
+    seen = at <= at[-count:, None]
+    if config.is_local(layer):
+        seen &= at > at[-count:, None] - config.window
     weights = np.exp(np.where(seen, scores, -np.inf))
     return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=2, keepdims=True), v)
 
 
+# Layers with a window and without, and what Gemma 2 and 3 add. Shared pages lie inside, on the edge
+# of and outside the windows.
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window7": {"window": 7, "local_layers": (True, False)},
+    "window30": {"window": 30, "local_layers": (False, True)},
+    "all": {"window": 20, "local_layers": (True, True)},
+    "gemma2": {"window": 12, "local_layers": (True, False), "attention_softcap": 2.0},
+    "gemma3": {"window": 12, "local_layers": (True, False), "local_rope": Rope(100.0)},
+}
+
+
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(
     ("kv_dtype", "tolerance"), [("float32", 2e-5), ("float16", FLOAT16_TOLERANCE)]
 )
-def test_every_way_of_growing_a_sequence_attends_to_its_past(kv_dtype, tolerance) -> None:
-    session = Session(kv_dtype)
+def test_every_way_of_growing_a_sequence_attends_to_its_past(kv_dtype, tolerance, features) -> None:
+    session = Session(kv_dtype, **FEATURES[features])
     a, b = session.add(), session.add()
     errors = [session.step({a: 37}), session.step({a: 1}), session.step({a: 20})]
     errors.append(session.step({a: 3, b: 16}))  # ragged prefill of a batch, one with a past

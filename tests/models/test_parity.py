@@ -109,12 +109,101 @@ def test_int16_logits_are_nearly_exact(built, quant: str) -> None:
     assert relative_error(logits, exact) <= INT16_BOUND
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama", "qwen2"}))
+# One of a kind of each new part runs always; the others differ from it in what is tested apart.
+SLOW = {"llama_yarn", "llama_dynamic", "mistral_window", "phi3", "stablelm", "gemma3", "qwen3_moe"}
+OTHERS = [
+    pytest.param(family, marks=pytest.mark.slow) if family in SLOW else family
+    for family in sorted(set(FAMILIES) - {"llama", "qwen2"})
+]
+
+
+@pytest.mark.parametrize("family", OTHERS)
 def test_every_family_matches_pytorch(built, family: str) -> None:
     out, config, source = built(family, quant="w2", act="float")
+    oracle = Oracle(source, config)
+    want = oracle.logits(TOKENS)
     with fc.load(out) as model:
-        want = Oracle(source, config).logits(TOKENS)
         assert relative_error(model.logits(TOKENS), want) <= FLOAT_TOLERANCE
+        engine = model.engine
+        chunks, single = engine.add_sequence(), engine.add_sequence()
+        for start in range(0, len(TOKENS), 7):
+            by_chunk = engine.prefill(chunks, TOKENS[start : start + 7])
+        for token in TOKENS:
+            by_token = engine.decode([single], [token])[0]
+        assert relative_error(by_chunk, want[-1]) <= FLOAT_TOLERANCE
+        assert relative_error(by_token, want[-1]) <= FLOAT_TOLERANCE
+        assert greedy(model, TOKENS[:5], 24) == oracle.greedy(TOKENS[:5], 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi3_longrope", {"original_max_position_embeddings": 32}),
+        ("llama_dynamic", {"max_position_embeddings": 45}),
+    ],
+)
+def test_a_longer_context_takes_the_angles_of_long_sequences(
+    tmp_path: Path, family: str, changes: dict[str, int]
+) -> None:
+    """PyTorch does so for a sequence as long as that in one piece."""
+    source = save_model(tmp_path / "model", family, **changes)
+    quant = fc.QuantConfig("w2", act="float")
+    context = len(TOKENS) + (0 if family == "phi3_longrope" else 15)
+    tokens = (TOKENS * 2)[:context]
+    report = fc.build(source, quant=quant, output=tmp_path / "out", context=context)
+    assert any("rotates by other angles" in note for note in report.notes)
+    with fc.load(tmp_path / "out") as model:
+        want = Oracle(source, quant).logits(tokens)
+        assert relative_error(model.logits(tokens), want) <= FLOAT_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phi3", "gemma2", "gemma3", "stablelm_12b"])
+def test_int8_logits_of_other_families(built, family: str) -> None:
+    out, _, source = built(family, quant="w2", act="int8")
+    exact = Oracle(source, fc.QuantConfig("w2", act="float")).logits(TOKENS)
+    with fc.load(out) as model:
+        for logits in whole_and_by_eight(model):
+            assert relative_error(logits, exact) <= INT8_BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_int8_logits_of_mixtures(tmp_path: Path, family: str) -> None:
+    """Every token takes every expert: rounding could change a choice, which knows no bound."""
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 4, "num_hidden_layers": 2}
+    if family == "qwen3_moe":
+        changes |= {"num_experts": changes.pop("num_local_experts"), "mlp_only_layers": []}
+    source = save_model(tmp_path / "model", family, **changes)
+    fc.build(source, quant="w2", act="int8", output=tmp_path / "out", context=64)
+    exact = Oracle(source, fc.QuantConfig("w2", act="float")).logits(TOKENS)
+    with fc.load(tmp_path / "out") as model:
+        for logits in whole_and_by_eight(model):
+            assert relative_error(logits, exact) <= INT8_BOUND
+
+
+def test_a_mixture_has_one_row_a_layer_and_serves_every_batch(built) -> None:
+    out, config, source = built("mixtral", quant="w2", act="float")
+    report = fc.build(source, quant=config, dry_run=True)
+    rows = {row.name: row for row in report.layers}
+    experts = rows["model.layers.0.block_sparse_moe.experts.gate_up_proj"]
+    assert experts.shape == (5 * 2 * SIZES["intermediate_size"], SIZES["hidden_size"])
+    assert len(experts.sources) == 10
+    assert "5 experts" in experts.reason
+    assert rows["model.layers.0.block_sparse_moe.gate"].reason == "routes tokens to experts"
+    oracle = Oracle(source, config)
+    prompts = [TOKENS[i : i + 3 + i] for i in range(4)]
+    with fc.load(out) as model:
+        engine = model.engine
+        for count in range(1, 5):
+            ids = [engine.add_sequence() for _ in range(count)]
+            engine.prefill_many(dict(zip(ids, prompts, strict=False)))
+            step = engine.decode(ids, [7 + i for i in range(count)])
+            for i, sequence in enumerate(ids):
+                want = oracle.logits([*prompts[i], 7 + i])[-1]
+                assert relative_error(step[i], want) <= FLOAT_TOLERANCE
+                engine.remove_sequence(sequence)
 
 
 @pytest.mark.parametrize("scale", ["row", "tile64"])

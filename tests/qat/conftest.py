@@ -14,6 +14,16 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 12}),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3", {}),
 }
 
 
@@ -32,7 +42,8 @@ def make_model():
     def make(family: str = "llama", **changes):
         name, extra = FAMILIES[family]
         sizes = {**SIZES, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-        config = getattr(transformers, f"{name}Config")(**{**sizes, **extra, **changes})
+        config_name = "Gemma3Text" if name == "Gemma3" else name
+        config = getattr(transformers, f"{config_name}Config")(**{**sizes, **extra, **changes})
         torch.manual_seed(7)
         return getattr(transformers, f"{name}ForCausalLM")(config).train()
 

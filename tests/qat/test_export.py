@@ -39,6 +39,9 @@ def same_phase(one, other):
         ("qwen3", torch.bfloat16, fc.QuantConfig("w3", scale="tile64", exempt=("lm_head",))),
         ("mistral", torch.float32, fc.QuantConfig("w2", stages_for={"lm_head": 3})),
         ("gemma", torch.float32, fc.QuantConfig("w2", exempt=("*.o_proj",))),
+        ("gemma2", torch.bfloat16, fc.QuantConfig("w2")),
+        ("gemma3", torch.float32, fc.QuantConfig("w2", exempt=("lm_head",))),
+        ("phi3", torch.float32, fc.QuantConfig("w2", scale="row")),
     ],
 )
 def test_packed_latents_and_forward_have_the_same_codes(
@@ -109,8 +112,16 @@ def test_config_marks_the_latents_and_the_tokenizer_comes_along(make_model, toke
         assert (tmp_path / folder / "tokenizer_config.json").is_file()
 
 
-def test_compiled_logits_equal_the_models(make_model, tokens, tmp_path):
-    model = trained(make_model(), tokens, "w2")
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        pytest.param("gemma2", marks=pytest.mark.slow),
+        pytest.param("gemma3", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_logits_equal_the_models(make_model, tokens, tmp_path, family):
+    model = trained(make_model(family), tokens, "w2")
     fc.qat.export(model, tmp_path / "ckpt")
     with torch.no_grad():
         want = model(input_ids=tokens[:1]).logits[0].numpy()
