@@ -46,6 +46,7 @@ _SCHEMA = {
     ],
     "params": [{"name": str, "shape": [int], "dtype": str, "role": str, "unused_bits": int}],
     "library": str,
+    "system_lib?": str,
     "functions": MapOf(str),
     "metadata": dict,
 }
@@ -161,6 +162,8 @@ class Manifest:
         layers: the build report.
         params: parameters in the order the library takes them.
         library: file name of the model library.
+        system_lib: what an app that links the library calls it (``system://NAME``); empty for one
+            that is loaded from its file.
         functions: name -> signature of the library's public functions, see `artifact.contract`.
         metadata: what the library's ``_metadata`` function returns.
         created: UTC, ISO 8601.
@@ -179,6 +182,7 @@ class Manifest:
     library: str
     functions: dict[str, str]
     metadata: dict[str, Any]
+    system_lib: str = ""
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
@@ -201,7 +205,8 @@ class Manifest:
                 f"{FORMAT_VERSION}: build the artifact again or install the version that wrote it"
             )
         require(value, _SCHEMA, where)
-        members = {key: value[key] for key in _SCHEMA if key != "format_version"}
+        keys = {key.removesuffix("?") for key in _SCHEMA} - {"format_version"}
+        members = {key: value[key] for key in keys & value.keys()}
         return cls(
             **members
             | {

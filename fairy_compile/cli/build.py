@@ -40,6 +40,12 @@ def build(
     ] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", help="Most sequences at a time.")] = 4,
     exempt: options.Exempt = None,
+    model_lib: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model-lib", help="What a phone's app calls the library  [default: from -o]"
+        ),
+    ] = None,
     debug_dump: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--debug-dump", metavar="DIR", help="Write the IR after every phase here."),
@@ -72,6 +78,7 @@ def build(
             prefill_chunk=prefill_chunk,
             max_batch=max_batch,
             exempt=tuple(exempt or ()),
+            model_lib=model_lib,
             debug_dump=debug_dump,
             progress=progress,
         )

@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.artifact.system_lib import (
+    check_system_lib_name,
+    default_system_lib_name,
+    system_lib_prefix,
+)
 from fairy_compile.compiler.cuda_binary import check_nvcc
 from fairy_compile.compiler.export import check_linker, export_library
+from fairy_compile.compiler.gate import check_executable, check_objects
 from fairy_compile.compiler.library import Sizes, entry_points
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
@@ -53,6 +59,7 @@ def build(
     prefill_chunk: int | None = None,
     max_batch: int = 4,
     exempt: Sequence[str] = (),
+    model_lib: str | None = None,
     debug_dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -79,6 +86,8 @@ def build(
         prefill_chunk: most tokens of one prefill call; default 256.
         max_batch: most sequences at a time.
         exempt: glob patterns of layers to leave dense.
+        model_lib: what a phone's app calls the library; default made of the output's name. Only
+            for targets whose library is linked into an app.
         debug_dump: directory for the IR after every phase.
         progress: called as progress(what, done, total).
 
@@ -92,6 +101,7 @@ def build(
     clock = _Clock()
     config_quant = _quant_config(quant, method, scale, act, exempt)
     compile_for = load_target(target)
+    system_lib = _system_lib(compile_for, model_lib, output)
     with clock("read headers"):
         source = open_source(model)
         asked = config_quant
@@ -136,7 +146,7 @@ def build(
         notes += done.notes[1:]  # the first is the one of `settle`
         source = open_source(converted)
         config_quant, _ = source.settle(asked)
-    work = Work(name, source, config_quant, compile_for, decoder, sizes)
+    work = Work(name, source, config_quant, compile_for, decoder, sizes, system_lib)
     with clock("define"):
         work.define()
     report = _report(work, notes)
@@ -159,10 +169,15 @@ def build(
                 work.module,
                 compile_for,
                 entry_points(compile_for),
+                symbol_prefix=system_lib_prefix(system_lib) if system_lib else None,
                 debug_dump=Path(debug_dump) if debug_dump else None,
                 progress=progress,
             )
-            export_library(executable, compile_for, directory)
+            functions = {name: work.signatures[name] for name in entry_points(compile_for)}
+            check_executable(executable, functions)
+            library = export_library(executable, compile_for, directory)
+            if system_lib:
+                check_objects(library, system_lib, compile_for, functions)
         with clock("finish"):
             write_configs(work, directory, written, report)
     if converted is not None:
@@ -210,6 +225,20 @@ def _quant_config(
         exempt=tuple(exempt) or base.exempt,
         stages_for=base.stages_for,
     )
+
+
+def _system_lib(target: Target, asked: str | None, output: str | Path | None) -> str:
+    """Return what apps call the library; empty for one that is loaded from its file."""
+    if target.library != "tar":
+        if asked is not None:
+            raise FairyError(
+                f"--model-lib {asked}: a library for {target.name} is loaded from its file; only "
+                "those for phones have a name of their own"
+            )
+        return ""
+    name = asked or default_system_lib_name(Path(output or "model").expanduser().resolve())
+    check_system_lib_name(name)
+    return name
 
 
 def _kv_dtype(asked: str | None, act: str, target: Target) -> str:

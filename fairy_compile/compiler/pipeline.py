@@ -23,6 +23,7 @@ from fairy_compile.compiler.passes import (
     ParallelizeElementwise,
     keep_only,
 )
+from fairy_compile.compiler.system_lib import prefix_symbols
 from fairy_compile.targets import Target
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +38,9 @@ class Phase:
     passes: tuple[Any, ...]
 
 
-def phases(entry_points: list[str], target: Target) -> list[Phase]:
+def phases(
+    entry_points: list[str], target: Target, symbol_prefix: str | None = None
+) -> list[Phase]:
     """Return the phases in order; ``entry_points`` are the functions an engine may call."""
     t = relax.transform
     legalise: tuple[Any, ...] = (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())
@@ -68,6 +71,7 @@ def phases(entry_points: list[str], target: Target) -> list[Phase]:
                 t.LowerRuntimeBuiltin(),
                 t.VMShapeLower(),
                 t.AttachGlobalSymbol(),
+                *([prefix_symbols(symbol_prefix)] if symbol_prefix else []),
             ),
         ),
     ]
@@ -78,6 +82,7 @@ def compile_module(
     target: Target,
     entry_points: list[str],
     *,
+    symbol_prefix: str | None = None,
     debug_dump: Path | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -87,13 +92,14 @@ def compile_module(
         module: Relax module with kernels as PrimFuncs.
         target: what to compile for.
         entry_points: names an engine calls; everything they do not reach is dropped.
+        symbol_prefix: of a system library, see `artifact.system_lib`; None for a shared one.
         debug_dump: directory for one ``NN-phase.py`` per phase, or None.
         progress: called before each phase.
 
     Returns:
         The Relax VM executable.
     """
-    steps = phases(entry_points, target)
+    steps = phases(entry_points, target, symbol_prefix)
     tvm_target = target.to_tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
         _dump(debug_dump, 0, "input", module)
@@ -111,6 +117,7 @@ def compile_module(
                 target=tvm_target,
                 relax_pipeline=nothing_left,
                 tir_pipeline=tir_pipeline(target),
+                system_lib=symbol_prefix is not None or None,
             )
 
 

@@ -44,7 +44,10 @@ from fairy_compile.tvm_pair import TVM_PAIR
 
 @dataclass
 class Work:
-    """The pieces a build passes along; ``name`` is the directory's last part or the hub id."""
+    """The pieces a build passes along; ``name`` is the directory's last part or the hub id.
+
+    ``system_lib`` is what apps call the library, see `Manifest`.
+    """
 
     name: str
     source: ModelSource
@@ -52,6 +55,7 @@ class Work:
     target: Target
     decoder: DecoderConfig
     sizes: Sizes
+    system_lib: str = ""
 
     def define(self, demands: parameters.Demands | None = None) -> None:
         """Plan kernels and build the Relax module."""
@@ -183,6 +187,7 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
         ),
         params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
         library=library,
+        system_lib=work.system_lib,
         functions={name: str(work.signatures[name]) for name in entry_points(work.target)},
         metadata=work.metadata,
     )

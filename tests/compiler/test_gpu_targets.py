@@ -15,6 +15,7 @@ from fairy_compile.errors import UnsupportedError
 from fairy_compile.targets import Limits, load_target
 
 GPU_TARGETS = {
+    "android": "opencl",
     "android-adreno": "opencl",
     "android-mali": "opencl",
     "iphone": "metal",
