@@ -19,7 +19,7 @@ from fairy_compile.artifact.system_lib import (
 from fairy_compile.compiler.cuda_binary import check_nvcc
 from fairy_compile.compiler.export import check_linker, export_library
 from fairy_compile.compiler.gate import check_executable, check_objects
-from fairy_compile.compiler.library import Sizes, entry_points
+from fairy_compile.compiler.library import Sizes
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
 from fairy_compile.compiler.write import Work, param_nbytes, write_configs, write_params
@@ -168,12 +168,12 @@ def build(
             executable = compile_module(
                 work.module,
                 compile_for,
-                entry_points(compile_for),
+                work.entry_points(),
                 symbol_prefix=system_lib_prefix(system_lib) if system_lib else None,
                 debug_dump=Path(debug_dump) if debug_dump else None,
                 progress=progress,
             )
-            functions = {name: work.signatures[name] for name in entry_points(compile_for)}
+            functions = {name: work.signatures[name] for name in work.entry_points()}
             check_executable(executable, functions)
             library = export_library(executable, compile_for, directory)
             if system_lib:

@@ -26,6 +26,7 @@ from fairy_compile.artifact import (
     describe_files,
     signatures_of,
 )
+from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import dump_json, load_object
 from fairy_compile.artifact.tensor_cache import ITEMSIZE, TENSOR_CACHE
@@ -69,6 +70,11 @@ class Work:
         )
         if problems:
             raise RuntimeError("the library breaks the engine's contract: " + "; ".join(problems))
+
+    def entry_points(self) -> list[str]:
+        """Return what engines call in this library, see `library.entry_points`."""
+        own = [EXACT_DECODE] if EXACT_DECODE in self.signatures else []
+        return [*entry_points(self.target), *own]
 
     def resume_key(self) -> str:
         """Return what identifies the result: inputs, options, target and versions."""
@@ -188,7 +194,7 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
         params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
         library=library,
         system_lib=work.system_lib,
-        functions={name: str(work.signatures[name]) for name in entry_points(work.target)},
+        functions={name: str(work.signatures[name]) for name in work.entry_points()},
         metadata=work.metadata,
     )
     manifest.write(directory)

@@ -44,6 +44,7 @@ class GpuKernel:
     """
 
     layout = WordsLayout()
+    decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
         "threads": ("auto", 16, 32, 64, 128),
         "rows": (2, 1, 4),

@@ -17,7 +17,7 @@ from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.elementwise import RMSNorm, silu_product
 from fairy_compile.models.engine_functions import softmax_with_temperature
 from fairy_compile.models.kv_cache import attend
-from fairy_compile.models.linear import LinearPlanner, make_linear
+from fairy_compile.models.linear import LinearPlanner, each_row_alone, make_linear
 
 
 def gather_rows(table: Tensor, rows: Tensor, name: str, dtype: str) -> Tensor:
@@ -218,6 +218,11 @@ class CausalLM(nn.Module):
     def batch_decode(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         """Decode one token of each sequence, x (b, 1, hidden) -> logits (b, 1, vocab)."""
         return self.lm_head(self.model(x, cache)), cache
+
+    def batch_decode_exact(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Do as `batch_decode`, with the logits `decode` gives each sequence, bit for bit."""
+        with each_row_alone():
+            return self.batch_decode(x, cache)
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """See `engine_functions.softmax_with_temperature`."""

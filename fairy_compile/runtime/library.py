@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
 from fairy_compile.runtime.weights import load_host_weights
 
@@ -29,6 +30,7 @@ RELAX_FUNCTIONS = (
     "alloc_embedding_tensor",
     "softmax_with_temperature",
 )
+OPTIONAL_FUNCTIONS = (EXACT_DECODE,)
 INPLACE_FUNCTIONS = ("apply_logit_bias_inplace", "apply_penalty_inplace", "apply_bitmask_inplace")
 
 
@@ -91,10 +93,17 @@ class ModelLibrary:
                 "build the model again for this machine"
             ) from error
         self._functions = {name: self._find(name) for name in RELAX_FUNCTIONS + INPLACE_FUNCTIONS}
+        for name in OPTIONAL_FUNCTIONS:
+            if self._vm.module.implements_function(name):
+                self._functions[name] = self._vm.module[name]
         try:
             self.metadata = json.loads(str(self._functions["_metadata"]()))
         except ValueError as error:
             raise ModelFileError(f"{path}: its metadata is not valid JSON: {error}") from error
+
+    def has(self, name: str) -> bool:
+        """Tell whether the library has the function ``name``, which may be optional."""
+        return name in self._functions
 
     def _find(self, name: str) -> Callable[..., Any]:
         module = self._vm.module
