@@ -146,7 +146,8 @@ def test_a_client_that_leaves_frees_its_slot_and_harms_no_other(client, http, al
             expected = alone.generate(prompt, 60, temperature=0.0)
             assert other.result().choices[0].text == expected
     wait_until(lambda: engine.load.running == engine.load.waiting == 0)
-    assert engine.load.kv_pages_used == engine.load.kv_pages_reserved == 0
+    assert engine.load.kv_pages_reserved == 0
+    assert engine.load.kv_pages_used == engine.load.kv_pages_kept
     assert counter(http, 'fairy_answers_total{reason="cancelled"}') == cancelled + 12
 
 
@@ -215,6 +216,27 @@ def test_api_key(engine):
         is_error(asyncio.run(get(path, Authorization="Bearer wrong")), 401)
         assert asyncio.run(get(path, Authorization="Bearer secret")).status_code == 200
     assert asyncio.run(get("/health")).status_code == 200
+
+
+def test_names_of_other_sites_are_refused(http):
+    reply = http.get("/v1/models", headers={"Host": "evil.example"})
+    is_error(reply, 403)
+    assert "--allow-host" in reply.json()["error"]["message"]
+
+
+def test_a_prefix_is_run_once(client, http, alone, engine):
+    """Whole chunks of it; the answer is that of one who has the model to himself."""
+    chunk = engine.model.engine.chunk
+    prefix = [5 + i % 300 for i in range(chunk)]
+    name = "fairy_cached_prompt_tokens_total"
+    for number in (0, 1):
+        before = counter(http, name)
+        prompt = [*prefix, 40 + number, 41]
+        reply = complete(client, prompt, 12)
+        cached = reply.usage.prompt_tokens_details.cached_tokens
+        assert cached == number * chunk
+        assert counter(http, name) - before == cached
+        assert reply.choices[0].text == alone.generate(prompt, 12, temperature=0.0)
 
 
 def test_health_and_metrics(client, http):
