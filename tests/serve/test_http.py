@@ -181,9 +181,9 @@ def test_long_prompts_do_not_stall_others(client, engine, alone):
     prefill, decode = inner.prefill, inner.decode
 
     def logged(kind, function):
-        def call(*args):
+        def call(*args, **options):
             order.append(kind)
-            return function(*args)
+            return function(*args, **options)
 
         return call
 
@@ -205,7 +205,7 @@ def test_api_key(engine):
 
     async def get(path, **headers):
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as session:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as session:
             return await session.get(path, headers=headers)
 
     import asyncio
