@@ -86,6 +86,12 @@ class Target:
         """Keys of the TVM target of the CPU code: the target itself, or a GPU's host."""
         return dict(self.tvm.get("host", self.tvm))
 
+    @property
+    def triple(self) -> str:
+        """LLVM's triple of the CPU code, e.g. ``aarch64-linux-android``."""
+        machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
+        return str(self.host.get("mtriple", f"{machine}-{platform.system().lower()}"))
+
     def to_tvm(self) -> Any:
         """Return the `tvm.target.Target`, with a CPU host for device targets."""
         import tvm

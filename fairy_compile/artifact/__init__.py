@@ -12,6 +12,7 @@ from fairy_compile.artifact.manifest import (
     TargetInfo,
 )
 from fairy_compile.artifact.mlc_config import ChatConfig, EngineSizes, chat_config
+from fairy_compile.artifact.package import PackageReport, package
 from fairy_compile.artifact.params import ParamWriter, WrittenParams, read_params
 from fairy_compile.artifact.signature import Signature, signatures_of
 from fairy_compile.artifact.staging import check_output, staged_directory
@@ -26,6 +27,7 @@ __all__ = [
     "LayerEntry",
     "Manifest",
     "ModelInfo",
+    "PackageReport",
     "ParamEntry",
     "ParamWriter",
     "Signature",
@@ -42,6 +44,7 @@ __all__ = [
     "describe_files",
     "human_bytes",
     "inspect",
+    "package",
     "read_params",
     "render",
     "signatures_of",

@@ -52,7 +52,11 @@ GPU_SAMPLER_FUNCTIONS = {
 }
 """Also called by the engine's GPU sampler."""
 
+EXACT_DECODE = "batch_decode_exact"
+"""Our own, which no MLC engine calls: ``batch_decode`` with the results of ``decode``."""
+
 OPTIONAL_FUNCTIONS = {
+    EXACT_DECODE: CHAT_FUNCTIONS["batch_decode"],
     "batch_verify": "(1, n, h) act, object, params -> [(1, n, v) float32, object]",
     "extend": CHAT_FUNCTIONS["prefill"],
     "batch_extend": CHAT_FUNCTIONS["batch_prefill"],

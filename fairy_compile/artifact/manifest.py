@@ -47,6 +47,7 @@ _SCHEMA = {
     ],
     "params": [{"name": str, "shape": [int], "dtype": str, "role": str, "unused_bits": int}],
     "library": str,
+    "system_lib?": str,
     "functions": MapOf(str),
     "metadata": dict,
     "kind?": OneOf(*KINDS),
@@ -163,6 +164,8 @@ class Manifest:
         layers: the build report.
         params: parameters in the order the library takes them.
         library: file name of the model library.
+        system_lib: what an app that links the library calls it (``system://NAME``); empty for one
+            that is loaded from its file.
         functions: name -> signature of the library's public functions, see `artifact.contract`.
         metadata: what the library's ``_metadata`` function returns.
         created: UTC, ISO 8601.
@@ -183,6 +186,7 @@ class Manifest:
     library: str
     functions: dict[str, str]
     metadata: dict[str, Any]
+    system_lib: str = ""
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )

@@ -20,6 +20,9 @@ from fairy_compile.artifact.files import human_bytes
 from fairy_compile.artifact.schema import load_object
 from fairy_compile.errors import FairyError, ModelFileError
 
+PACKAGE = "fairy-package.json"
+"""What marks a package for phones, see `artifact.package`."""
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
@@ -27,8 +30,8 @@ def check_output(output: Path | str, *, force: bool, needed_bytes: int = 0) -> N
     """Check that ``output`` may be written, without writing anything.
 
     A missing or empty directory may always be written. With ``force`` a directory that looks like
-    ours may be replaced: one with a ``fairy.json``, or with a ``config.json`` whose
-    ``quantization_config.quant_method`` is ``fairy``.
+    ours may be replaced: one with a ``fairy.json`` or ``fairy-package.json``, or with a
+    ``config.json`` whose ``quantization_config.quant_method`` is ``fairy``.
 
     Args:
         output: directory to be created or replaced.
@@ -136,7 +139,7 @@ def _check_replaceable(path: Path, force: bool) -> None:
 
 
 def _looks_like_ours(path: Path) -> bool:
-    if (path / "fairy.json").is_file():
+    if (path / "fairy.json").is_file() or (path / PACKAGE).is_file():
         return True
     try:
         quantization = load_object(path / "config.json").get("quantization_config")

@@ -17,13 +17,14 @@ from fairy_compile.cli.convert import convert
 from fairy_compile.cli.evaluate import eval
 from fairy_compile.cli.guard import guarded, set_debug
 from fairy_compile.cli.inspect import inspect
+from fairy_compile.cli.package import package
 from fairy_compile.cli.run import run
 from fairy_compile.cli.serve import serve
 from fairy_compile.cli.targets import targets
 from fairy_compile.cli.train import train
 from fairy_compile.cli.verify import verify
 
-VERBS = (build, convert, run, chat, serve, bench, eval, inspect, verify, train, targets)
+VERBS = (build, convert, run, chat, serve, bench, eval, inspect, verify, package, train, targets)
 
 app = typer.Typer(
     name="fairy_compile",

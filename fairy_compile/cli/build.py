@@ -44,6 +44,12 @@ def build(
         typer.Option("--max-batch", help="Most sequences at a time  [default: 4]"),
     ] = None,
     exempt: options.Exempt = None,
+    model_lib: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model-lib", help="What a phone's app calls the library  [default: from -o]"
+        ),
+    ] = None,
     debug_dump: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--debug-dump", metavar="DIR", help="Write the IR after every phase here."),
@@ -77,6 +83,7 @@ def build(
             prefill_chunk=prefill_chunk,
             max_batch=max_batch,
             exempt=tuple(exempt or ()),
+            model_lib=model_lib,
             debug_dump=debug_dump,
             progress=progress,
         )

@@ -51,6 +51,19 @@ def serve(
             help="exact: no answer depends on what runs beside it; full: the largest batches.",
         ),
     ] = Batching.exact,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-reuse/--no-prefix-reuse",
+            help="Do not run again what a prompt shares with one before it.",
+        ),
+    ] = True,
+    allow_host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--allow-host", metavar="NAME", help="Also answer to this name; may be repeated, * any."
+        ),
+    ] = None,
     kv_tokens: Annotated[
         Number,
         typer.Option("--kv-tokens", help="Tokens of the KV cache  [default: 8192 or one context]"),
@@ -90,6 +103,8 @@ def serve(
             invariant=batching is Batching.exact,
             drain_seconds=drain_seconds,
             access_log=access_log,
+            reuse=reuse,
+            allowed_hosts=tuple(allow_host or ()),
         ),
         announce=lambda line: typer.echo(line, err=True),
         device=device,

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.artifact.system_lib import (
+    check_system_lib_name,
+    default_system_lib_name,
+    system_lib_prefix,
+)
 from fairy_compile.compiler.clock import Clock
 from fairy_compile.compiler.cuda_binary import check_nvcc
 from fairy_compile.compiler.export import check_linker, export_library
+from fairy_compile.compiler.gate import check_executable, check_objects
 from fairy_compile.compiler.graph import build_graph
-from fairy_compile.compiler.library import Sizes, entry_points
+from fairy_compile.compiler.library import Sizes
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
 from fairy_compile.compiler.write import (
@@ -66,6 +72,7 @@ def build(
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
     exempt: Sequence[str] = (),
+    model_lib: str | None = None,
     debug_dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -96,6 +103,8 @@ def build(
         prefill_chunk: most tokens of one prefill call; default 256.
         max_batch: most sequences at a time; default 4. As the three above, of language models only.
         exempt: glob patterns of layers to leave dense.
+        model_lib: what a phone's app calls the library; default made of the output's name. Only
+            for targets whose library is linked into an app.
         debug_dump: directory for the IR after every phase.
         progress: called as progress(what, done, total).
 
@@ -121,6 +130,7 @@ def build(
                 "--context": context,
                 "--prefill-chunk": prefill_chunk,
                 "--max-batch": max_batch,
+                "--model-lib": model_lib,
             }
         )
         with clock("import"):
@@ -141,6 +151,7 @@ def build(
             "example inputs and dynamic shapes are for PyTorch modules; "
             f"{str(model)!r} is none, so leave them out"
         )
+    system_lib = _system_lib(compile_for, model_lib, output)
     with clock("read headers"):
         source = open_source(model)
         if rotate:
@@ -193,7 +204,7 @@ def build(
         notes += done.notes[1:]  # the first is the one of `settle`
         source = open_source(converted)
         config_quant, _ = source.settle(asked)
-    work = Work(name, source, config_quant, compile_for, decoder, sizes)
+    work = Work(name, source, config_quant, compile_for, decoder, sizes, system_lib)
     with clock("define"):
         work.define()
     report = _report(work, notes)
@@ -215,11 +226,16 @@ def build(
             executable = compile_module(
                 work.module,
                 compile_for,
-                entry_points(compile_for),
+                work.entry_points(),
+                symbol_prefix=system_lib_prefix(system_lib) if system_lib else None,
                 debug_dump=Path(debug_dump) if debug_dump else None,
                 progress=progress,
             )
-            export_library(executable, compile_for, directory)
+            functions = {name: work.signatures[name] for name in work.entry_points()}
+            check_executable(executable, functions)
+            library = export_library(executable, compile_for, directory)
+            if system_lib:
+                check_objects(library, system_lib, compile_for, functions)
         with clock("finish"):
             write_configs(work, directory, written, report)
     if converted is not None:
@@ -281,6 +297,20 @@ def _quant_config(
         exempt=tuple(exempt) or base.exempt,
         stages_for=base.stages_for,
     )
+
+
+def _system_lib(target: Target, asked: str | None, output: str | Path | None) -> str:
+    """Return what apps call the library; empty for one that is loaded from its file."""
+    if target.library != "tar":
+        if asked is not None:
+            raise FairyError(
+                f"--model-lib {asked}: a library for {target.name} is loaded from its file; only "
+                "those for phones have a name of their own"
+            )
+        return ""
+    name = asked or default_system_lib_name(Path(output or "model").expanduser().resolve())
+    check_system_lib_name(name)
+    return name
 
 
 def _kv_dtype(asked: str | None, act: str, target: Target) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,14 @@ def export_library(executable: Any, target: Target, directory: Path) -> Path:
     """Write the model library of ``executable`` into ``directory``.
 
     ``so`` and ``dylib`` libraries for a foreign machine are linked by the first of the target's
-    linkers that is installed; ``tar`` holds the objects for somebody else's linker.
+    linkers that is installed; ``tar`` holds the objects of a system library for an app's linker.
 
     Raises:
         FairyError: no linker for the target is installed, or linking failed.
     """
     path = directory / library_name(target)
     if target.library == "tar":
-        from tvm.support import tar
-
-        executable.export_library(str(path), fcompile=tar.tar)
+        executable.export_library(str(path), fcompile=_pack)
     elif not target.linkers:
         executable.export_library(str(path))
     else:
@@ -75,6 +75,19 @@ def _zig() -> list[str] | None:
         return [sys.executable, "-m", "ziglang"]
     found = shutil.which("zig")
     return [found] if found else None
+
+
+def _pack(output: str, objects: list[str], **_: Any) -> None:
+    """Write a tar file that depends on nothing but the objects, unlike that of the tar command."""
+    with gzip.GzipFile(output, "wb", mtime=0) as stream, tarfile.open(None, "w", stream) as tar:
+        for path in map(Path, objects):
+            member = tarfile.TarInfo(path.name)
+            member.size = path.stat().st_size
+            with path.open("rb") as content:
+                tar.addfile(member, content)
+
+
+_pack.output_format = "tar"
 
 
 def _link_with(command: list[str]) -> Any:

@@ -48,6 +48,7 @@ class GraphWork:
     graph: Graph
     quant: QuantConfig
     target: Target
+    system_lib = ""  # MLC's apps run chat models only
 
     def __post_init__(self) -> None:
         self.layers: GraphLayers = find_layers(self.graph)

@@ -12,6 +12,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.artifact.contract import (
     CHAT_FUNCTIONS,
+    EXACT_DECODE,
     GPU_SAMPLER_FUNCTIONS,
     REQUIRED_FUNCTIONS,
 )
@@ -84,7 +85,7 @@ def define(
         (module, parameters in order, metadata dictionary).
     """
     network = network_of(config)(config, planner, target)
-    module, named = network.export_tvm(spec=_entry_points(config))
+    module, named = network.export_tvm(spec=_entry_points(config, _needs_exact(planner, sizes)))
     params = _describe(network, named)
     metadata = _metadata(config, sizes, params, quantization)
     bb = relax.BlockBuilder(module)
@@ -99,7 +100,13 @@ def define(
     return module, params, metadata
 
 
-def _entry_points(config: DecoderConfig) -> dict[str, Any]:
+def _needs_exact(planner: Planner, sizes: Sizes) -> bool:
+    """Whether ``batch_decode`` may get rows enough to give other results than ``decode``."""
+    starts = [call.kernel.decode_from for call in planner.calls if call.kernel]
+    return any(start is not None and start <= sizes.max_batch for start in starts)
+
+
+def _entry_points(config: DecoderConfig, exact: bool) -> dict[str, Any]:
     spec, hidden = nn.spec, config.hidden_size
     packed = {"param_mode": "packed", "effect_mode": "none"}
     cache = spec.Object(object_type=PagedKVCache)
@@ -110,6 +117,7 @@ def _entry_points(config: DecoderConfig) -> dict[str, Any]:
     def ints(*shape: Any) -> Any:
         return spec.Tensor(list(shape), "int32")
 
+    batch_decode = {"x": tokens("batch_size", 1), "cache": cache, "$": packed}
     return {
         "embed": {"ids": ints("seq_len"), "$": packed},
         "prefill": {"x": tokens(1, "seq_len"), "cache": cache, "$": packed},
@@ -120,7 +128,8 @@ def _entry_points(config: DecoderConfig) -> dict[str, Any]:
             "$": packed,
         },
         "decode": {"x": tokens(1, 1), "cache": cache, "$": packed},
-        "batch_decode": {"x": tokens("batch_size", 1), "cache": cache, "$": packed},
+        "batch_decode": batch_decode,
+        **({EXACT_DECODE: dict(batch_decode)} if exact else {}),
         "softmax_with_temperature": {
             "logits": spec.Tensor(["batch_size", 1, "vocab_size"], "float32"),
             "temperature": spec.Tensor(["batch_size"], "float32"),

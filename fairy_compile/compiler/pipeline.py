@@ -24,6 +24,7 @@ from fairy_compile.compiler.passes import (
     ParallelizeElementwise,
     keep_only,
 )
+from fairy_compile.compiler.system_lib import prefix_symbols
 from fairy_compile.targets import Target
 
 Progress = Callable[[str, int, int], None]
@@ -38,12 +39,18 @@ class Phase:
     passes: tuple[Any, ...]
 
 
-def phases(entry_points: list[str], target: Target, graph: bool = False) -> list[Phase]:
+def phases(
+    entry_points: list[str],
+    target: Target,
+    symbol_prefix: str | None = None,
+    graph: bool = False,
+) -> list[Phase]:
     """Return the phases in order.
 
     Args:
         entry_points: the functions an engine may call.
         target: what to compile for.
+        symbol_prefix: of a system library, see `artifact.system_lib`; None for a shared one.
         graph: the module was imported and has operators that reduce and have no schedule of ours.
     """
     t = relax.transform
@@ -77,6 +84,7 @@ def phases(entry_points: list[str], target: Target, graph: bool = False) -> list
                 t.LowerRuntimeBuiltin(),
                 t.VMShapeLower(),
                 t.AttachGlobalSymbol(),
+                *([prefix_symbols(symbol_prefix)] if symbol_prefix else []),
             ),
         ),
     ]
@@ -88,6 +96,7 @@ def compile_module(
     entry_points: list[str],
     *,
     graph: bool = False,
+    symbol_prefix: str | None = None,
     debug_dump: Path | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -98,13 +107,14 @@ def compile_module(
         target: what to compile for.
         entry_points: names an engine calls; everything they do not reach is dropped.
         graph: see `phases`.
+        symbol_prefix: of a system library, see `artifact.system_lib`; None for a shared one.
         debug_dump: directory for one ``NN-phase.py`` per phase, or None.
         progress: called before each phase.
 
     Returns:
         The Relax VM executable.
     """
-    steps = phases(entry_points, target, graph)
+    steps = phases(entry_points, target, symbol_prefix, graph)
     tvm_target = target.to_tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
         _dump(debug_dump, 0, "input", module)
@@ -122,6 +132,7 @@ def compile_module(
                 target=tvm_target,
                 relax_pipeline=nothing_left,
                 tir_pipeline=tir_pipeline(target),
+                system_lib=symbol_prefix is not None or None,
             )
 
 

@@ -47,13 +47,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def knobs_for(kernel: PhaseKernel, batch: Batch, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the knobs of ``kernel`` for one batch class from `load_knobs` entries.
 
+    ``decode`` also takes those of ``many`` and of ``single``, whose results it has to give.
+
     Raises:
         FairyError: an entry names an unknown knob or value.
     """
     chosen: dict[str, Any] = {}
-    for entry in entries:
-        if entry["kernel"] != kernel.name or entry["batch"] != batch:
-            continue
+    sources = ("many", "single", "decode") if batch == "decode" else (batch,)
+    ours = [e for e in entries if e["kernel"] == kernel.name and e["batch"] in sources]
+    for entry in sorted(ours, key=lambda e: sources.index(e["batch"])):
         for knob, value in entry["values"].items():
             if value not in kernel.knobs.get(knob, ()):
                 known = "; ".join(f"{k}: {list(v)}" for k, v in kernel.knobs.items())

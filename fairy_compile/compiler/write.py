@@ -28,6 +28,7 @@ from fairy_compile.artifact import (
     describe_files,
     signatures_of,
 )
+from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.artifact.graph_contract import CHAT
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import dump_json, load_object
@@ -50,7 +51,10 @@ OTHER_FILES_BYTES = 64 << 20
 
 @dataclass
 class Work:
-    """The pieces a build passes along; ``name`` is the directory's last part or the hub id."""
+    """The pieces a build passes along; ``name`` is the directory's last part or the hub id.
+
+    ``system_lib`` is what apps call the library, see `Manifest`.
+    """
 
     name: str
     source: ModelSource
@@ -58,6 +62,7 @@ class Work:
     target: Target
     decoder: DecoderConfig
     sizes: Sizes
+    system_lib: str = ""
 
     def define(self, demands: parameters.Demands | None = None) -> None:
         """Plan kernels and build the Relax module."""
@@ -71,6 +76,11 @@ class Work:
         )
         if problems:
             raise RuntimeError("the library breaks the engine's contract: " + "; ".join(problems))
+
+    def entry_points(self) -> list[str]:
+        """Return what engines call in this library, see `library.entry_points`."""
+        own = [EXACT_DECODE] if EXACT_DECODE in self.signatures else []
+        return [*entry_points(self.target), *own]
 
     def resume_key(self) -> str:
         """Return what identifies the result: inputs, options, target and versions."""
@@ -116,6 +126,7 @@ class AnyWork(Protocol):
     params: list[Param]
     metadata: dict[str, Any]
     signatures: dict[str, Signature]
+    system_lib: str
 
 
 def write_params(
@@ -176,7 +187,7 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
         kind=CHAT,
         model=ModelInfo(work.decoder.model_type, _model_sizes(work.decoder) | report.sizes),
         others=[*tokenizer, MLC_CHAT_CONFIG],
-        functions=entry_points(work.target),
+        functions=work.entry_points(),
     )
     manifest.write(directory)
     report.files = {name: entry.bytes for name, entry in manifest.files.items()}
@@ -237,6 +248,7 @@ def manifest_of(
         ),
         params=tuple(ParamEntry(p.name, p.shape, p.dtype, parameters.role(p)) for p in work.params),
         library=library,
+        system_lib=work.system_lib,
         functions={name: str(work.signatures[name]) for name in functions},
         metadata=work.metadata,
         kind=kind,

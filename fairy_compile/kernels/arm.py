@@ -86,6 +86,7 @@ class ArmCodebook:
     """
 
     layout = ARM_LAYOUT
+    decode_from = None
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
@@ -154,7 +155,7 @@ class ArmCodebook:
             spec=spec,
             batch=batch,
             mode=self.table_mode(spec, knobs),
-            tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch == "many" else 1,
+            tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch != "single" else 1,
         ).emit()
 
     def _has_combined(self, spec: PhaseSpec) -> bool:

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 Activation = Literal["silu", "gelu_tanh"]
 """Of gated feed-forward layers."""
 
-Batch = Literal["single", "many"]
-"""Batch class of a function: exactly one row, or a symbolic number of rows."""
+Batch = Literal["single", "decode", "many"]
+"""Batch class of a function: ``single`` has exactly one row, the others a symbolic number of them.
+``decode`` computes each bit for bit as ``single`` would, so that an answer does not depend on what
+runs beside it; ``many`` is free to be faster."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,14 @@ class PhaseKernel(Protocol):
         name: ``backend.kernel``, e.g. ``x86.codebook``; shown in reports.
         layout: the packed form it reads.
         knobs: named choices for the tuner; the first of each is the default.
+        decode_from: fewest rows that ``decode`` and ``many`` compute differently; None where the
+            kernel has but one function for both.
     """
 
     name: str
     layout: Layout
     knobs: Mapping[str, Sequence[Any]]
+    decode_from: int | None
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
         """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
@@ -93,7 +98,7 @@ class PhaseKernel(Protocol):
         """Return a scheduled function (x, *arrays in `layout.arrays` order, y).
 
         x is (b, 2m) in ``spec.dtype`` and y (b, 2n) in ``spec.out_dtype``, both float32 on CPUs; b
-        is 1 for batch ``single`` and symbolic for ``many``.
+        is 1 for batch ``single`` and symbolic for the others.
         """
 
 

@@ -79,6 +79,7 @@ class CudaPlanes:
 
     name = "cuda.planes"
     layout = CudaLayout()
+    decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
         "warps": (8, 4, 16),
         "row_tiles": ("auto", 1, 2, 4, 8),

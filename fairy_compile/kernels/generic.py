@@ -97,6 +97,7 @@ class GenericKernel:
 
     name = "generic"
     layout = QuartersLayout()
+    decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {"rows_per_task": (8, 1, 4, 16, 32)}
 
     def unsupported(self, spec: PhaseSpec, target: Any) -> str | None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _MAX_WORDS = 2**31 - 1  # offsets are int32
 # Thread groups that keep a GPU busy; with fewer, more threads share a row.
 _GROUPS = 128
+# Where looking weights up takes fewer operations than decoding them; see the knob.
+_TABLE_DEVICES = ("metal", "opencl", "vulkan")
 
 
 class GpuKernel:
@@ -39,15 +41,21 @@ class GpuKernel:
             rows are few.
         rows: complex matrix rows of such a team.
         tokens: rows of x that one pass of decoding serves, in batch ``many``.
+        weights: while decoding, ``table`` looks them up in shared memory (with scales that do not
+            change along a row; elsewhere the same as ``bits``), ``bits`` computes them from their
+            bits; ``auto`` is what takes fewer operations on the device, by
+            `benchmarks/gpu_static.py`.
         switch: most rows of x that are served by decoding; more go to the tiled GEMM.
         tile_tokens: rows of x of a tile.
     """
 
     layout = WordsLayout()
+    decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
         "threads": ("auto", 16, 32, 64, 128),
         "rows": (2, 1, 4),
         "tokens": (4, 2, 1, 8),
+        "weights": ("auto", "table", "bits"),
         "switch": (8, 0, 4, 16, 32),
         "tile_tokens": ("auto", 32, 64),
     }
@@ -156,7 +164,16 @@ class GpuKernel:
             groups = ceildiv(spec.n, rows * max(1, GROUP // 2 // threads))
             if groups < _GROUPS and spec.m > 64 * 32:
                 threads = 128
-        return DecodeShape(threads, max(1, GROUP // 2 // threads), rows, tokens)
+        tables = knobs["weights"] == "table" or (
+            knobs["weights"] == "auto" and self.device in _TABLE_DEVICES
+        )
+        return DecodeShape(
+            threads,
+            max(1, GROUP // 2 // threads),
+            rows,
+            tokens,
+            tables and spec.scale != "tile64",
+        )
 
     @staticmethod
     def _tile_tokens(spec: PhaseSpec, knob: Any) -> int:

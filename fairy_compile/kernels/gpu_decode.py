@@ -14,6 +14,7 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.gpu_builder import ceildiv, launch, local, store, when
 from fairy_compile.kernels.gpu_layout import UNIT, code_place
+from fairy_compile.kernels.gpu_tables import Tables
 from fairy_compile.kernels.gpu_weights import Weights
 from fairy_compile.op.spec import PhaseSpec
 
@@ -36,12 +37,14 @@ class DecodeShape:
         teams: of a thread group.
         rows: complex matrix rows of a team.
         tokens: rows of x of a thread group.
+        tables: look weights up in shared memory, see `gpu_tables`; else decode their bits.
     """
 
     threads: int
     teams: int
     rows: int
     tokens: int
+    tables: bool = False
 
 
 class Decode:
@@ -71,6 +74,15 @@ class Decode:
                 token if shape.tokens == 1 else T.bind(T.min(token + b, batch - 1))
                 for b in range(shape.tokens)
             ]
+            self.tables = None
+            if shape.tables:
+                self.tables = Tables(self.weights, shape.teams * shape.rows)
+                self.tables.fill(
+                    lambda r: T.min(block * (shape.teams * shape.rows) + r, spec.n - 1),
+                    team * shape.threads + thread,
+                    shape.teams * shape.threads,
+                )
+            self.first_table = team * shape.rows
             sums = local((shape.rows * shape.tokens * 2,))
             for i in range(shape.rows * shape.tokens * 2):
                 store(sums, i, T.float32(0))
@@ -92,7 +104,7 @@ class Decode:
         together = max(1, 4 // planes) if weights.units % max(1, 4 // planes) == 0 else 1
         words = local((shape.rows * together * planes,), "uint32")
         scales = local((shape.rows * planes * 2,), "uint32")
-        if not weights.tiled:
+        if not weights.tiled and self.tables is None:
             for r, row in enumerate(rows):
                 weights.load_scales(scales, r * planes * 2, row, T.int32(0))
         steps = weights.units // together
@@ -155,7 +167,14 @@ class Decode:
                             (moved[r * len(weights.slots) + i], c * 2 * stages)
                             for i, (_, _, stages) in enumerate(weights.slots)
                         ]
-                        weights.block(bits, scales, r * weights.planes * 2, block)
+                        if self.tables is None:
+                            weights.block(bits, scales, r * weights.planes * 2, block)
+                        else:
+                            found = [
+                                self.tables.look_up(*place, self.first_table + r, slot)
+                                for slot, place in enumerate(bits)
+                            ]
+                            weights.block_of(found, block)
                         self._add(values, c, block, r, sums)
 
     def _add(self, values: Buffer, c: int, block: Buffer, r: int, sums: Buffer) -> None:

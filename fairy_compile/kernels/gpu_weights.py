@@ -76,14 +76,23 @@ class Weights:
             scale, scale_at: registers `load_scales` filled.
             into: four registers.
         """
-        sums: dict[int, tuple[Any, Any]] = {}
+        values = []
         for (k, first, stages), (word, start) in zip(self.slots, bits, strict=True):
+            value: tuple[Any, Any] | None = None
             for t in range(stages):
                 plane = k * self.spec.stages + first + t
                 re, im = (scale[scale_at + 2 * plane + axis] for axis in range(2))
-                value = _decode(word, start + 2 * t, re, im)
-                before = sums.get(k)
-                sums[k] = value if before is None else tuple(map(_add, before, value))
+                found = decode_code(word, start + 2 * t, re, im)
+                value = found if value is None else tuple(map(_add, value, found))
+            values.append(value)
+        self.block_of(values, into)
+
+    def block_of(self, values: Sequence[tuple[Any, Any]], into: Buffer) -> None:
+        """Store the 2x2 block of a column to ``into``, given both parts of every slot's sum."""
+        sums: dict[int, tuple[Any, Any]] = {}
+        for (k, _, _), value in zip(self.slots, values, strict=True):
+            before = sums.get(k)
+            sums[k] = value if before is None else tuple(map(_add, before, value))
         if len(sums) == 2:
             (ur, ui), (wr, wi) = self._parts(sums[0]), self._parts(sums[1])
             block = (ur + wr, wi - ui, ui + wi, ur - wr)
@@ -112,7 +121,7 @@ class Weights:
         return re, im
 
 
-def _decode(word: Expr, bit: int, re: Expr, im: Expr) -> tuple[Expr, Expr]:
+def decode_code(word: Expr, bit: int, re: Expr, im: Expr) -> tuple[Expr, Expr]:
     """Return both parts of a code's value; ``re`` and ``im`` are the bits of its scales."""
     to_sign = 30 - bit
     moved = T.shift_left(word, T.uint32(to_sign)) if to_sign else word

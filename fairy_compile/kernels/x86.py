@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.x86_layout import BLOCK, has_joint
 from fairy_compile.kernels.x86_panel_layout import (
+    MIN_TOKENS,
     WORD_LIMIT,
     PanelLayout,
     TableMode,
@@ -73,7 +74,7 @@ class Isa:
             at int16: with entries up to 2 * 63 + 1, a pair is at most 2 * 127 * 127 = 32258.
         sums: accumulators to keep in registers at a time.
         block: rows of x that meet a panel's vectors in registers; two sums each.
-        amx: AMX tiles serve batches of `x86_panels.MIN_TOKENS` and more.
+        amx: AMX tiles serve batches of `MIN_TOKENS` and more.
     """
 
     name: str
@@ -173,9 +174,11 @@ class X86Codebook:
         panels: ``combined``, ``joint`` (with tensor scales and T >= 2) or ``split``, for many
             tokens; with AVX2 also ``words``.
         prefetch: bytes of codes to prefetch ahead; 0 for none.
-        tokens: rows of x that share a look-up in batch ``many``; half as many for int16.
+        tokens: rows of x that share a look-up where there are several; half as many for int16.
         columns: columns to decode to panels at a time.
     """
+
+    decode_from = MIN_TOKENS
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
@@ -214,7 +217,7 @@ class X86Codebook:
 
         ``joint`` panels pair stages; they know no pairs of terms, which combined ones cover.
         """
-        single = batch == "single"
+        single = batch != "many"
         mode: TableMode = choose_knobs(self, knobs)["tables" if single else "panels"]
         if single and mode == "combined" and not self.layout.has_combined_tables(spec):
             mode = "joint"
@@ -248,7 +251,8 @@ class X86Codebook:
         """Return a scheduled function (x, *arrays in `layout.arrays` order, y).
 
         x is float32 (b, 2m) and y float32 (b, 2n); b is 1 for batch ``single`` and symbolic for
-        ``many``. Knobs left out take their defaults.
+        the others, of which ``decode`` has no panels: every row meets the tables of ``single``,
+        in integers. Knobs left out take their defaults.
 
         Raises:
             FairyError: an unknown knob or value.
@@ -274,7 +278,7 @@ class X86Codebook:
             spec=spec,
             batch=batch,
             tables=self.table_mode(spec, "single", knobs),
-            tokens=max(1, chosen["tokens"] // DIGITS[spec.act]) if batch == "many" else 1,
+            tokens=1 if batch == "single" else max(1, chosen["tokens"] // DIGITS[spec.act]),
             prefetch=chosen["prefetch"],
             panels=panels,
         ).emit()

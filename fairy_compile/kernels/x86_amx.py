@@ -26,8 +26,8 @@ from fairy_compile.kernels.x86_activations import DIGITS, join_digits, span, sto
 from fairy_compile.kernels.x86_amx_activations import BYTES, HALVES, ROWS, TileActivations
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
-from fairy_compile.kernels.x86_panel_layout import Panel, TableMode
-from fairy_compile.kernels.x86_panels import MIN_TOKENS, Panels
+from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, Panel, TableMode
+from fairy_compile.kernels.x86_panels import Panels
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 
 if TYPE_CHECKING:

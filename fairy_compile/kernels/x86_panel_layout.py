@@ -29,6 +29,9 @@ from fairy_compile.kernels.x86_tables import combined_arrays
 from fairy_compile.op import PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
+MIN_TOKENS = 9
+"""Fewest rows of x that are worth decoding panels for; below, the decode kernel reads less."""
+
 TableMode = Literal["combined", "words", "joint", "split"]
 
 BYTE_LIMIT, WORD_LIMIT = 127, 32767  # what int8 and int16 hold

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
     from fairy_compile.kernels.x86 import Isa
 
-MIN_TOKENS = 9
-"""Fewest rows of x that are worth decoding panels for; below, the decode kernel reads less."""
-
 PANELS = 4
 _AXES = ((1, 0, -1, 0), (0, 1, 0, -1))  # re and im of the codes
 _LANE = 16  # bytes that AVX2 shuffles keep apart

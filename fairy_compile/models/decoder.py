@@ -20,7 +20,12 @@ from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.elementwise import RMSNorm, gate_product, soft_cap, split
 from fairy_compile.models.engine_functions import softmax_with_temperature
 from fairy_compile.models.kv_cache import attend
-from fairy_compile.models.linear import LinearCall, LinearPlanner, make_linear
+from fairy_compile.models.linear import (
+    LinearCall,
+    LinearPlanner,
+    each_row_alone,
+    make_linear,
+)
 
 
 def gather_rows(table: Tensor, rows: Tensor, name: str, dtype: str, scale: float = 1.0) -> Tensor:
@@ -250,6 +255,11 @@ class CausalLM(nn.Module):
     def batch_decode(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         """Decode one token of each sequence, x (b, 1, hidden) -> logits (b, 1, vocab)."""
         return self.logits(self.model(x, cache)), cache
+
+    def batch_decode_exact(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Do as `batch_decode`, with the logits `decode` gives each sequence, bit for bit."""
+        with each_row_alone():
+            return self.batch_decode(x, cache)
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """See `engine_functions.softmax_with_temperature`."""

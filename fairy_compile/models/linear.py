@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +13,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from fairy_compile.kernels import dense, dense_gpu
-from fairy_compile.kernels.base import ArraySpec, PhaseKernel
+from fairy_compile.kernels.base import ArraySpec, Batch, PhaseKernel
 from fairy_compile.models.elementwise import add_bias
 from fairy_compile.models.shapes import product
 from fairy_compile.op.spec import PhaseSpec
@@ -145,7 +147,7 @@ def kernel_symbol(call: LinearCall, batch: str) -> str:
     )
 
 
-def kernel_function(call: LinearCall, target: Any, batch: str) -> tirx.PrimFunc:
+def kernel_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc:
     """Return the scheduled function of a call for a batch class, opaque to operator fusion."""
     if call.kernel and call.spec:
         func = call.kernel.build(call.spec, target, batch, call.knobs.get(batch, {}))
@@ -154,6 +156,19 @@ def kernel_function(call: LinearCall, target: Any, batch: str) -> tirx.PrimFunc:
     else:
         func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
     return func.with_attr("op_pattern", 8)
+
+
+_EACH_ALONE: ContextVar[bool] = ContextVar("each_alone", default=False)
+
+
+@contextmanager
+def each_row_alone() -> Iterator[None]:
+    """Let `PlannedLinear` compute every row bit for bit as if it were the only one."""
+    token = _EACH_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _EACH_ALONE.reset(token)
 
 
 class PlannedLinear(nn.Module):
@@ -172,7 +187,7 @@ class PlannedLinear(nn.Module):
         """Call the kernel over all leading dimensions at once."""
         *lead, in_features = x.shape
         rows = product(lead)
-        batch = "single" if isinstance(rows, int) and rows == 1 else "many"
+        batch = self._batch(rows)
         flat = op.reshape(x, (rows, in_features))
         out = sum(self.call.out_features)
         weights = [getattr(self, name) for name in self.array_names] or self._shared
@@ -184,6 +199,13 @@ class PlannedLinear(nn.Module):
         )
         y = op.reshape(y, (*lead, out))
         return add_bias(y, self.bias) if self.bias is not None else y
+
+    def _batch(self, rows: Any) -> Batch:
+        if isinstance(rows, int) and rows == 1:
+            return "single"
+        kernel = self.call.kernel
+        apart = _EACH_ALONE.get() and kernel is not None and kernel.decode_from is not None
+        return "decode" if apart else "many"
 
 
 class LinearRow(nn.Module):

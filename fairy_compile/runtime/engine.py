@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.kv_cache import PAGE_SIZE, KVCache
 from fairy_compile.runtime.library import CallCount, ModelLibrary, open_device
@@ -222,8 +223,16 @@ class Engine:
             )
         return logits
 
-    def decode(self, sequences: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+    def decode(
+        self, sequences: Sequence[int], tokens: Sequence[int], *, exact: bool = False
+    ) -> np.ndarray:
         """Append ``tokens[i]`` to ``sequences[i]``, all in one step.
+
+        Args:
+            sequences: ids, each at most once.
+            tokens: one a sequence.
+            exact: compute each as if it were alone, where the library knows how to; see
+                `serve.invariance`.
 
         Returns:
             float32 [len(sequences), vocab].
@@ -232,7 +241,8 @@ class Engine:
             raise FairyError(f"decode got {len(sequences)} sequences and {len(tokens)} tokens")
         ids = self._check_tokens(tokens)
         start = time.perf_counter()
-        name = "decode" if len(ids) == 1 else "batch_decode"
+        apart = exact and self.library.has(EXACT_DECODE)
+        name = "decode" if len(ids) == 1 else EXACT_DECODE if apart else "batch_decode"
         x = self._embed(ids, batch=len(ids))
         with self.cache.forward(sequences, [1] * len(ids)):
             logits = self.library.call_logits(

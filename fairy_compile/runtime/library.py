@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
 from fairy_compile.runtime.weights import load_host_weights
 
@@ -29,6 +30,7 @@ RELAX_FUNCTIONS = (
     "alloc_embedding_tensor",
     "softmax_with_temperature",
 )
+OPTIONAL_FUNCTIONS = (EXACT_DECODE,)
 INPLACE_FUNCTIONS = ("apply_logit_bias_inplace", "apply_penalty_inplace", "apply_bitmask_inplace")
 
 
@@ -153,6 +155,13 @@ class ModelLibrary(LibraryFile):
         super().__init__(path, device)
         self.counts: dict[str, CallCount] = {}
         self._functions = {name: self.find(name) for name in RELAX_FUNCTIONS + INPLACE_FUNCTIONS}
+        for name in OPTIONAL_FUNCTIONS:
+            if self._vm.module.implements_function(name):
+                self._functions[name] = self._vm.module[name]
+
+    def has(self, name: str) -> bool:
+        """Tell whether the library has the function ``name``, which may be optional."""
+        return name in self._functions
 
     def call(self, name: str, *args: Any, tokens: int = 0) -> Any:
         """Call the function ``name`` and count the call, its ``tokens`` and its time."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.runtime.engine import Engine
 from fairy_compile.runtime.kv_cache import PAGE_SIZE
 
@@ -17,6 +18,7 @@ _FORWARD = {
     "batch_prefill": "many",
     "decode": "single",
     "batch_decode": "many",
+    EXACT_DECODE: "decode",
 }
 """Function that runs all layers once -> batch class its kernels were generated for."""
 
@@ -37,7 +39,8 @@ class KernelStats:
 
     Attributes:
         kernel: e.g. ``x86.codebook``, or ``dense``.
-        batch: ``single`` for one row (decode), ``many`` for a symbolic number of rows.
+        batch: ``single`` for one row (decode), ``many`` for a symbolic number of rows, ``decode``
+            for rows computed as if each were alone.
         layers: linear calls of the model that use it; each runs once per step.
         calls: layers times the steps of that batch class.
     """
@@ -136,7 +139,7 @@ def _kernels(engine: Engine, layers: Sequence[LayerEntry]) -> tuple[KernelStats,
     steps = {"single": 0, "many": 0}
     for function, batch in _FORWARD.items():
         if function in engine.counts:
-            steps[batch] += engine.counts[function].calls
+            steps[batch] = steps.get(batch, 0) + engine.counts[function].calls
     return tuple(
         KernelStats(kernel, batch, count, count * steps[batch])
         for kernel, count in sorted(per_kernel.items())

@@ -23,6 +23,7 @@ class Answer:
         position: tokens of the prompt that have been run.
         last_token: the token to feed next, once the prompt has been run.
         drawn: tokens drawn, without an end token.
+        tokens: the prompt and what was drawn.
         finish_reason: None while running.
         cached_tokens: tokens of the prompt that came from another sequence.
     """
@@ -40,6 +41,7 @@ class Answer:
         self.position = 0
         self.last_token: int | None = None
         self.drawn = 0
+        self.tokens = list(request.prompt)
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
         self._sampler = Sampler(request.sampling)
@@ -71,6 +73,7 @@ class Answer:
             self._matcher.accept(token)
         self.drawn += 1
         self.last_token = token
+        self.tokens.append(token)
         if self.request.logprobs is not None:
             self._logprobs.append(token_logprob(logits, token, self.request.logprobs))
         text = self._filter.push(self._stream.push(token))

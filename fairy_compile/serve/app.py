@@ -1,7 +1,7 @@
 """The HTTP application: routes and errors."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +15,7 @@ from fairy_compile.errors import FairyError
 from fairy_compile.serve.api_error import ApiError
 from fairy_compile.serve.exchange import Exchange
 from fairy_compile.serve.metrics import Metrics
-from fairy_compile.serve.middleware import ApiKey, BodyLimit, Counting, error_response
+from fairy_compile.serve.middleware import ApiKey, BodyLimit, Counting, HostName, error_response
 from fairy_compile.serve.protocol import ChatRequest, CompletionRequest
 from fairy_compile.serve.replies import ChatReply, CompletionReply, Reply
 from fairy_compile.serve.service import Service
@@ -32,6 +32,8 @@ def create_app(
     *,
     api_key: str | None = None,
     max_body: int = DEFAULT_MAX_BODY,
+    host: str = "127.0.0.1",
+    allowed_hosts: Collection[str] = (),
 ) -> FastAPI:
     """Return the application that serves ``engine``.
 
@@ -40,6 +42,8 @@ def create_app(
         model_name: what clients call the model.
         api_key: asked of every request but those for ``/health``; None asks for none.
         max_body: most bytes of a request's body.
+        host: address the server listens at.
+        allowed_hosts: other names it answers to, see `middleware.HostName`.
     """
     metrics = Metrics(engine)
     service = Service(engine, metrics, model_name)
@@ -47,6 +51,7 @@ def create_app(
     app.add_middleware(BodyLimit, limit=max_body)
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
+    app.add_middleware(HostName, bound=host, allowed=allowed_hosts)
     app.add_middleware(Counting, metrics=metrics, paths=_PATHS)
     _handle_errors(app)
     _add_state_routes(app, service)

@@ -36,6 +36,11 @@ class Metrics:
         self.prompt_tokens = Counter(
             "fairy_prompt_tokens", "Prompt tokens of ended answers.", registry=registry
         )
+        self.cached_tokens = Counter(
+            "fairy_cached_prompt_tokens",
+            "Prompt tokens of ended answers that were not run again.",
+            registry=registry,
+        )
         self.completion_tokens = Counter(
             "fairy_completion_tokens", "Tokens drawn by ended answers.", registry=registry
         )
@@ -83,6 +88,7 @@ class AnswerTimer:
         metrics.answers.labels("failed" if isinstance(event, Failed) else event.reason).inc()
         if isinstance(event, Finished):
             metrics.prompt_tokens.inc(event.prompt_tokens)
+            metrics.cached_tokens.inc(event.cached_tokens)
             metrics.completion_tokens.inc(event.completion_tokens)
             if self._first is not None and event.completion_tokens > 1:
                 metrics.per_token.observe((now - self._first) / (event.completion_tokens - 1))
@@ -104,6 +110,11 @@ class _Load:
                 "fairy_kv_pages_reserved",
                 "KV pages that running answers can come to need.",
                 load.kv_pages_reserved,
+            ),
+            (
+                "fairy_kv_pages_kept",
+                "KV pages of ended answers, kept for prompts that begin like them.",
+                load.kv_pages_kept,
             ),
             ("fairy_kv_pages_total", "KV pages in all.", load.kv_pages_total),
         ):

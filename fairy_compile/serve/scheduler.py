@@ -4,8 +4,9 @@ Every step admits waiting requests, runs up to a chunk of prompt tokens, and dra
 every answer whose prompt has been run. A long prompt so delays others by one chunk at a time.
 
 An answer reserves the pages it can come to need before it starts, so a running one is never
-evicted. Prompts are cut where `Engine.prefill` cuts them, one sequence a call, so that their logits
-do not depend on what else runs.
+evicted; sequences that are kept for their prefixes get what is left. Prompts are cut where
+`Engine.prefill` cuts them, one sequence a call, so that their logits do not depend on what else
+runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fairy_compile.serve.request import Failed, Finished, Request
 
 if TYPE_CHECKING:
     from fairy_compile.runtime.model import Model
+    from fairy_compile.serve.prefixes import Prefixes
 
 _log = logging.getLogger(__name__)
 
@@ -36,13 +38,24 @@ class Scheduler:
         running: answers in progress, oldest first.
         decode_rows: most sequences of one decode call.
         reserved_pages: KV pages that running answers can come to need.
+        prefixes: sequences kept for reuse, or None.
     """
 
-    def __init__(self, model: Model, decode_rows: int):
+    def __init__(
+        self,
+        model: Model,
+        decode_rows: int,
+        *,
+        exact: bool = False,
+        prefixes: Prefixes | None = None,
+    ):
+        """Run requests on ``model``; ``exact`` is that of `Engine.decode`."""
         self.waiting: deque[Request] = deque()
         self.running: list[Answer] = []
         self.decode_rows = decode_rows
         self.reserved_pages = 0
+        self.prefixes = prefixes
+        self._exact = exact
         self._model = model
         self._engine = model.engine
 
@@ -64,6 +77,8 @@ class Scheduler:
             request.notify(failed)
         self.waiting.clear()
         self._fail(list(self.running), failed)
+        if self.prefixes:
+            self.prefixes.clear()
 
     def _drop_cancelled(self) -> None:
         for request in [r for r in self.waiting if r.cancelled]:
@@ -89,7 +104,7 @@ class Scheduler:
             self._start(request, pages)
 
     def _start(self, request: Request, pages: int) -> None:
-        sequence = self._engine.add_sequence()
+        sequence, cached = self._sequence_for(request, pages)
         try:
             answer = Answer(
                 request,
@@ -102,8 +117,24 @@ class Scheduler:
             self._engine.remove_sequence(sequence)
             request.notify(_failed(error))
             return
+        answer.position = answer.cached_tokens = cached
         self.reserved_pages += pages
         self.running.append(answer)
+
+    def _sequence_for(self, request: Request, pages: int) -> tuple[int, int]:
+        """Return a sequence and how many tokens of the prompt it has already."""
+        cache = self._engine.cache
+        if self.prefixes is None:
+            return self._engine.add_sequence(), 0
+
+        def fits(kept: int, kept_pages: int) -> bool:
+            return (
+                len(self.running) + kept < cache.max_sequences
+                and self.reserved_pages + pages + kept_pages < cache.pages
+            )
+
+        running = {a.sequence: a.tokens[: self._engine.length(a.sequence)] for a in self.running}
+        return self.prefixes.begin(request.prompt, running, fits)
 
     def _prefill(self) -> None:
         left = chunk = self._engine.chunk
@@ -126,7 +157,9 @@ class Scheduler:
             group = ready[start : start + self.decode_rows]
             try:
                 logits = self._engine.decode(
-                    [a.sequence for a in group], [a.last_token for a in group]
+                    [a.sequence for a in group],
+                    [a.last_token for a in group],
+                    exact=self._exact,
                 )
             except Exception as error:
                 self._fail(group, _failed(error))
@@ -146,12 +179,16 @@ class Scheduler:
     def _fail(self, answers: Iterable[Answer], failed: Failed) -> None:
         for answer in answers:
             answer.request.notify(failed)
-            self._release(answer)
+            self._release(answer, keep=False)
 
-    def _release(self, answer: Answer) -> None:
+    def _release(self, answer: Answer, keep: bool = True) -> None:
         self.running.remove(answer)
         self.reserved_pages -= self._pages(answer.request)
-        self._engine.remove_sequence(answer.sequence)
+        if self.prefixes is None or not keep:
+            self._engine.remove_sequence(answer.sequence)
+            return
+        run = answer.tokens[: self._engine.length(answer.sequence)]
+        self.prefixes.keep(answer.sequence, run, len(answer.request.prompt))
 
 
 def _failed(error: Exception) -> Failed:

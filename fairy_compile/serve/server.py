@@ -42,6 +42,8 @@ class ServerOptions:
         invariant: split decode calls so that no answer depends on what runs beside it.
         drain_seconds: how long running answers may go on after the server was told to end.
         access_log: log every request.
+        reuse: do not run again what a prompt shares with one before it.
+        allowed_hosts: names the server answers to beside its address; ``*`` for any.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +55,8 @@ class ServerOptions:
     invariant: bool = True
     drain_seconds: int = 30
     access_log: bool = False
+    reuse: bool = True
+    allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -100,11 +104,19 @@ def serve(
             lambda: _load(directory, load_options),
             max_queue=options.max_queue,
             invariant=options.invariant,
+            reuse=options.reuse,
         )
         try:
             name = options.model_name or directory.resolve().name
             _announce(announce, engine, options, name, listener)
-            app = create_app(engine, name, api_key=options.api_key, max_body=options.max_body)
+            app = create_app(
+                engine,
+                name,
+                api_key=options.api_key,
+                max_body=options.max_body,
+                host=options.host,
+                allowed_hosts=options.allowed_hosts,
+            )
             config = uvicorn.Config(
                 app,
                 log_level="info" if options.access_log else "warning",

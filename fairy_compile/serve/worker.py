@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fairy_compile.serve.invariance import invariant_rows
+from fairy_compile.serve.prefixes import Prefixes
 from fairy_compile.serve.request import ClosingError, Failed, QueueFullError, Request
 from fairy_compile.serve.scheduler import Scheduler
 
@@ -24,13 +25,14 @@ class Load:
     """How busy the engine is: requests with and without a sequence, and KV pages.
 
     ``kv_pages_used`` hold tokens now; ``kv_pages_reserved`` are those running answers can come to
-    need.
+    need; ``kv_pages_kept`` are of sequences kept for prompts that begin like them.
     """
 
     running: int
     waiting: int
     kv_pages_used: int
     kv_pages_reserved: int
+    kv_pages_kept: int
     kv_pages_total: int
 
 
@@ -49,6 +51,7 @@ class EngineThread:
         *,
         max_queue: int = 64,
         invariant: bool = False,
+        reuse: bool = True,
     ):
         """Load a model and start to wait for requests.
 
@@ -56,12 +59,14 @@ class EngineThread:
             load: returns the model; called in the new thread.
             max_queue: most requests that wait while all sequences are taken.
             invariant: split decode calls so that no answer depends on what runs beside it.
+            reuse: do not run again what a prompt shares with one before it, see `serve.prefixes`.
 
         Raises:
             FairyError: what ``load`` raises.
         """
         self.max_queue = max_queue
         self.invariant = invariant
+        self.reuse = reuse
         self._open = load
         self._wake = threading.Condition()
         self._inbox: deque[Request] = deque()
@@ -140,7 +145,8 @@ class EngineThread:
             engine = self.model.engine
             rows = invariant_rows(engine) if self.invariant else engine.cache.max_sequences
             self.decode_rows = rows
-            self._scheduler = Scheduler(self.model, rows)
+            prefixes = Prefixes(engine, exact=self.invariant) if self.reuse else None
+            self._scheduler = Scheduler(self.model, rows, exact=self.invariant, prefixes=prefixes)
             self._account()
         except BaseException as error:
             self._error = error
@@ -170,6 +176,7 @@ class EngineThread:
                 waiting=waiting,
                 kv_pages_used=cache.used_pages,
                 kv_pages_reserved=scheduler.reserved_pages,
+                kv_pages_kept=scheduler.prefixes.pages if scheduler.prefixes else 0,
                 kv_pages_total=cache.pages - 1,
             )
 

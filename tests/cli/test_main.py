@@ -26,6 +26,7 @@ def test_help_lists_the_verbs_and_only_those(cli):
         "eval",
         "inspect",
         "verify",
+        "package",
         "train",
         "targets",
     ]

@@ -16,6 +16,7 @@ from fairy_compile.targets import Limits, load_target
 from tests.tiny_models import save_model
 
 GPU_TARGETS = {
+    "android": "opencl",
     "android-adreno": "opencl",
     "android-mali": "opencl",
     "iphone": "metal",

@@ -61,7 +61,7 @@ def test_extreme_codes(tmp_path: Path, batch: int, code: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knob", ["threads", "rows", "tokens", "switch", "tile_tokens"])
+@pytest.mark.parametrize("knob", list(KERNEL.knobs))
 def test_every_knob_computes_the_same(tmp_path: Path, knob: str) -> None:
     for value in KERNEL.knobs[knob]:
         for batch in (1, 7):

@@ -35,6 +35,17 @@ def test_joint_tables_stay_within_the_ratio_bound(kernel, stages):
     check(kernel, spec, make_parts(spec), make_x(spec), "single", tables="joint")
 
 
+@each_isa
+@pytest.mark.parametrize("act", ["int8", "int16"])
+def test_decode_computes_every_row_as_if_alone(kernel, act):
+    spec = make_spec(act=act)
+    parts, x = make_parts(spec), make_x(spec, kernel.decode_from + 12)
+    together = run(kernel, spec, parts, x, "decode")
+    for row in (0, 7, len(x) - 1):
+        alone = run(kernel, spec, parts, x[row : row + 1], "single")
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
 def test_combined_tables():
     """AVX2 alone has them; with int16 activations, too, where weights are near enough."""
     for act in ("int8", "int16"):

@@ -9,13 +9,13 @@ from fairy_compile.kernels.x86 import AVX2, AVX512_AMX, MAX_COMBINED_ERROR, X86C
 from fairy_compile.kernels.x86_layout import X86Layout
 from fairy_compile.kernels.x86_panel_layout import (
     BYTE_LIMIT,
+    MIN_TOKENS,
     WORD_LIMIT,
     PanelLayout,
     combine_scales,
     combined_error,
     panels,
 )
-from fairy_compile.kernels.x86_panels import MIN_TOKENS
 from tests.kernels.cases import make_parts, make_spec, make_x
 from tests.kernels.x86_cases import CASES, HERE, as_stored, check, check_extremes
 

@@ -8,8 +8,7 @@ import numpy as np
 import tvm
 
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, Isa, X86Codebook
-from fairy_compile.kernels.x86_panel_layout import WORD_LIMIT, combine_scales
-from fairy_compile.kernels.x86_panels import MIN_TOKENS
+from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, WORD_LIMIT, combine_scales
 from fairy_compile.kernels.x86_tables import joint_ratio, joint_ratio_error
 from fairy_compile.op import (
     PhaseSpec,

@@ -23,7 +23,7 @@ pytest.importorskip("fastapi", reason="fastapi is missing: pip install '.[serve]
 pytest.importorskip("prometheus_client", reason="it is missing: pip install '.[serve]'")
 
 MODEL = Path(__file__).parents[2] / "examples" / "bundled" / "model"
-SEQUENCES = 12  # more than one decode call of 8 rows, whose kernels differ from those of 9
+SEQUENCES = 12  # from 9 rows on, kernels of ordinary decode calls differ from those of one row
 NAME = "bundled"
 
 

@@ -146,7 +146,8 @@ def test_a_client_that_leaves_frees_its_slot_and_harms_no_other(client, http, al
             expected = alone.generate(prompt, 60, temperature=0.0)
             assert other.result().choices[0].text == expected
     wait_until(lambda: engine.load.running == engine.load.waiting == 0)
-    assert engine.load.kv_pages_used == engine.load.kv_pages_reserved == 0
+    assert engine.load.kv_pages_reserved == 0
+    assert engine.load.kv_pages_used == engine.load.kv_pages_kept
     assert counter(http, 'fairy_answers_total{reason="cancelled"}') == cancelled + 12
 
 
@@ -180,9 +181,9 @@ def test_long_prompts_do_not_stall_others(client, engine, alone):
     prefill, decode = inner.prefill, inner.decode
 
     def logged(kind, function):
-        def call(*args):
+        def call(*args, **options):
             order.append(kind)
-            return function(*args)
+            return function(*args, **options)
 
         return call
 
@@ -204,7 +205,7 @@ def test_api_key(engine):
 
     async def get(path, **headers):
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as session:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as session:
             return await session.get(path, headers=headers)
 
     import asyncio
@@ -215,6 +216,27 @@ def test_api_key(engine):
         is_error(asyncio.run(get(path, Authorization="Bearer wrong")), 401)
         assert asyncio.run(get(path, Authorization="Bearer secret")).status_code == 200
     assert asyncio.run(get("/health")).status_code == 200
+
+
+def test_names_of_other_sites_are_refused(http):
+    reply = http.get("/v1/models", headers={"Host": "evil.example"})
+    is_error(reply, 403)
+    assert "--allow-host" in reply.json()["error"]["message"]
+
+
+def test_a_prefix_is_run_once(client, http, alone, engine):
+    """Whole chunks of it; the answer is that of one who has the model to himself."""
+    chunk = engine.model.engine.chunk
+    prefix = [5 + i % 300 for i in range(chunk)]
+    name = "fairy_cached_prompt_tokens_total"
+    for number in (0, 1):
+        before = counter(http, name)
+        prompt = [*prefix, 40 + number, 41]
+        reply = complete(client, prompt, 12)
+        cached = reply.usage.prompt_tokens_details.cached_tokens
+        assert cached == number * chunk
+        assert counter(http, name) - before == cached
+        assert reply.choices[0].text == alone.generate(prompt, 12, temperature=0.0)
 
 
 def test_health_and_metrics(client, http):

@@ -57,7 +57,8 @@ def test_a_thousand_connections_get_an_answer_or_429(artifact):
             await asyncio.sleep(0.01)
         content = json.dumps(body).encode()
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\n"
             b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content
         )
         reply = await reader.read()
