@@ -21,9 +21,10 @@ from fairy_compile.cli.run import run
 from fairy_compile.cli.serve import serve
 from fairy_compile.cli.targets import targets
 from fairy_compile.cli.train import train
+from fairy_compile.cli.tune import tune
 from fairy_compile.cli.verify import verify
 
-VERBS = (build, convert, run, chat, serve, bench, eval, inspect, verify, train, targets)
+VERBS = (build, convert, run, chat, serve, bench, eval, inspect, verify, tune, train, targets)
 
 app = typer.Typer(
     name="fairy_compile",

@@ -178,6 +178,9 @@ def write_configs(work: Work, directory: Path, written: WrittenParams, report: B
                 terms=row.terms,
                 scale=row.scale,
                 shape=row.shape,
+                act=row.act,
+                parts=row.parts,
+                demands=row.demands,
             )
             for row in report.layers
         ),
