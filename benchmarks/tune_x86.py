@@ -96,9 +96,9 @@ def tune(
                   f"{run.task.batch} best {1 / run.best:.3f}x", flush=True)  # fmt: skip
 
     with crew_for(settings, work) as crew:
-        workers = [w._process.pid for w in crew.workers]
+        workers = [w.pid for w in crew.workers]
         records = Run(tasks, TARGET, settings, crew, journal, work, schedule, watch)()
-        workers += [w._process.pid for w in crew.workers]
+        workers += [w.pid for w in crew.workers]
     minutes = (time.monotonic() - start) / 60
     alive = [pid for pid in set(workers) if Path(f"/proc/{pid}").exists()]
     left = [*work.iterdir(), *(set(os.listdir("/tmp")) - before)]

@@ -90,7 +90,7 @@ def tune(
     place = Path(output or f"tune-{target}").expanduser()
     schedule = _schedule(schedules, compile_for)
     read_records(schedule)  # a damaged file is told before the hours of work, not after
-    with _journal(place, _identity(settings, target), force) as journal, _work(place) as work:
+    with journal_of(place, _identity(settings, target), force) as journal, work_of(place) as work:
         stream = min(STREAM_BYTES, max(1 << 20, _model_bytes(tasks)))
         crew = (
             rpc_crew(settings, compile_for, work)
@@ -169,7 +169,8 @@ def _model_bytes(tasks: Sequence[Task]) -> int:
 
 
 @contextmanager
-def _journal(place: Path, identity: dict[str, Any], force: bool) -> Iterator[Journal]:
+def journal_of(place: Path, identity: dict[str, Any], force: bool) -> Iterator[Journal]:
+    """Open the journal of a run in ``place``, which is made; with ``force``, a new one."""
     path = place / JOURNAL
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def _journal(place: Path, identity: dict[str, Any], force: bool) -> Iterator[Jou
 
 
 @contextmanager
-def _work(place: Path) -> Iterator[Path]:
+def work_of(place: Path) -> Iterator[Path]:
     """Yield a directory for libraries that is gone afterwards; so is what a killed run left."""
     work = place / _LIBRARIES
     shutil.rmtree(work, ignore_errors=True)

@@ -81,6 +81,11 @@ class Worker:
         self._deadline = time.monotonic() + START_SECONDS
 
     @property
+    def pid(self) -> int | None:
+        """Number of the process."""
+        return self._process.pid
+
+    @property
     def idle(self) -> bool:
         """Whether it takes a request; one that is starting does, and serves it later."""
         return self._request is None
