@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -226,15 +226,19 @@ def _rank(record: Record) -> tuple[Any, ...]:
     return newest_first, -record.gain, record.to_text()
 
 
-def write_records(path: Path, records: Iterable[Record]) -> list[Record]:
-    """Merge ``records`` into a schedule file, which appears whole; returns all it then holds.
+def write_records(path: Path, records: Sequence[Record]) -> list[Record]:
+    """Put ``records`` into a schedule file, which appears whole; returns all it then holds.
+
+    They replace those of the same key, other than ones that were measured on a later day.
 
     Raises:
         FairyError: the file that is there is malformed, or it cannot be written.
     """
     from fairy_compile.results import save_files
 
-    merged = merge(read_records(path), records)
+    new = {record.key: record for record in records}
+    old = [r for r in read_records(path) if r.key not in new or r.date > new[r.key].date]
+    merged = merge(old, records)
     text = path.read_text("utf-8") if path.is_file() else ""
     above = text.partition(MARK)[0].rstrip()
     if MARK not in text and "[[tuned]]" in text:

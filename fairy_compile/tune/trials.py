@@ -106,10 +106,12 @@ class Journal:
         self._write({"finished": task, "result": dict(result), "at": at})
 
     def drop(self, device: str, reason: str, *, void: bool) -> list[Trial]:
-        """Note that a device is out; with ``void``, its trials never were. Returns those."""
+        """Note that a device is out; with ``void``, its trials never were. Returns those.
+
+        Tasks that it had a share in are not finished then.
+        """
         self.dropped[device] = reason
-        gone = [t for t in self.trials if void and t.device == device]
-        self.trials = [t for t in self.trials if t not in gone]
+        gone = self._void(device) if void else []
         self._write({"dropped": device, "reason": reason, "void": void})
         return gone
 
@@ -117,6 +119,13 @@ class Journal:
         """Note how fast the machine that measures reads memory."""
         self.read_bytes_per_second = bytes_per_second
         self._write({"read_bytes_per_second": bytes_per_second})
+
+    def _void(self, device: str) -> list[Trial]:
+        gone = [t for t in self.trials if t.device == device]
+        self.trials = [t for t in self.trials if t.device != device]
+        for task in {t.task for t in gone}:
+            self.finished.pop(task, None)
+        return gone
 
     def close(self) -> None:
         """Close the file."""
@@ -191,7 +200,7 @@ class Journal:
             device = entry["dropped"]
             self.dropped[device] = entry["reason"]
             if entry["void"]:
-                self.trials = [t for t in self.trials if t.device != device]
+                self._void(device)
         elif "read_bytes_per_second" in entry:
             self.read_bytes_per_second = float(entry["read_bytes_per_second"])
         else:

@@ -67,6 +67,10 @@ def test_a_file_keeps_what_stands_above(tmp_path):
     assert [r.task for r in read_records(path)] == [other.task, RECORD.task]
     write_records(path, [RECORD, other])
     assert path.read_text() == both
+    # Of one day the later run counts, even if it found less.
+    write_records(path, [replace(RECORD, gain=1.0)])
+    assert [r.gain for r in read_records(path)] == [RECORD.gain, 1.0]
+    write_records(path, [replace(RECORD, gain=1.3, date="2025-01-01"), RECORD])
     assert list(tmp_path.iterdir()) == [path]
 
 
