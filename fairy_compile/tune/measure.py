@@ -112,10 +112,11 @@ class Unfit:
 
 @dataclass(frozen=True)
 class Lost:
-    """The device did not answer; says nothing about the candidate."""
+    """The device did not answer; the candidate may have brought it down if it had ``begun``."""
 
     reason: str
     device: str
+    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Measurer:
 
     def __call__(self, request: MeasureRequest | ReadRequest) -> Outcome | float:
         """Check a candidate, then time it; or read memory."""
-        device = self.device
+        device, begun = self.device, False
         if isinstance(request, ReadRequest):
             return device.read_bytes_per_second()
         try:
@@ -188,6 +189,7 @@ class Measurer:
                 if reason:
                     return Unfit(f"wrong numbers of the default knobs: {reason}", device.name)
                 self._baselines[request.baseline] = baseline
+            begun = request.library != request.baseline
             candidate = device.load(request.library)
             reason = self._error(request.task, candidate)
             if reason:
@@ -198,7 +200,7 @@ class Measurer:
             return self._compare(request, baseline, candidate)
         except DeviceLost as error:
             self._task = None
-            return Lost(str(error), device.name)
+            return Lost(str(error), device.name, begun)
 
     def _prepare(self, request: MeasureRequest) -> None:
         self._baselines.clear()

@@ -246,7 +246,7 @@ class TaskRun:
             raise FairyError(verdict.reason)
         if verdict.kind in ("unfit", "lost"):
             if item is not None:
-                item.lost += verdict.kind == "lost"
+                item.lost += verdict.blamed
                 if item.lost >= MAX_TRIES:
                     self._record(item, "crash", FAILED, reason=verdict.reason)
                 else:

@@ -75,12 +75,12 @@ class Slot:
             return Verdict("unfit", outcome.reason)
         if isinstance(outcome, Lost):
             self.losses += 1
-            return Verdict("lost", outcome.reason)
+            return Verdict("lost", outcome.reason, blamed=outcome.begun)
         if reply.status == "refused":
             return Verdict("refused", reply.value)
         if self.remote:  # of an error, a crash or a hang there, any side may be the cause
             self.losses += 1
-            return Verdict("lost", reply.value)
+            return Verdict("lost", reply.value, blamed=True)
         kind = "timeout" if reply.status == "timeout" else "crash"
         return Verdict(kind, reply.value)
 
@@ -94,11 +94,13 @@ class Verdict:
             fault, or may be; ``refused`` is a user's mistake.
         reason: in words.
         measured: of ``ok``.
+        blamed: of ``lost``, whether the candidate may be to blame.
     """
 
     kind: str
     reason: str = ""
     measured: Measured | None = None
+    blamed: bool = False
 
     @property
     def score(self) -> float:

@@ -142,7 +142,8 @@ class FakeDevice:
         knobs = json.loads(Path(request.library).read_text())
         default = json.loads(Path(request.baseline).read_text())
         if self.count > self.dies_after:
-            return Lost("connection reset by peer", self.name)
+            first = self.count == self.dies_after + 1  # later ones find no device at all
+            return Lost("connection reset by peer", self.name, begun=first)
         if self.count > self.lies_after:
             return Unfit("wrong numbers of the default knobs: 0 instead of 1", self.name)
         if self.crashes(knobs):
