@@ -43,6 +43,9 @@ _SCHEMA = {
             "terms": str,
             "scale": str,
             "shape": [int],
+            "act?": str,
+            "parts?": [int],
+            "demands?": dict,
         }
     ],
     "params": [{"name": str, "shape": [int], "dtype": str, "role": str, "unused_bits": int}],
@@ -115,6 +118,9 @@ class LayerEntry:
         terms: ``UW``, ``W``, or empty for a dense layer.
         scale: granularity of the scales; empty for a dense layer.
         shape: (out_features, in_features) of the real map.
+        act: activation contract; empty in artifacts of earlier versions, as are those below.
+        parts: complex output rows of each fused layer.
+        demands: knobs of the kernel that the weights need.
     """
 
     name: str
@@ -126,6 +132,9 @@ class LayerEntry:
     terms: str
     scale: str
     shape: tuple[int, ...]
+    act: str = ""
+    parts: tuple[int, ...] = ()
+    demands: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -258,4 +267,5 @@ def _known(cls: type, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: tuple(row[name]) if isinstance(row[name], list) else row[name]
         for name in cls.__dataclass_fields__
+        if name in row
     }

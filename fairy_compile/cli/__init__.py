@@ -22,9 +22,12 @@ from fairy_compile.cli.run import run
 from fairy_compile.cli.serve import serve
 from fairy_compile.cli.targets import targets
 from fairy_compile.cli.train import train
+from fairy_compile.cli.tune import tune
 from fairy_compile.cli.verify import verify
 
-VERBS = (build, convert, run, chat, serve, bench, eval, inspect, verify, package, train, targets)
+VERBS = (
+    build, convert, run, chat, serve, bench, eval, inspect, verify, package, tune, train, targets
+)  # fmt: skip
 
 app = typer.Typer(
     name="fairy_compile",

@@ -209,6 +209,7 @@ def build(
         work.define()
     report = _report(work, notes)
     if dry_run:
+        report.notes += _schedule_notes(work, report)
         report.seconds = clock.seconds
         return report
     needed = report.param_bytes + OTHER_FILES_BYTES
@@ -222,6 +223,7 @@ def build(
             with clock("define again"):
                 work.define(demands)
                 report.layers = [describe_call(call) for call in work.planner.calls]
+        report.notes += _schedule_notes(work, report)
         with clock("compile"):
             executable = compile_module(
                 work.module,
@@ -356,6 +358,18 @@ def _sizes(
         )
     chunk = min(prefill_chunk or DEFAULT_PREFILL_CHUNK, chosen)
     return Sizes(chosen, chunk, max_batch), notes
+
+
+def _schedule_notes(work: Work, report: BuildReport) -> list[str]:
+    found = report.tuned()
+    if not found.keys() & {"tuned", "near"}:
+        return []
+    parts = [
+        f"{found.get('tuned', 0)} of {sum(found.values())} functions have knobs tuned for them",
+        *([f"{found['near']} for a shape near theirs"] if "near" in found else []),
+        *([f"{found['default']} have defaults"] if "default" in found else []),
+    ]
+    return [", ".join(parts), *work.planner.schedules.notes]
 
 
 def _report(work: Work, notes: list[str]) -> BuildReport:

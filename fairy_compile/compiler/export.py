@@ -36,7 +36,7 @@ def export_library(executable: Any, target: Target, directory: Path) -> Path:
         executable.export_library(str(path))
     else:
         command = find_linker(target)
-        executable.export_library(str(path), fcompile=_link_with(command))
+        executable.export_library(str(path), fcompile=link_with(command))
     return path
 
 
@@ -90,7 +90,7 @@ def _pack(output: str, objects: list[str], **_: Any) -> None:
 _pack.output_format = "tar"
 
 
-def _link_with(command: list[str]) -> Any:
+def link_with(command: list[str]) -> Any:
     """Return an export callback that links objects with ``command``."""
 
     def link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from fairy_compile.compiler.schedules import knobs_for, load_knobs
+from fairy_compile.compiler.schedules import Schedules
 from fairy_compile.config import QuantConfig, check_choice
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.source import LayerPlan, ModelSource
@@ -98,7 +98,7 @@ class Planner:
         self.layer_plans: dict[str, LayerPlan] = {}
         self._names = frozenset(source.names())
         self.act_dtype = activation_dtype(target, quant.act)
-        self._tuned = load_knobs(target)
+        self.schedules = Schedules(target)
 
     def dtype(self, name: str) -> str:
         """See `LinearPlanner.dtype`. GPUs store real weights as they compute with them."""
@@ -253,14 +253,21 @@ class Planner:
         demanded = dict(self.demands.get(name, {}))
         if token_int8:
             demanded = {k: v for k, v in _EXACT.items() if v in kernel.knobs.get(k, ())}
-        knobs = {
-            batch: knobs_for(kernel, batch, self._tuned) | demanded for batch in get_args(Batch)
+        choices = {
+            batch: self.schedules.choose(kernel, spec, batch, demanded) for batch in get_args(Batch)
         }
         if demanded and not token_int8:
             settings = ", ".join(f"{knob}={value}" for knob, value in demanded.items())
             reason += f"; its weights need {settings}"
         return LinearCall(
-            **common, reason=reason, spec=spec, kernel=kernel, knobs=knobs, token_int8=token_int8
+            **common,
+            reason=reason,
+            spec=spec,
+            kernel=kernel,
+            knobs={batch: choice.values for batch, choice in choices.items()},
+            demands=demanded,
+            tuned={batch: choice.origin for batch, choice in choices.items()},
+            token_int8=token_int8,
         )
 
     def _check_shape(self, name: str, want: tuple[int, ...]) -> None:

@@ -25,6 +25,11 @@ class LayerReport:
         scale: granularity of the scales, empty for a dense layer.
         bytes: size of its arrays, biases included.
         reason: why this kernel, in words.
+        parts: complex output rows of each fused layer; empty for a dense layer.
+        knobs: batch class -> knobs that differ from the kernel's defaults.
+        demands: those of them that its weights need.
+        tuned: batch class -> ``tuned``, ``near`` or ``default``: whether a schedule's record of
+            this call was found, or of one near it.
     """
 
     name: str
@@ -38,6 +43,10 @@ class LayerReport:
     scale: str
     bytes: int
     reason: str
+    parts: tuple[int, ...] = ()
+    knobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    demands: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, str] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -77,9 +86,13 @@ class BuildReport:
         """Return kernel name -> number of calls in one pass through the model."""
         return dict(Counter(layer.kernel for layer in self.layers))
 
+    def tuned(self) -> dict[str, int]:
+        """Return ``tuned``, ``near``, ``default`` -> functions whose knobs are from there."""
+        return dict(Counter(o for layer in self.layers for o in layer.tuned.values()))
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""
-        return asdict(self) | {"kernels": self.kernels()}
+        return asdict(self) | {"kernels": self.kernels(), "tuned": self.tuned()}
 
 
 def _float(dtype: str) -> str:
@@ -104,4 +117,8 @@ def describe_call(call: LinearCall) -> LayerReport:
         scale=spec.scale if spec else "",
         bytes=size,
         reason=call.reason + (f"; {call.experts} experts" if call.experts else ""),
+        parts=spec.parts if spec else (),
+        knobs={batch: dict(knobs) for batch, knobs in call.knobs.items()},
+        demands=dict(call.demands),
+        tuned=dict(call.tuned),
     )

@@ -243,6 +243,9 @@ def manifest_of(
                 terms=row.terms,
                 scale=row.scale,
                 shape=row.shape,
+                act=row.act,
+                parts=row.parts,
+                demands=row.demands,
             )
             for row in report.layers
         ),

@@ -32,6 +32,9 @@ class LinearCall:
         reason: why this kernel was chosen, for the report.
         spec, kernel: of a phase call; None for a dense one.
         knobs: batch class -> knobs that differ from the kernel's defaults.
+        demands: those of them that its weights need, see `PhaseKernel.demands`.
+        tuned: batch class -> where its knobs are from: ``tuned``, ``near`` or ``default``, see
+            `compiler.schedules.Choice`.
         dtype: storage dtype of a dense weight.
         act_dtype, out_dtype: of its input and its output.
         shared: parameter that already holds the dense weight (tied embeddings), or None.
@@ -50,6 +53,8 @@ class LinearCall:
     spec: PhaseSpec | None = None
     kernel: PhaseKernel | None = None
     knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    demands: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
     shared: str | None = None
     token_int8: bool = False

@@ -1,0 +1,74 @@
+"""`tune` from the command line: a tiny artifact, a few trials, a schedule that `build` reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fairy_compile.targets import schedules_directory
+from fairy_compile.tune.records import read_records
+
+FEW = ("--trials", "4", "--patience", "1", "--rows", "3", "--threads", "1", "--builders", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--trials", "0"), "--trials is 0; allowed: 1 and more"),
+        (("--rows", "many"), "write numbers, such as 4,128"),
+        (("--rows", "0"), "from 1 to 4096"),
+        (("--search", "luck"), "unknown --search 'luck'"),
+        (("--rpc", "nowhere"), "write HOST:PORT"),
+        (("--rpc", "127.0.0.1:9190"), "--rpc HOST:PORT and --key NAME go together"),
+        (("--target", "rpi5", "--dry-run"), "was built for target cpu"),
+        (("--report", "-o", "/nonexistent"), "holds no run"),
+    ],
+)
+def test_mistakes_are_told(cli, artifact, arguments, words):
+    result = cli("tune", artifact[0], *arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_a_target_that_does_not_run_here_is_told(cli, checkpoint, tmp_path):
+    result = cli("tune", checkpoint, "--target", "arm64-linux", "-o", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "measure on a device that has one, with --rpc" in result.output
+
+
+def test_tasks_of_artifact_and_model_agree(cli, artifact, checkpoint):
+    lists = [cli("tune", model, "--dry-run", "--json") for model in (artifact[0], checkpoint)]
+    of_artifact, of_model = (json.loads(result.output) for result in lists)
+    assert of_artifact == of_model
+    assert {task["batch"] for task in of_artifact} == {"single", "many"}
+    assert "nothing was measured" in cli("tune", checkpoint, "--dry-run").output
+
+
+@pytest.mark.slow
+def test_tune_then_build(cli, artifact, checkpoint, tmp_path, monkeypatch):
+    run, schedules = tmp_path / "run", tmp_path / "schedules"
+    options = (*FEW, "-o", run, "--schedules", schedules)
+    done = cli("tune", artifact[0], *options, "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output)
+    (schedule,) = schedules.glob("*.toml")
+    records = read_records(schedule)
+    assert len(records) == len({(t["task"], t["batch"]) for t in result["tasks"]})
+    assert all(r.gain >= 1 and r.device for r in records)
+    assert {p.name for p in run.iterdir()} == {"trials.jsonl", "report.html"}
+    assert "<svg" in (run / "report.html").read_text()
+    # Again, it has nothing left to do.
+    again = json.loads(cli("tune", artifact[0], *options, "--json").output)
+    assert again["resumed"]
+    assert again["tasks"] == result["tasks"]
+    report = cli("tune", artifact[0], *options, "--report")
+    assert "which `build --target cpu` reads" in report.output
+    other = cli("tune", artifact[0], *options, "--seed", "1")
+    assert other.exit_code == 2
+    assert "other seed: 0" in other.output
+    assert schedules_directory() != schedules
+    monkeypatch.setattr("fairy_compile.compiler.schedules.schedules_directory", lambda: schedules)
+    built = json.loads(cli("build", checkpoint, "--dry-run", "--json").output)
+    assert built["tuned"] == {"tuned": sum(built["tuned"].values())}
+    assert any("have knobs tuned for them" in note for note in built["notes"])
