@@ -162,7 +162,7 @@ def build(
                 debug_dump=Path(debug_dump) if debug_dump else None,
                 progress=progress,
             )
-            export_library(executable, compile_for, directory)
+            export_library(executable, compile_for, directory, progress)
         with clock("finish"):
             write_configs(work, directory, written, report)
     if converted is not None:
