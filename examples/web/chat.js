@@ -55,7 +55,7 @@ async function whatIsMissing(features) {
   if (!adapter) return "This browser has no WebGPU, or no graphics adapter for it.";
   const missing = features.filter((feature) => !adapter.features.has(feature));
   if (missing.includes("shader-f16")) {
-    return "This adapter has no 16-bit floats. Build the model with --target webgpu-f32 --act float.";
+    return "This adapter has no 16-bit floats. Build the model with --target webgpu-f32.";
   }
   return missing.length ? `This adapter lacks ${missing.join(", ")}.` : null;
 }
