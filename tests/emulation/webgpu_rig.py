@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ class WebGpuRig:
 
     def __init__(self, directory: Path) -> None:
         os.environ.setdefault("VK_ICD_FILENAMES", str(LAVAPIPE))
+        # PyTorch may load Triton later, which crashes once lavapipe's LLVM is in the process.
+        with suppress(ImportError):
+            import triton  # noqa: F401
         import wgpu
 
         self.directory = directory
