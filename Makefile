@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := dist/demo
 
-.PHONY: help demo test test-all lint train-demo clean
+.PHONY: help demo test test-all lint train-demo web-tools clean
 
 help:
 	@echo "make demo       build the bundled model for this machine and chat with it"
 	@echo "make test       run the tests"
 	@echo "make test-all   run all tests, the slow ones too"
 	@echo "make lint       check style"
+	@echo "make web-tools  install WebLLM and Playwright from npm into the user's cache"
 	@echo "make train-demo train the bundled model again (about 45 minutes on 2 cores)"
 
 # The core alone: no torch, about 150 MB to download.
@@ -38,6 +39,13 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# What `fairy_compile serve --web` hands to browsers, and what drives one in tests.
+WEB_TOOLS = $(shell $(BIN)/python -c 'from fairy_compile.user_cache import *; print(cache_directory() / "web")')
+web-tools: $(VENV)/.core
+	mkdir -p '$(WEB_TOOLS)'
+	cp examples/web/package.json '$(WEB_TOOLS)'
+	npm install --prefix '$(WEB_TOOLS)' --no-audit --no-fund
 
 train-demo: $(VENV)/.test
 	$(BIN)/python examples/bundled/train.py -o dist/bundled

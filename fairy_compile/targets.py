@@ -33,11 +33,13 @@ class Limits:
         shared_bytes: shared (threadgroup, local, workgroup) memory of a group.
         simd_width: threads that run in lockstep and can exchange registers; 1 where that is not
             known when the library is built.
+        buffer_bytes: most bytes of one array in device memory; None where memory is the limit.
     """
 
     max_threads: int
     shared_bytes: int
     simd_width: int = 1
+    buffer_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Target:
         features: what kernels may ask for: instruction sets of CPUs in LLVM's names (``avx2``,
             ``avx512vnni``, ``dotprod``); of GPUs ``float16`` and names their kernel files define.
         kernels: kernel family names in order of preference.
-        library: ``so``, ``dylib``, ``dll`` or ``tar`` (objects to link elsewhere).
+        library: ``so``, ``dylib``, ``dll``, ``wasm`` or ``tar`` (objects to link elsewhere).
         device: TVM device kind the artifact runs on, one of `DEVICES`.
         limits: of a thread group; None for CPUs.
         linkers: commands that link a library for a foreign machine, tried in order; empty where
@@ -98,13 +100,14 @@ class Target:
 
         keys = dict(self.tvm)
         if self.limits:
-            # Of TVM's two names for the most threads, upstream kernels read the larger number.
             keys |= {
                 "max_num_threads": self.limits.max_threads,
-                "max_threads_per_block": self.limits.max_threads,
                 "max_shared_memory_per_block": self.limits.shared_bytes,
                 "thread_warp_size": self.limits.simd_width,
             }
+            if self.device != "webgpu":
+                # TVM's second name for the most threads: upstream kernels read the larger number.
+                keys["max_threads_per_block"] = self.limits.max_threads
         if self.device == "vulkan":
             from fairy_compile.codegen import spirv
 
@@ -149,17 +152,23 @@ def activation_dtype(target: Target, act: ActContract) -> str:
 
 def targets_directory() -> Path:
     """Return the folder of target files: beside the package in a clone, inside it in a wheel."""
-    return _data_directory("targets")
+    return data_directory("targets")
 
 
 def schedules_directory() -> Path:
     """Return the folder of tuned knobs."""
-    return _data_directory("schedules")
+    return data_directory("schedules")
 
 
-def _data_directory(name: str) -> Path:
+def data_directory(name: str, source: str | None = None) -> Path:
+    """Return a folder of files that are not code: inside a wheel, or beside the package.
+
+    Args:
+        name: of the folder in a wheel.
+        source: its path in the repository; default ``name``.
+    """
     inside = Path(__file__).parent / "_data" / name
-    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / (source or name)
 
 
 def target_names() -> list[str]:

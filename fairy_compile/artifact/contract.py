@@ -174,6 +174,7 @@ CHAT_CONFIG = {
 }
 """Schema of ``mlc-chat-config.json``: every key that some MLC consumer reads."""
 
+_WEB_DTYPES = ("float16", "float32", "int32", "uint32")
 _ACTIVATIONS = ("float16", "bfloat16", "float32")
 
 
@@ -228,6 +229,8 @@ def check_library(
     metadata_problems = check(metadata, METADATA, "the library's metadata")
     if not metadata_problems:
         metadata_problems = _metadata_problems(metadata, binding.values.get("rows"))
+        if kind == "webgpu":
+            metadata_problems += _web_problems(metadata)
     return problems + metadata_problems
 
 
@@ -281,6 +284,16 @@ def _metadata_problems(metadata: Mapping[str, Any], rows: int | str | None) -> l
             f"prefill_chunk_size {metadata['prefill_chunk_size']}"
         )
     return problems
+
+
+def _web_problems(metadata: Mapping[str, Any]) -> list[str]:
+    """Return which parameters no shader can read: WGSL has no 8-bit or 16-bit integers."""
+    return [
+        f"the library's metadata: parameter {show(param['name'])} is {show(param['dtype'])}; "
+        f"browsers have {', '.join(_WEB_DTYPES)}"
+        for param in metadata["params"]
+        if param["dtype"] not in _WEB_DTYPES
+    ]
 
 
 def _signature_problem(have: Signature, want: Signature, binding: _Binding) -> str | None:

@@ -1,17 +1,21 @@
-"""``fairy_compile serve``: an OpenAI-compatible server for a compiled model."""
+"""``fairy_compile serve``: an OpenAI-compatible server, or a web page with the model in it."""
 
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from fairy_compile.cli import options
+from fairy_compile.errors import FairyError
 
 # Optional[] and not "| None": typer reads these annotations at run time.
 Number = Optional[int]  # noqa: UP045
 Text = Optional[str]  # noqa: UP045
+Directory = Optional[Path]  # noqa: UP045
+Texts = Optional[list[str]]  # noqa: UP045
 
 
 class Batching(str, Enum):
@@ -22,6 +26,7 @@ class Batching(str, Enum):
 
 
 def serve(
+    context_of_call: typer.Context,
     directory: options.Artifact,
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 for any free one.")] = 8000,
@@ -59,7 +64,7 @@ def serve(
         ),
     ] = True,
     allow_host: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Texts,
         typer.Option(
             "--allow-host", metavar="NAME", help="Also answer to this name; may be repeated, * any."
         ),
@@ -80,11 +85,62 @@ def serve(
     threads: options.Threads = None,
     cpus: options.Cpus = None,
     context: options.Context = None,
+    web: Annotated[
+        bool,
+        typer.Option(
+            "--web",
+            help="Serve a page that runs the model, built for webgpu, in the browser instead.",
+            rich_help_panel="Page",
+        ),
+    ] = False,
+    page: Annotated[
+        Directory,
+        typer.Option(
+            "--page",
+            help="Directory with an index.html  [default: a chat page]",
+            rich_help_panel="Page",
+        ),
+    ] = None,
+    web_llm: Annotated[
+        Directory,
+        typer.Option(
+            "--web-llm",
+            help="Directory of the npm package @mlc-ai/web-llm.",
+            rich_help_panel="Page",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        Texts,
+        typer.Option(
+            "--allow-origin",
+            help="Origin whose pages may read the model's files; may be repeated.",
+            rich_help_panel="Page",
+        ),
+    ] = None,
 ) -> None:
-    """Serve a compiled model to OpenAI's clients, until Ctrl-C."""
+    """Serve a compiled model to OpenAI's clients, or with --web to browsers, until Ctrl-C."""
     from fairy_compile.serve import require_packages
     from fairy_compile.tvm_pair import check_tvm_pair
 
+    _refuse_mixed(context_of_call, web)
+    if web:
+        require_packages("web")
+        from fairy_compile.serve.web import WebOptions, serve_web
+
+        serve_web(
+            directory,
+            WebOptions(
+                host=host,
+                port=port,
+                page=page,
+                web_llm=web_llm,
+                allow_hosts=tuple(allow_host or ()),
+                allow_origins=tuple(allow_origin or ()),
+                access_log=access_log,
+            ),
+            announce=lambda line: typer.echo(line, err=True),
+        )
+        return
     require_packages()
     check_tvm_pair()
     from fairy_compile.runtime.cpus import parse_cpus
@@ -115,3 +171,23 @@ def serve(
         kv_tokens=kv_tokens,
         prefill_chunk=prefill_chunk,
     )
+
+
+_PAGE_ONLY = frozenset({"page", "web_llm", "allow_origin"})
+_BOTH = frozenset({"directory", "host", "port", "allow_host", "access_log", "web"})
+
+
+def _refuse_mixed(call: typer.Context, web: bool) -> None:
+    """Refuse options that mean nothing with, or without, ``--web``."""
+    for name in call.params:
+        source = call.get_parameter_source(name)
+        if name in _BOTH or source is None or source.name != "COMMANDLINE":
+            continue
+        if web and name not in _PAGE_ONLY:
+            raise FairyError(f"{_flag(name)} means nothing with --web; leave it out")
+        if not web and name in _PAGE_ONLY:
+            raise FairyError(f"{_flag(name)} is for --web; add that, or leave it out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,1 +1,1 @@
-"""Code generators that the TVM wheel lacks: SPIR-V for Vulkan."""
+"""Code generators that the TVM wheel lacks: SPIR-V for Vulkan, WebAssembly for browsers."""

@@ -235,7 +235,7 @@ def build(
             )
             functions = {name: work.signatures[name] for name in work.entry_points()}
             check_executable(executable, functions)
-            library = export_library(executable, compile_for, directory)
+            library = export_library(executable, compile_for, directory, progress)
             if system_lib:
                 check_objects(library, system_lib, compile_for, functions)
         with clock("finish"):

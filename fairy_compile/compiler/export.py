@@ -7,10 +7,15 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fairy_compile.codegen import wasm
+from fairy_compile.codegen.zig import zig_command
 from fairy_compile.errors import FairyError
 from fairy_compile.targets import Target
+
+if TYPE_CHECKING:
+    from fairy_compile.compiler.pipeline import Progress
 
 STEM = "model"
 
@@ -20,11 +25,14 @@ def library_name(target: Target) -> str:
     return f"{STEM}.{target.library}"
 
 
-def export_library(executable: Any, target: Target, directory: Path) -> Path:
+def export_library(
+    executable: Any, target: Target, directory: Path, progress: Progress | None = None
+) -> Path:
     """Write the model library of ``executable`` into ``directory``.
 
     ``so`` and ``dylib`` libraries for a foreign machine are linked by the first of the target's
-    linkers that is installed; ``tar`` holds the objects of a system library for an app's linker.
+    linkers that is installed; ``tar`` holds the objects of a system library for an app's linker;
+    ``wasm`` holds TVM's runtime besides the model, see `codegen.wasm`.
 
     Raises:
         FairyError: no linker for the target is installed, or linking failed.
@@ -32,6 +40,10 @@ def export_library(executable: Any, target: Target, directory: Path) -> Path:
     path = directory / library_name(target)
     if target.library == "tar":
         executable.export_library(str(path), fcompile=_pack)
+    elif target.library == "wasm":
+        if progress and not wasm.runtime_is_built():
+            progress("compile TVM's runtime for browsers, once: minutes", 0, 1)
+        executable.export_library(str(path), fcompile=wasm.link)
     elif not target.linkers:
         executable.export_library(str(path))
     else:
@@ -42,7 +54,9 @@ def export_library(executable: Any, target: Target, directory: Path) -> Path:
 
 def check_linker(target: Target) -> None:
     """Raise `FairyError` if a library for ``target`` could not be linked on this machine."""
-    if target.linkers and target.library != "tar":
+    if target.library == "wasm":
+        wasm.find_zig()
+    elif target.linkers and target.library != "tar":
         find_linker(target)
 
 
@@ -55,7 +69,7 @@ def find_linker(target: Target) -> list[str]:
     for command in target.linkers:
         program, *rest = command.split()
         if program == "zig":
-            zig = _zig()
+            zig = zig_command()
             if zig:
                 return [*zig, *rest]
         elif shutil.which(program):
@@ -65,16 +79,6 @@ def find_linker(target: Target) -> list[str]:
         f"target {target.name} needs a linker for its machine, and none of these is installed: "
         f'{programs}; the quickest is: pip install "fairy-compile[cross]"'
     )
-
-
-def _zig() -> list[str] | None:
-    import importlib.util
-    import sys
-
-    if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang"]
-    found = shutil.which("zig")
-    return [found] if found else None
 
 
 def _pack(output: str, objects: list[str], **_: Any) -> None:

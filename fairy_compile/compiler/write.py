@@ -40,6 +40,7 @@ from fairy_compile.compiler.pipeline import Progress
 from fairy_compile.compiler.plan import Planner
 from fairy_compile.compiler.report import BuildReport, describe_call
 from fairy_compile.config import QuantConfig
+from fairy_compile.errors import UnsupportedError
 from fairy_compile.frontends.source import ModelSource
 from fairy_compile.models import DecoderConfig
 from fairy_compile.targets import Target
@@ -70,6 +71,7 @@ class Work:
         self.module, self.params, self.metadata = define(
             self.decoder, self.planner, self.target, self.sizes, f"fairy-{self.quant.quant}"
         )
+        _check_buffers(self.params, self.target)
         self.signatures = signatures_of(self.module)
         problems = check_library(
             self.signatures, self.metadata, self.target.device, self.decoder.vocab_size
@@ -110,6 +112,17 @@ def param_nbytes(param: Param) -> int:
     for dim in param.shape:
         size *= dim
     return size
+
+
+def _check_buffers(params: list[Param], target: Target) -> None:
+    most = target.limits.buffer_bytes if target.limits else None
+    for param in params:
+        size = param_nbytes(param)
+        if most is not None and size > most:
+            raise UnsupportedError(
+                f"parameter {param.name} takes {size} bytes; an array on target {target.name} has "
+                f"at most {most}; a smaller model or fewer --exempt layers fit"
+            )
 
 
 # Beside the shards of an unfinished build: what the weights written so far demand.

@@ -9,6 +9,7 @@ from fairy_compile.kernels.generic import GenericKernel
 from fairy_compile.kernels.metal import METAL_KERNELS
 from fairy_compile.kernels.opencl import OPENCL_KERNELS
 from fairy_compile.kernels.vulkan import VULKAN_KERNELS
+from fairy_compile.kernels.webgpu import WEBGPU_KERNELS
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86_CODEBOOK
 
 FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
@@ -19,6 +20,7 @@ FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
     "metal.words": METAL_KERNELS,
     "opencl.words": OPENCL_KERNELS,
     "vulkan.words": VULKAN_KERNELS,
+    "webgpu.words": WEBGPU_KERNELS,
     "generic": (GenericKernel(),),
 }
 """Family name -> its kernels, best first."""

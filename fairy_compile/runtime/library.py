@@ -226,11 +226,11 @@ def open_device(name: str) -> Any:
             "optional index as in cuda:1"
         ) from error
     if not device.exist:
-        remedy = (
-            f": {_no_vulkan()}"
-            if device.type == "vulkan"
-            else "; load with device='cpu', or build the model for --target cpu"
-        )
+        remedy = "; load with device='cpu', or build the model for --target cpu"
+        if device.type == "vulkan":
+            remedy = f": {_no_vulkan()}"
+        elif device.type == "webgpu":
+            remedy = "; browsers have it: run fairy_compile serve DIR --web"
         raise UnsupportedError(
             f"this machine has no device {name!r} that the installed TVM can use{remedy}"
         )

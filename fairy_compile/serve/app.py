@@ -14,8 +14,9 @@ from fairy_compile import __version__
 from fairy_compile.errors import FairyError
 from fairy_compile.serve.api_error import ApiError
 from fairy_compile.serve.exchange import Exchange
+from fairy_compile.serve.hosts import HostCheck, OwnNames
 from fairy_compile.serve.metrics import Metrics
-from fairy_compile.serve.middleware import ApiKey, BodyLimit, Counting, HostName, error_response
+from fairy_compile.serve.middleware import ApiKey, BodyLimit, Counting, error_response, wrong_host
 from fairy_compile.serve.protocol import ChatRequest, CompletionRequest
 from fairy_compile.serve.replies import ChatReply, CompletionReply, Reply
 from fairy_compile.serve.service import Service
@@ -43,7 +44,7 @@ def create_app(
         api_key: asked of every request but those for ``/health``; None asks for none.
         max_body: most bytes of a request's body.
         host: address the server listens at.
-        allowed_hosts: other names it answers to, see `middleware.HostName`.
+        allowed_hosts: other names it answers to, see `hosts.OwnNames`.
     """
     metrics = Metrics(engine)
     service = Service(engine, metrics, model_name)
@@ -51,7 +52,8 @@ def create_app(
     app.add_middleware(BodyLimit, limit=max_body)
     if api_key is not None:
         app.add_middleware(ApiKey, key=api_key)
-    app.add_middleware(HostName, bound=host, allowed=allowed_hosts)
+    names = OwnNames(host, allowed_hosts)
+    app.add_middleware(HostCheck, names=names, refuse=wrong_host)
     app.add_middleware(Counting, metrics=metrics, paths=_PATHS)
     _handle_errors(app)
     _add_state_routes(app, service)

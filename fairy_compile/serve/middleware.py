@@ -1,18 +1,19 @@
-"""What every HTTP request passes: counting, name of the host, API key, size of the body."""
+"""What every HTTP request passes: counting, API key, size of the body."""
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from fairy_compile.serve.api_error import ApiError
-from fairy_compile.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    from fairy_compile.serve.metrics import Metrics
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -48,55 +49,16 @@ class Counting:
         return await self._app(scope, receive, counted)
 
 
-class HostName:
-    """Refuses requests to other names than the server's own.
-
-    A page of some site can let that site's name point to 127.0.0.1 and then talk to this server
-    from the user's browser (DNS rebinding), but the request still carries the site's name. So
-    loopback names and addresses are answered, and the address the server listens at; where that is
-    every address of the machine, any address. Requests that name no host come from no browser.
-    """
-
-    def __init__(self, app: App, bound: str, allowed: Collection[str] = ()):
-        """Answer to ``bound``, the address listened at, and to ``allowed``; ``*`` allows all."""
-        self._app = app
-        self._names = {"localhost", bound.lower(), *(name.lower() for name in allowed)}
-        self._any_address = _is_address(bound, "is_unspecified")
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Handle a request."""
-        if scope["type"] in ("http", "websocket"):
-            header = Headers(scope=scope).get("host", "")
-            name = _host_of(header)
-            if header and not self._answers_to(name):
-                refusal = ApiError(
-                    403,
-                    f"this server does not answer to the name {name[:100]!r}; use its address, or "
-                    "start it with --allow-host NAME",
-                    code="wrong_host",
-                )
-                return await error_response(refusal)(scope, receive, send)
-        return await self._app(scope, receive, send)
-
-    def _answers_to(self, name: str) -> bool:
-        if "*" in self._names or name in self._names or name.endswith(".localhost"):
-            return True
-        return _is_address(name, "is_loopback") or (self._any_address and _is_address(name))
-
-
-def _host_of(header: str) -> str:
-    """Return the name or address in a Host header, without port and brackets, in lower case."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].rstrip(".").lower()
-
-
-def _is_address(name: str, kind: str | None = None) -> bool:
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
-        return False
-    return kind is None or bool(getattr(address, kind))
+def wrong_host(host: str) -> JSONResponse:
+    """Return the answer to a request for another host, for `hosts.HostCheck`."""
+    return error_response(
+        ApiError(
+            403,
+            f"this server does not answer to the name {host[:100]!r}; use its address, or start "
+            "it with --allow-host NAME",
+            code="wrong_host",
+        )
+    )
 
 
 class ApiKey:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import signal
 import socket
 import threading
@@ -18,6 +17,7 @@ import uvicorn
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime import load_language_model
 from fairy_compile.serve.app import DEFAULT_MAX_BODY, create_app
+from fairy_compile.serve.listener import is_loopback, listen, url
 from fairy_compile.serve.worker import EngineThread
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def serve(
     directory = Path(directory)
     _raise_file_limit()
     # Before the model is loaded: that takes long, and two servers may not have one port.
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     with contextlib.closing(listener):
         load_options.setdefault("max_sequences", MOST_SEQUENCES)
         engine = EngineThread(
@@ -150,33 +150,6 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address.
-
-    Raises:
-        FairyError: the address is taken, not allowed, or not one of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise FairyError(f"there is no address {host!r}: {error.strerror or error}") from error
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise FairyError(
-                f"port {port} of {host} is in use; choose another with --port, or 0 for any"
-            ) from error
-        raise FairyError(f"cannot listen at {host} port {port}: {error.strerror}") from error
-    return listener
-
-
 def _announce(
     announce: Callable[[str], None],
     engine: EngineThread,
@@ -196,21 +169,14 @@ def _announce(
         )
     if model.template.note:
         announce(f"note: {model.template.note}")
-    host, port = listener.getsockname()[:2]
-    if options.api_key is None and not _is_loopback(host):
+    host = listener.getsockname()[0]
+    if options.api_key is None and not is_loopback(host):
         announce(f"warning: {host} can be reached from other machines, and there is no --api-key")
-    shown = f"[{host}]" if ":" in host else host
     announce(
-        f"serving {name} at http://{shown}:{port}/v1: {sequences} sequences, "
+        f"serving {name} at {url(listener)}/v1: {sequences} sequences, "
         f"{model.engine.context} tokens of context, {model.engine.cache.capacity} of KV cache, "
         f"{model.engine.threads} thread{'s' if model.engine.threads > 1 else ''}"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 class _Server(uvicorn.Server):

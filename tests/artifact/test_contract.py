@@ -34,6 +34,38 @@ def test_gpu_engines_need_the_sampler_functions(library, kind):
     assert check_library(functions, metadata, kind) == []
 
 
+def web_library(library):
+    functions, metadata = library
+    functions |= {name: concrete(text) for name, text in GPU_SAMPLER_FUNCTIONS.items()}
+    params = [p for p in metadata["params"] if p["dtype"] != "uint8"]
+    return functions, metadata | {"params": params}
+
+
+@pytest.mark.parametrize("name", REQUIRED_FUNCTIONS["webgpu"])
+def test_browsers_need_each_function_and_its_arguments(library, name):
+    functions, metadata = web_library(library)
+    assert check_library(functions, metadata, "webgpu") == []
+    without = {k: v for k, v in functions.items() if k != name}
+    problem = f"the library lacks the function {name!r}"
+    assert check_library(without, metadata, "webgpu") == [problem]
+    more = functions | {name: f"object, {functions[name]}".replace(", ->", " ->")}
+    assert f"function {name!r} takes" in check_library(more, metadata, "webgpu")[0]
+
+
+@pytest.mark.parametrize("key", ["params", "prefill_chunk_size"])
+def test_browsers_need_the_metadata_they_read(library, key):
+    functions, metadata = web_library(library)
+    del metadata[key]
+    (problem,) = check_library(functions, metadata, "webgpu")
+    assert key in problem
+
+
+def test_browsers_have_no_bytes(library):
+    functions, _ = web_library(library)
+    (problem,) = check_library(functions, library[1], "webgpu")
+    assert "'layer.codes' is 'uint8'; browsers have float16, float32, int32, uint32" in problem
+
+
 def test_every_signature_of_the_contract_parses():
     for table in (*REQUIRED_FUNCTIONS.values(), OPTIONAL_FUNCTIONS):
         for text in table.values():

@@ -27,6 +27,7 @@ def test_help_lists_the_verbs_and_only_those(cli):
         "inspect",
         "verify",
         "package",
+        "tune",
         "train",
         "targets",
     ]

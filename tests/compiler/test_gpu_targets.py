@@ -11,7 +11,7 @@ import pytest
 import fairy_compile as fc
 from fairy_compile.artifact import verify
 from fairy_compile.artifact.contract import GPU_SAMPLER_FUNCTIONS
-from fairy_compile.errors import UnsupportedError
+from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.targets import Limits, load_target
 from tests.tiny_models import save_model
 
@@ -28,10 +28,16 @@ GPU_TARGETS = {
     "vulkan-intel": "vulkan",
     "vulkan-mali": "vulkan",
     "vulkan-nvidia": "vulkan",
+    "webgpu": "webgpu",
 }
 OTHERS = sorted(set(GPU_TARGETS) - {"metal"})
-# First bytes of a library: ELF, 64-bit ARM Mach-O, gzip of a tar.
-MAGIC = {"so": b"\x7fELF", "dylib": b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01", "tar": b"\x1f\x8b"}
+# First bytes of a library: ELF, 64-bit ARM Mach-O, gzip of a tar, WebAssembly.
+MAGIC = {
+    "so": b"\x7fELF",
+    "dylib": b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01",
+    "tar": b"\x1f\x8b",
+    "wasm": b"\0asm",
+}
 
 
 @pytest.mark.parametrize("name", sorted(GPU_TARGETS))
@@ -60,13 +66,13 @@ def test_targets_plan_their_own_kernel(model: Path, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(GPU_TARGETS))
 def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name: str) -> None:
     target = load_target(name)
-    if target.linkers:
-        pytest.importorskip("ziglang", reason='needs: pip install "fairy-compile[cross]"')
+    if target.linkers or target.library == "wasm":
+        pytest.importorskip("ziglang", reason='needs: pip install "fairy-compile[cross,web]"')
     fc.build(model, target=name, output=tmp_path / "out", context=64)
     manifest = verify(tmp_path / "out").manifest
     magic = MAGIC[target.library]
     assert (tmp_path / "out" / manifest.library).read_bytes()[: len(magic)] == magic
-    if target.device in ("metal", "vulkan"):
+    if target.device in ("metal", "vulkan", "webgpu"):
         assert set(GPU_SAMPLER_FUNCTIONS) <= set(manifest.functions)
 
 
@@ -94,6 +100,28 @@ def test_contexts_of_gpus_end_at_the_sliding_window(tmp_path: Path) -> None:
     with pytest.raises(fc.FairyError, match=r"--context 64 is more than 32.*sliding window"):
         fc.build(model, target="opencl", context=64, dry_run=True)
     assert fc.build(model, dry_run=True).sizes["context"] == 256
+
+
+def test_browsers_without_float16_get_float32(model: Path) -> None:
+    report = fc.build(model, target="webgpu-f32", dry_run=True)
+    assert report.kernels() == {"webgpu.words": len(report.layers)}
+    assert report.sizes["act_dtype"] == report.sizes["kv_dtype"] == "float32"
+
+
+def test_arrays_that_no_buffer_holds_are_refused(monkeypatch, model: Path) -> None:
+    plain = load_target("webgpu")
+    tiny = replace(plain, name="tiny", limits=replace(plain.limits, buffer_bytes=1024))
+    monkeypatch.setattr(sys.modules[fc.build.__module__], "load_target", lambda _: tiny)
+    words = r"parameter \S+ takes \d+ bytes; an array on target tiny has at most 1024"
+    with pytest.raises(UnsupportedError, match=words):
+        fc.build(model, dry_run=True)
+
+
+def test_without_zig_nothing_is_begun(monkeypatch, model: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr("fairy_compile.codegen.wasm.runtime.zig_command", lambda: None)
+    with pytest.raises(FairyError, match=r"needs zig.*pip install \"fairy-compile\[web\]\""):
+        fc.build(model, target="webgpu", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_device_without_float16_computes_in_float32(monkeypatch, model: Path) -> None:

@@ -56,6 +56,7 @@ class HostMemoryGpu final : public DeviceAPI {
     std::memset(base, 0xFF, length);
     char* data = base + ((length - bytes) & ~size_t{63});
     regions_[data] = {base, length + page};
+    sizes_[data] = bytes;
     return data;
   }
 
@@ -63,6 +64,13 @@ class HostMemoryGpu final : public DeviceAPI {
     auto found = regions_.find(data);
     munmap(found->second.first, found->second.second);
     regions_.erase(found);
+    sizes_.erase(data);
+  }
+
+  // Bytes that were asked for at an address, 0 if it is not one of an allocation.
+  int64_t Size(void* data) const {
+    auto found = sizes_.find(data);
+    return found == sizes_.end() ? 0 : static_cast<int64_t>(found->second);
   }
 
   void StreamSync(Device, TVMStreamHandle) final {}
@@ -77,13 +85,18 @@ class HostMemoryGpu final : public DeviceAPI {
 
  private:
   std::unordered_map<void*, std::pair<void*, size_t>> regions_;
+  std::unordered_map<void*, size_t> sizes_;
 };
 
+static HostMemoryGpu* Gpu() {
+  static HostMemoryGpu* api = new HostMemoryGpu();
+  return api;
+}
+
 TVM_FFI_STATIC_INIT_BLOCK() {
-  ffi::reflection::GlobalDef().def(DEVICE_API, []() -> void* {
-    static HostMemoryGpu* api = new HostMemoryGpu();
-    return static_cast<DeviceAPI*>(api);
-  });
+  ffi::reflection::GlobalDef()
+      .def(DEVICE_API, []() -> void* { return static_cast<DeviceAPI*>(Gpu()); })
+      .def(DEVICE_API ".bytes", [](void* data) { return Gpu()->Size(data); });
 }
 
 }  // namespace runtime

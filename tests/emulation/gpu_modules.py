@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import struct
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,29 @@ import tvm_ffi
 HERE = Path(__file__).parent
 CXX = "clang++-22"
 _FLOAT, _HANDLE = 2, 3  # DLPack's type codes
+# Every kernel of a module as a function that hands its number and arguments to Python.
+_STUBS = """
+#include <tvm/ffi/c_api.h>
+#include <vector>
+static int launch(int64_t number, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {{
+  static TVMFFIObjectHandle function = nullptr;
+  if (!function) {{
+    TVMFFIByteArray name = {{"{launch}", {length}}};
+    if (TVMFFIFunctionGetGlobal(&name, &function)) return -1;
+  }}
+  std::vector<TVMFFIAny> all(count + 1);
+  all[0].type_index = kTVMFFIInt;
+  all[0].zero_padding = 0;
+  all[0].v_int64 = number;
+  for (int32_t i = 0; i < count; i++) all[i + 1] = args[i];
+  return TVMFFIFunctionCall(function, all.data(), count + 1, result);
+}}
+"""
+_STUB = """
+extern "C" int __tvm_ffi_{symbol}(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {{
+  return launch({number}, args, count, result);
+}}
+"""
 
 
 @dataclass(frozen=True)
@@ -66,15 +90,17 @@ class _Reader:
         return self.data[self.at - length : self.at].decode()
 
 
-def read_module(data: bytes, whole: bool = False) -> list[Kernel]:
-    """Return the kernels of a serialised Metal or OpenCL module.
+def read_module(data: bytes, whole: bool = False, named: bool = True) -> list[Kernel]:
+    """Return the kernels of a serialised Metal, OpenCL or WebGPU module.
 
     Args:
         data: the module's bytes.
-        whole: the module keeps one text for all kernels (OpenCL), not one each (Metal).
+        whole: the module keeps one text for all kernels (OpenCL), not one each.
+        named: the module begins with the name of its format (WebGPU's does not).
     """
     reader = _Reader(bytes(data))
-    reader.text()  # format
+    if named:
+        reader.text()
     found = {}
     for _ in range(reader.count()):
         symbol, name = reader.text(), reader.text()
@@ -105,6 +131,21 @@ def compile_library(flags: list[str], source: Path, library: Path) -> None:
     if not library.exists():
         command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", *flags]
         subprocess.run([*command, "-o", str(library), str(source)], check=True)
+
+
+def calling_python(kernels: list[Kernel], first: int, launch: str, directory: Path) -> Any:
+    """Return a module whose kernels call the global function ``launch``.
+
+    It gets the kernel's number, counted from ``first`` on, and its arguments.
+    """
+    code = _STUBS.format(launch=launch, length=len(launch)) + "".join(
+        _STUB.format(symbol=kernel.symbol, number=first + i) for i, kernel in enumerate(kernels)
+    )
+    source = directory / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.cc"
+    source.write_text(code)
+    include = Path(tvm_ffi.__file__).parent / "include"
+    compile_library([f"-I{include}"], source, source.with_suffix(".so"))
+    return tvm_ffi.load_module(str(source.with_suffix(".so")))
 
 
 def on_load(kind: str, load: Callable[[bytes], Any]) -> None:

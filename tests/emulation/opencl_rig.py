@@ -7,7 +7,6 @@ PoCL of Debian has no 16-bit floats: kernels with them are compiled by clang ins
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,36 +19,13 @@ import tvm_ffi
 from tests.emulation.gpu_modules import (
     CXX,
     Kernel,
-    compile_library,
+    calling_python,
     install_device,
     on_load,
     read_module,
 )
 
 _LAUNCH = "fairy_compile_tests.opencl_launch"
-# Every kernel of a module as a function that hands its number and arguments to Python.
-_STUBS = """
-#include <tvm/ffi/c_api.h>
-#include <vector>
-static int launch(int64_t number, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {{
-  static TVMFFIObjectHandle function = nullptr;
-  if (!function) {{
-    TVMFFIByteArray name = {{"{launch}", {length}}};
-    if (TVMFFIFunctionGetGlobal(&name, &function)) return -1;
-  }}
-  std::vector<TVMFFIAny> all(count + 1);
-  all[0].type_index = kTVMFFIInt;
-  all[0].zero_padding = 0;
-  all[0].v_int64 = number;
-  for (int32_t i = 0; i < count; i++) all[i + 1] = args[i];
-  return TVMFFIFunctionCall(function, all.data(), count + 1, result);
-}}
-"""
-_STUB = """
-extern "C" int __tvm_ffi_{symbol}(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {{
-  return launch({number}, args, count, result);
-}}
-"""
 
 
 def missing_tools() -> str | None:
@@ -100,16 +76,7 @@ class OpenCLRig:
         self.kernels = read_module(data, whole=True)
         program = pyopencl.Program(self.context, self.kernels[0].source).build()
         self.programs += [(kernel, getattr(program, kernel.name)) for kernel in self.kernels]
-        code = _STUBS.format(launch=_LAUNCH, length=len(_LAUNCH)) + "".join(
-            _STUB.format(symbol=kernel.symbol, number=first + i)
-            for i, kernel in enumerate(self.kernels)
-        )
-        name = hashlib.sha256(code.encode()).hexdigest()[:16]
-        source = self.directory / f"{name}.cc"
-        source.write_text(code)
-        include = Path(tvm_ffi.__file__).parent / "include"
-        compile_library([f"-I{include}"], source, source.with_suffix(".so"))
-        return tvm_ffi.load_module(str(source.with_suffix(".so")))
+        return calling_python(self.kernels, first, _LAUNCH, self.directory)
 
     def launch(self, number: int, *args: Any) -> None:
         """Run one kernel and wait for it."""

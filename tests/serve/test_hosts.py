@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("starlette", reason="starlette is missing: pip install '.[serve]'")
 
-from fairy_compile.serve.middleware import HostName
+from fairy_compile.serve.hosts import HostCheck, OwnNames
+from fairy_compile.serve.middleware import wrong_host
 
 
 def status(host: str | None, bound: str = "127.0.0.1", allowed: tuple[str, ...] = ()) -> int:
@@ -24,7 +25,7 @@ def status(host: str | None, bound: str = "127.0.0.1", allowed: tuple[str, ...] 
 
     headers = [] if host is None else [(b"host", host.encode())]
     scope = {"type": "http", "path": "/", "headers": headers}
-    asyncio.run(HostName(app, bound, allowed)(scope, None, send))
+    asyncio.run(HostCheck(app, OwnNames(bound, allowed), wrong_host)(scope, None, send))
     return statuses[0]
 
 
