@@ -101,7 +101,8 @@ def tune(
         workers += [w.pid for w in crew.workers]
     minutes = (time.monotonic() - start) / 60
     alive = [pid for pid in set(workers) if Path(f"/proc/{pid}").exists()]
-    left = [*work.iterdir(), *(set(os.listdir("/tmp")) - before)]
+    left = [p for p in work.iterdir() if p.suffix != ".log"]
+    left += [Path("/tmp", name) for name in set(os.listdir("/tmp")) - before]
     counted = sum(t.counts for t in journal.trials)
     rows = rows_of(tasks, records, journal)
     machine = Machine.here()

@@ -30,8 +30,9 @@ class Row:
         default_us, tuned_us: microseconds of a call.
         trials: that the task took.
         gb_per_s: packed weights read.
-        read_share: of the rate of plain reads; None where that is not known, or where the call is
-            bound by arithmetic rather than by reading weights (many rows).
+        read_share: of the rate of plain reads; None where that is not known, where the call is
+            bound by arithmetic rather than by reading weights (many rows), and where the model's
+            weights may stay in caches.
         gop_per_s: multiplies and adds of the real map.
     """
 
@@ -88,12 +89,15 @@ class Row:
         }
 
 
+_CACHED = 64 << 20  # bytes of a model's weights that a large cache may keep
 _FEW = 8  # rows of x up to which a call is bound by reading weights rather than by arithmetic
 
 
 def rows_of(tasks: Sequence[Task], records: Sequence[Record], journal: Journal) -> list[Row]:
     """Return the report's rows: one for each number of rows of each task that is finished."""
     found = []
+    model_bytes = sum(t.calls * t.weight_bytes for t in tasks if t.batch == "single")
+    read = journal.read_bytes_per_second if model_bytes > _CACHED else 0.0
     for task, record in zip(tasks, records, strict=True):
         trials = sum(t.counts for t in journal.trials if t.task == task.id)
         for rows, before, after in zip(
@@ -101,7 +105,6 @@ def rows_of(tasks: Sequence[Task], records: Sequence[Record], journal: Journal) 
         ):
             seconds = after / 1e6
             rate = task.weight_bytes / seconds if seconds else 0.0
-            read = journal.read_bytes_per_second
             share = round(rate / read, 4) if read and rows <= _FEW else None
             operations = task.operations(rows) / seconds if seconds else 0.0
             found.append(

