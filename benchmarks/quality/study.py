@@ -66,7 +66,7 @@ FREE: dict[str, dict] = {  # options of `fc.convert`; "tokens" calibrates, "tune
     "free-w2-gptq-head3-rotated": {"quant": fc.QuantConfig("w2"), "tune": 0, "rotate": True},
     "free-w3-gptq": {"quant": fc.QuantConfig("w3"), "tune": 0},
 }
-LAST = ("qat-w2-head3", "free-w3-gptq")  # can be missed where time is short
+LAST = ("qat-w1", "qat-sign", "qat-w2-head3")  # run when all else is done
 PEERS = {  # name -> (bits a weight, rule); real weights rounded to nearest, minimum and step in f16
     "free-ternary": (1.58, ternary_rule),
     "free-rtn2-g32": (3.0, group_rule(2, 32)),
