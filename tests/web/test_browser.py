@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "def function(argument):"
 COUNT = 8
+FEW = 3  # tokens of the large vocabulary, whose sort takes SwiftShader many seconds each
 # The vocabulary of Qwen2: its sort and its sampler are those of a real model.
 QWEN2 = {**SMALL, "vocab_size": 151936}
 SCHEMA = {
@@ -97,23 +98,21 @@ def test_a_vocabulary_of_152k_sorts_and_samples(
     prompt = encode(directory, PROMPT)
     code = f"""async () => {{{_ENGINE}
       const prompt = {json.dumps(PROMPT)};
-      const greedy = await complete({{ prompt, max_tokens: {COUNT} }});
-      const drawn = [];
-      for (const seed of [1, 2, 3])
-        drawn.push(await complete(
-          {{ prompt, max_tokens: 1, temperature: 1, top_p: 0.001, seed }}));
+      const greedy = await complete({{ prompt, max_tokens: {FEW} }});
+      const drawn = await complete(
+        {{ prompt, max_tokens: 1, temperature: 1, top_p: 0.001, seed: 1 }});
       return {{ greedy, drawn }};
     }}"""
     page = own_page(tmp_path / "page")
     (got,) = browse(directory, [("evaluate", code)], page=page)
-    assert got["greedy"]["ids"] == greedy(model, prompt, COUNT)
+    assert got["greedy"]["ids"] == greedy(model, prompt, FEW)
     logits = model.logits(prompt)[-1].astype(np.float64)
     probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     order = np.argsort(-probabilities)
     before = np.cumsum(probabilities[order]) - probabilities[order]
     nucleus = set(order[before < 0.001 + 1e-6].tolist())
     assert 0 < len(nucleus) < 1000
-    assert all(draw["ids"][0] in nucleus for draw in got["drawn"])
+    assert got["drawn"]["ids"][0] in nucleus
 
 
 def test_everything_a_chat_asks_for(browse: Callable[..., list[Any]], tmp_path: Path) -> None:
