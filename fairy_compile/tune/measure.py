@@ -193,7 +193,7 @@ class Measurer:
             candidate = device.load(request.library)
             reason = self._error(request.task, candidate)
             if reason:
-                # The default was right before, so a device that gets it wrong now cannot be trusted.
+                # The default was right before: a device that gets it wrong now cannot be trusted.
                 again = self._error(request.task, baseline) if begun else reason
                 if again:
                     return Unfit(f"wrong numbers of the default knobs: {again}", device.name)
