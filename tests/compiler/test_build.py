@@ -167,7 +167,7 @@ def unknown_architecture(model: Path) -> None:
 
 
 def unsupported_rope(model: Path) -> None:
-    edit_config(model, rope_parameters={"rope_type": "yarn", "factor": 2.0})
+    edit_config(model, rope_parameters={"rope_type": "ntk", "factor": 2.0})
 
 
 def nan_weights(model: Path) -> None:
@@ -204,7 +204,7 @@ def bad_heads(model: Path) -> None:
         (truncated, {}, ["model.safetensors"]),
         (corrupt_header, {}, ["model.safetensors"]),
         (unknown_architecture, {}, ["'lama'", "llama", "mistral", "qwen2", "qwen3"]),
-        (unsupported_rope, {}, ["'yarn'", "default", "linear", "llama3"]),
+        (unsupported_rope, {}, ["'ntk'", "default", "linear", "llama3", "yarn"]),
         (nan_weights, {}, ["up_proj", "non-finite", "(3, 5)"]),
         (wrong_dtype, {}, ["up_proj", "int8", "float16"]),
         (missing_tensor, {}, ["up_proj.weight"]),
