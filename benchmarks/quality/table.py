@@ -58,8 +58,10 @@ class Results:
 
     def ratios(self, name: str, other: str, base: str) -> list[float]:
         """Return the gap of a run as a share of another's, for every seed."""
-        pairs = zip(self.gaps(name, base), self.gaps(other, base), strict=True)
-        return [mine / theirs for mine, theirs in pairs]
+        runs = [self.runs[which] for which in (name, other, base)]
+        seeds = sorted(set.intersection(*(set(run) for run in runs)))
+        losses = ([run[seed]["loss"] for run in runs] for seed in seeds)
+        return [(mine - least) / (theirs - least) for mine, theirs, least in losses]
 
     def bits(self, name: str) -> float:
         """Return the stored bits a weight of the linear layers."""
@@ -86,6 +88,8 @@ def table(results: Results, prefix: str, base: str) -> list[str]:
             more = f"{100 * statistics.mean(results.ratios(name, plain, base)):.0f} %"
         else:
             more = spread([math.exp(gap) for gap in gaps])
+        if len(gaps) < len(results.runs[base]):
+            title += f" ({len(gaps)} of {len(results.runs[base])} seeds)"
         lines.append(f"| {title} | {results.bits(name):.2f} | {spread(gaps)} | {more} |")
     return lines
 
@@ -100,18 +104,17 @@ def plot(results: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     sides = (("free-", "fp", "without training"), ("qat-", "control", "trained for its codes"))
     for axis, (prefix, base, words) in zip(axes, sides, strict=True):
-        for name, title in TITLES.items():
-            if not name.startswith(prefix) or name not in results.runs:
-                continue
+        names = [n for n in TITLES if n.startswith(prefix) and n in results.runs]
+        for number, name in enumerate(names):
             gaps, bits = results.gaps(name, base), results.bits(name)
-            ours = title.replace("*", "").startswith("W")
-            colour = "tab:blue" if ours else "tab:gray"
+            label = TITLES[name].replace("*", "").split(" (")[0].replace("`", "")
+            colour = "tab:blue" if label.startswith("W") else "tab:gray"
             axis.plot([bits] * len(gaps), gaps, "o", color=colour, markersize=4)
-            label = title.replace("*", "").split(" (")[0].replace("`", "")
-            axis.annotate(label, (bits, statistics.mean(gaps)), (5, 3), fontsize=7,
+            place = (6, 4 if number % 2 else -9)
+            axis.annotate(label, (bits, statistics.mean(gaps)), place, fontsize=7,
                           textcoords="offset points", color=colour)  # fmt: skip
         axis.set(title=words, xlabel="bits a weight", yscale="log")
-        axis.margins(x=0.35)
+        axis.set_xlim(0.5, 7.5)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss gap, nats a token")
     figure.tight_layout()
