@@ -105,16 +105,16 @@ def plot(results: Results, path: Path) -> None:
     sides = (("free-", "fp", "without training"), ("qat-", "control", "trained for its codes"))
     for axis, (prefix, base, words) in zip(axes, sides, strict=True):
         names = [n for n in TITLES if n.startswith(prefix) and n in results.runs]
-        for number, name in enumerate(names):
+        for name in names:
             gaps, bits = results.gaps(name, base), results.bits(name)
             label = TITLES[name].replace("*", "").split(" (")[0].replace("`", "")
             colour = "tab:blue" if label.startswith("W") else "tab:gray"
             axis.plot([bits] * len(gaps), gaps, "o", color=colour, markersize=4)
-            place = (6, 4 if number % 2 else -9)
+            place = (6, 8 if name == "free-w1-gptq" else 2)
             axis.annotate(label, (bits, statistics.mean(gaps)), place, fontsize=7,
                           textcoords="offset points", color=colour)  # fmt: skip
         axis.set(title=words, xlabel="bits a weight", yscale="log")
-        axis.set_xlim(0.5, 7.5)
+        axis.set_xlim(0.5, 8.5)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss gap, nats a token")
     figure.tight_layout()

@@ -16,7 +16,13 @@ from fairy_compile.kernels import experts_cpu
 from fairy_compile.models import decoder
 from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.elementwise import gate_product
-from fairy_compile.models.linear import LinearPlanner, PlannedLinear, kernel_symbol, make_linear
+from fairy_compile.models.linear import (
+    LinearPlanner,
+    PlannedLinear,
+    kernel_function,
+    kernel_symbol,
+    make_linear,
+)
 from fairy_compile.models.shapes import product
 from fairy_compile.models.values import positive_int
 
@@ -67,9 +73,12 @@ class PlannedExperts(PlannedLinear):
         """
         rows = x.shape[0]
         known = int(rows) if isinstance(rows, int | tirx.IntImm) else None
-        single, many = (self._function(batch) for batch in ("single", "many"))
+        batch = self._batch(rows) if known is None else "single"
+        # Of known rows, the choices of one token, no two go to one expert.
+        several = "many" if batch == "single" else batch
+        single, many = (kernel_function(self.call, self.target, b) for b in ("single", several))
         function = experts_cpu.build_grouped(self.call.experts, known, single, many)
-        name = kernel_symbol(self.call, "many" if known is None else "single")
+        name = kernel_symbol(self.call, batch)
         return op.tensor_ir_op(
             function.with_attr("op_pattern", 8),
             f"{name}_of_{self.call.experts}",
