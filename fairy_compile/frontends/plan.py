@@ -79,9 +79,11 @@ def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> Layer
     if not is_linear(f"{layer}.weight", shape):
         _check_terms(layer, quant)
         return LayerPlan.dense("not a linear layer")
-    plan = plan_linear(layer, shape, quant)
     routes = any(fnmatch.fnmatchcase(f"{layer}.weight", pattern) for pattern in ROUTERS)
-    return LayerPlan.dense("routes tokens to experts") if plan.phase and routes else plan
+    if routes and exempting_pattern(layer, quant) is None:
+        _check_terms(layer, quant)
+        return LayerPlan.dense("routes tokens to experts")
+    return plan_linear(layer, shape, quant)
 
 
 def plan_linear(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> LayerPlan:
