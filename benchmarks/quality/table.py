@@ -36,6 +36,9 @@ TITLES = {
     "qat-w2-head3": "W2, head T = 3",
 }
 
+# Labels that would lie over others: points above the usual place.
+OFFSETS = {"free-w1-gptq": 7, "free-w2-gptq-head3-rotated": -8, "qat-sign": 5, "qat-w1": -3}
+
 
 class Results:
     """The finished runs of a study: loss, nats a token, and bits a weight."""
@@ -110,11 +113,12 @@ def plot(results: Results, path: Path) -> None:
             label = TITLES[name].replace("*", "").split(" (")[0].replace("`", "")
             colour = "tab:blue" if label.startswith("W") else "tab:gray"
             axis.plot([bits] * len(gaps), gaps, "o", color=colour, markersize=4)
-            place = (6, 8 if name == "free-w1-gptq" else 2)
+            place = (6, OFFSETS.get(name, 2))
             axis.annotate(label, (bits, statistics.mean(gaps)), place, fontsize=7,
                           textcoords="offset points", color=colour)  # fmt: skip
         axis.set(title=words, xlabel="bits a weight", yscale="log")
         axis.set_xlim(0.5, 8.5)
+        axis.margins(y=0.1)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss gap, nats a token")
     figure.tight_layout()
