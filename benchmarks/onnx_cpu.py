@@ -1,12 +1,13 @@
 """Networks that are no language models, on a CPU: beside onnxruntime in float32 and in int8.
 
-    python benchmarks/onnx_cpu.py                         # all models, all cores: about 6 minutes
-    python benchmarks/onnx_cpu.py --models encoder --threads 1
+    python benchmarks/onnx_cpu.py --threads 1             # all models: some minutes
+    python benchmarks/onnx_cpu.py --models encoder        # all cores
 
 Three networks with random weights are exported to ONNX: an MLP, an encoder of BERT-base's size and
 a small convolutional net. Each is built with W2 weights (int8 and float activations) and given to
 onnxruntime as it is and after its dynamic int8 quantisation. Runs take turns, so that all meet the
-same machine. Besides times and sizes on disk the table has the error of our float build against
+same machine; with several threads those of one runtime may still spin while the other runs, so
+compare on one. Besides times and sizes on disk the table has the error of our float build against
 onnxruntime on the same dequantised weights. Needs extras ``onnx`` and ``test``. The table goes to
 ``benchmarks/results/onnx-cpu.md``; quote it only from a machine that does nothing else.
 """
