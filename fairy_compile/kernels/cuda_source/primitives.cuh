@@ -94,6 +94,12 @@ __device__ __forceinline__ uint2 load_shared(Word address, int offset) {
   return v;
 }
 
+__device__ __forceinline__ Word load_shared_word(Word address, int offset) {
+  Word v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address + offset) : "memory");
+  return v;
+}
+
 // 16 bytes from global to shared memory, without waiting; unless `inside`, zeros, and no access.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
