@@ -26,9 +26,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-_PRIMITIVES = re.compile(
-    "#ifndef (FAIRY_(?:HOPPER_)?PRIMITIVES)\n.*?#endif  // \\1", re.DOTALL
-)
+_PRIMITIVES = re.compile("#ifndef (FAIRY_(?:HOPPER_)?PRIMITIVES)\n.*?#endif  // \\1", re.DOTALL)
 
 
 def missing_tools() -> str | None:
@@ -59,9 +57,7 @@ class Emulator:
                     f"static void {own.function}_run() {{ {own.function}((const {x}*)pointers[0], "
                     "(unsigned char*)image, rows); }"
                 )
-                arrange = (
-                    f"{own.blocks}, {own.threads}, {own.image_bytes}, {own.function}_run"
-                )
+                arrange = f"{own.blocks}, {own.threads}, {own.image_bytes}, {own.function}_run"
             parts.append(
                 f"static void run_{name}() {{ {name}({given}, (const unsigned char*)pointers[1], "
                 f"(const float*)pointers[2], ({y}*)pointers[3], rows{shared}); }}"
