@@ -90,10 +90,11 @@ class CudaPlanes:
     """The kernel of every call; implements `PhaseKernel`.
 
     Knobs:
-        warps: of a block that decodes.
-        row_tiles: row tiles of a block that decodes; its other warps split columns. ``auto`` takes
-            fewer where rows are few, so that the grid fills the GPU.
+        warps: of a block that decodes, at most: row tiles times warps that split columns.
+        row_tiles: row tiles of a block that decodes. ``auto`` takes fewer where rows are few, so
+            that the grid fills the GPU.
         ahead: groups of 128 columns whose codes a warp that decodes has asked for before use.
+        prefetch: groups beyond that on their way to the L2 cache.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
         prefill_warps: row tiles of a prefill block.
@@ -101,12 +102,14 @@ class CudaPlanes:
     """
 
     name = "cuda.planes"
+    early = False  # launched before the kernels before are over
     layout = CudaLayout()
     decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
-        "warps": (8, 4, 16),
-        "row_tiles": ("auto", 1, 2, 4, 8),
+        "warps": (8, 4, 12, 16, 20),
+        "row_tiles": ("auto", 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
         "ahead": (1, 2, 3),
+        "prefetch": (4, 0, 2, 8, 16),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
@@ -145,7 +148,7 @@ class CudaPlanes:
         """
         from fairy_compile.kernels.cuda_launch import emit
 
-        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
+        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch, self.early)
 
     def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.
@@ -188,10 +191,12 @@ class CudaPlanes:
         if per_block == "auto":
             per_block = max([n for n in (4, 2) if tiles >= n * _FILL], default=1)
         per_block = min(per_block, warps)
+        warps = warps // per_block * per_block
         constants = {
             "kWarps": warps,
             "kTileWarps": per_block,
             "kAhead": chosen["ahead"],
+            "kPrefetch": chosen["prefetch"],
             "kSlots": slots,
             "kOperands": operands,
             "kLevels": ACT_LEVELS[spec.act],

@@ -229,6 +229,9 @@ inline void store(__nv_bfloat16* to, float x) {
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline uint4 load_once(const uint4* from) { return *from; }
+inline void prefetch(const void* from) { (void)*(volatile const char*)from; }  // inside of arrays
+inline void launch_dependents() {}
+inline void wait_for_inputs() {}
 
 // Bytes (r, e) and halves of fragments, by the tables of the PTX ISA: lane 4 g + t, register r and
 // element e of `per` in a register. A: row g + 8 (r % 2), column per t + 4 per (r / 2) + e.

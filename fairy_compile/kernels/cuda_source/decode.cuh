@@ -47,6 +47,7 @@ struct Decode {
   // first of them.
   static constexpr int kAhead =
       kChunk == kGroups || kChunk % (kSlices * Call::kAhead) == 0 ? Call::kAhead : 1;
+  static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
   // Activations of a chunk of groups, as operands B.
   struct Chunk {
@@ -75,7 +76,8 @@ struct Decode {
     const int slice = warp / Call::kTileWarps, first_row = blockIdx.y * kRows;
     const bool active = tile < Call::kRowTiles;
 
-    // Codes are asked for before the activations are quantised: that hides most of its time.
+    // Codes are asked for before the activations are quantised, and before the kernel that computes
+    // them is over: that hides most of its time.
     const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
     int group = slice;
     uint4 next[kAhead][kFragments];
@@ -83,10 +85,15 @@ struct Decode {
     for (int ahead = 0; ahead < kAhead; ++ahead)
       if (active && group + ahead * kSlices < kGroups)
         load(next[ahead], own, group + ahead * kSlices);
+#pragma unroll
+    for (int ahead = 0; ahead < Call::kPrefetch; ++ahead)
+      if (active) fetch(own, group + (kAhead + ahead) * kSlices, lane);
+    launch_dependents();
 
     Scales scale;
     if (active && !kTileScales) load_scales(scale, scales, tile, 0, lane);
     Outputs outputs = {};
+    wait_for_inputs();
     for (int first = 0; first < kGroups; first += kChunk) {
       const int end = first + kChunk < kGroups ? first + kChunk : kGroups;
       if (first > 0) __syncthreads();
@@ -102,6 +109,7 @@ struct Decode {
           for (int f = 0; f < kFragments; ++f) now[f] = next[ahead][f];
           const int later = group + kAhead * kSlices;
           if (later < kGroups) load(next[ahead], own, later);
+          if (Call::kPrefetch > 0) fetch(own, later + Call::kPrefetch * kSlices, lane);
 #pragma unroll
           for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
             if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
@@ -123,6 +131,12 @@ struct Decode {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
       codes[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  }
+
+  // Asks for a group to be brought to the L2 cache, which has more room than registers.
+  static __device__ __forceinline__ void fetch(const uint4* own, int group, int lane) {
+    const uint4* line = own - lane + (size_t)group * (kFragments * 32) + lane * 8;
+    if (group < kGroups && lane < kLines) prefetch(line);
   }
 
   // Sums of a pair of planes carry a factor, which its scales take back.

@@ -39,6 +39,8 @@ struct ArrangeX {
     uint4* to = image + ((size_t)(own / Image::kTokens) * Image::kBlocks + block) * Image::kVectors +
                 half * 4 * Image::kLine + token;
     Word pairs[16];
+    launch_dependents();
+    wait_for_inputs();
     read(pairs, x + ((size_t)own * 2 + half) * Call::kColumns, own < batch, block * 32);
 #pragma unroll
     for (int line = 0; line < 4; ++line)
@@ -108,7 +110,7 @@ struct Hopper {
     alignas(128) Word table[kWarps][kTableRows][kStages][kEntries];
     Barrier full[kBuffers], empty[kBuffers];
   };
-  typedef Word Operands[4][4];  // half of x and step, register
+  typedef Word Operands[4][4];  // step, register; steps 0 and 1 are of Re x
   typedef float Sums[kParts][16][4];
 
   static __device__ void run(const uint4* image, const unsigned char* codes, const float* scales,
@@ -126,8 +128,10 @@ struct Hopper {
     }
     __syncthreads();
     image += (size_t)blockIdx.y * kBlocks * Image::kVectors;
+    launch_dependents();
+    wait_for_inputs();
     if (threadIdx.x == 0)
-      for (int block = 0; block < kBuffers && block < kBlocks; ++block) fill(shared, image, block);
+      for (int block = 0; block < kBuffers && block < kBlocks; ++block) fill(shared, image, block, block);
     // Row tiles beyond the last are multiplied like the last and not stored.
     const int own = first_tile + warp / 4 * 2 + warp % 2;
     const int tile = own < Call::kRowTiles ? own : Call::kRowTiles - 1;
@@ -137,9 +141,19 @@ struct Hopper {
   }
 
  private:
+  // A buffer and the parity of the phase in which its barrier is.
+  struct Turn {
+    int buffer, parity;
+
+    __device__ __forceinline__ void advance() {
+      if (++buffer == kBuffers) buffer = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ int before() const { return buffer == 0 ? kBuffers - 1 : buffer - 1; }
+  };
+
   // Asks for a block of x.
-  static __device__ __forceinline__ void fill(Shared& shared, const uint4* image, int block) {
-    const int buffer = block % kBuffers;
+  static __device__ __forceinline__ void fill(Shared& shared, const uint4* image, int block,
+                                              int buffer) {
     copy_bulk(shared.stages.x[buffer], image + (size_t)block * Image::kVectors,
               Image::kVectors * 16, &shared.full[buffer]);
   }
@@ -157,35 +171,45 @@ struct Hopper {
     for (int f = 0; f < kFragments; ++f) fragments[f] = load_once(own + f * 32);
     if (!kTileScales) fill_table(table, scales, tile, 0, half, lane);
 
+    // A quarter of the next block is decoded after each of the four steps, whose multiplications
+    // run meanwhile. Steps are in the order in which quarters complete them.
     Operands operands[2];
+    if (kTileScales) fill_table(table, scales, tile, 0, half, lane);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) decode(operands[0], shared_address(&table), fragments, 0, r, lane);
+    if (kGroups > 1) refill(fragments, own, 1, 0);
+    Turn turn = {}, refilled = {};
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
-        const int block = group * 4 + b;
+        const int block = group * 4 + b, next = (b + 1) % 4;
         if (block >= kBlocks) break;
-        // Multiplications of the block before are under way, of the one before that no more.
-        if (kTileScales && b % 2 == 0) fill_table(table, scales, tile, block / 2, half, lane);
-        decode(operands[b % 2], shared_address(&table), fragments, b, lane);
-        if (group + 1 < kGroups) refill(fragments, own, group + 1, b);
-
-        const int buffer = block % kBuffers;
-        wait_barrier(&shared.full[buffer], block / kBuffers % 2);
-        begin_multiplications();
+        if (kTileScales && next % 2 == 0 && block + 1 < kBlocks)
+          fill_table(table, scales, tile, (block + 1) / 2, half, lane);
+        wait_barrier(&shared.full[turn.buffer], turn.parity);
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
+        for (int i = 0; i < 4; ++i) {
+          const int step = i % 2 * 2 + i / 2;
+          begin_multiplications();
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
             multiply_group<kTokens / 8>(
                 sums[part], operands[b % 2][step],
-                &shared.stages.x[buffer][2 * step * Image::kLine + part * 128]);
-        commit_multiplications();
-        wait_multiplications<1>();
-        if (block > 0 && lane == 0) arrive(&shared.empty[(block - 1) % kBuffers]);
-        const int done = block - kBehind;
-        if (threadIdx.x == 0 && done >= 0 && done + kBuffers < kBlocks) {
-          wait_barrier(&shared.empty[done % kBuffers], done / kBuffers % 2);
-          fill(shared, image, done + kBuffers);
+                &shared.stages.x[turn.buffer][2 * step * Image::kLine + part * 128]);
+          commit_multiplications();
+          // The operands that are decoded now were those of three steps ago and before.
+          wait_multiplications<3>();
+          decode(operands[next % 2], shared_address(&table), fragments, next, i, lane);
+          if (i != 2) continue;
+          if (block > 0 && lane == 0) arrive(&shared.empty[turn.before()]);
+          if (threadIdx.x == 0 && block >= kBehind && block - kBehind + kBuffers < kBlocks) {
+            wait_barrier(&shared.empty[refilled.buffer], refilled.parity);
+            fill(shared, image, block - kBehind + kBuffers, refilled.buffer);
+            refilled.advance();
+          }
         }
+        if ((block + 1) / 4 + 1 < kGroups) refill(fragments, own, (block + 1) / 4 + 1, next);
+        turn.advance();
       }
     }
     wait_multiplications<0>();
@@ -226,22 +250,20 @@ struct Hopper {
     __syncwarp();
   }
 
-  // Looks up a lane's weights of a block: register r holds row g + 8 (r % 2), columns 8 t +
-  // 4 (r / 2) + 0 .. 3.
+  // Looks up a quarter of a lane's weights of a block: register r of the codes holds row
+  // g + 8 (r % 2), columns 8 t + 4 (r / 2) + 0 .. 3.
   static __device__ __forceinline__ void decode(Operands& operands, Word tables,
-                                                const uint4 (&codes)[kFragments], int block,
+                                                const uint4 (&codes)[kFragments], int block, int r,
                                                 int lane) {
+    const int row = kTableRows > 1 ? lane / 4 + 8 * (r % 2) : 0;
+    const Word row_tables = tables + row * (kStages * kEntries * 4);
+    Word entries[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int row = kTableRows > 1 ? lane / 4 + 8 * (r % 2) : 0;
-      const Word row_tables = tables + row * (kStages * kEntries * 4);
+    for (int e = 0; e < 4; ++e) entries[e] = look_up(row_tables, codes, block, r, e);
 #pragma unroll
-      for (int e = 0; e < 4; e += 2) {
-        const Word first = look_up(row_tables, codes, block, r, e);
-        const Word second = look_up(row_tables, codes, block, r, e + 1);
-        operands[r / 2][r % 2 + e] = pick_bytes(first, second, 0x5410);
-        operands[2 + r / 2][r % 2 + e] = pick_bytes(first, second, 0x7632);
-      }
+    for (int e = 0; e < 4; e += 2) {
+      operands[r / 2][r % 2 + e] = pick_bytes(entries[e], entries[e + 1], 0x5410);
+      operands[2 + r / 2][r % 2 + e] = pick_bytes(entries[e], entries[e + 1], 0x7632);
     }
   }
 
