@@ -53,6 +53,7 @@ def build(arguments: argparse.Namespace) -> None:
     import tvm
 
     from fairy_compile.compiler.cuda_binary import machine_code
+    from fairy_compile.compiler.device_pipeline import tir_pipeline
     from fairy_compile.kernels import FAMILIES
     from fairy_compile.kernels.dense_gpu import build_dense
     from fairy_compile.models.linear import LinearCall
@@ -79,7 +80,9 @@ def build(arguments: argparse.Namespace) -> None:
                 functions[symbol(f"phase{stages}", name, batch)] = function
     module = tvm.IRModule({s: f.with_attr("global_symbol", s) for s, f in functions.items()})
     with machine_code(target):
-        library = tvm.compile(module, target=target.to_tvm())
+        library = tvm.compile(
+            module, target=target.to_tvm(), tir_pipeline=tir_pipeline(target)
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
     library.export_library(str(arguments.output / "kernels.so"))
     contents = {

@@ -102,7 +102,6 @@ class CudaPlanes:
     """
 
     name = "cuda.planes"
-    early = False  # launched before the kernels before are over
     layout = CudaLayout()
     decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
@@ -148,7 +147,7 @@ class CudaPlanes:
         """
         from fairy_compile.kernels.cuda_launch import emit
 
-        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch, self.early)
+        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
 
     def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.

@@ -38,7 +38,6 @@ class CudaHopper(CudaPlanes):
     """
 
     name = "cuda.hopper"
-    early = True
     knobs: Mapping[str, Sequence[Any]] = {
         **CudaPlanes.knobs,
         "wide": (129, 65, 257, 513),

@@ -18,25 +18,15 @@ if TYPE_CHECKING:
 
     from fairy_compile.kernels.cuda import Launch
 
-_EARLY = "tirx.use_programtic_dependent_launch"  # as TVM spells it
-
-
 def emit(
     spec: PhaseSpec,
     layout: CudaLayout,
     launches: Sequence[Launch],
     batch: Batch,
-    early: bool,
 ) -> PrimFunc:
-    """Return a function (x, codes, scales, y) that launches the first grid meant for its rows.
-
-    With ``early``, kernels are launched before those before them are over (programmatic dependent
-    launch, Hopper and later); each waits for them before it reads x or writes anything.
-    """
+    """Return a function (x, codes, scales, y) that launches the first grid meant for its rows."""
     with IRBuilder() as ir, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        if early:
-            T.func_attr({"tirx.kernel_launch_params": [_EARLY]})
         rows = 1 if batch == "single" else T.int32()
         x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
         arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
