@@ -93,8 +93,10 @@ class CudaPlanes:
         warps: of a block that decodes, at most: row tiles times warps that split columns.
         row_tiles: row tiles of a block that decodes. ``auto`` takes fewer where rows are few, so
             that the grid fills the GPU.
-        ahead: groups of 128 columns whose codes a warp that decodes has asked for before use.
-        prefetch: groups beyond that on their way to the L2 cache.
+        passes: over the codes of a group while decoding, for fewer sums in registers at a time;
+            ``auto`` takes more for more rows of x. T = 2 and 4 with both terms only.
+        blocks: that decode and run together on a multiprocessor, which bounds their registers.
+        prefetch: groups of 128 columns on their way to the L2 cache, beyond the next.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
         prefill_warps: row tiles of a prefill block.
@@ -107,8 +109,9 @@ class CudaPlanes:
     knobs: Mapping[str, Sequence[Any]] = {
         "warps": (8, 4, 12, 16, 20),
         "row_tiles": ("auto", 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
-        "ahead": (1, 2, 3),
-        "prefetch": (4, 0, 2, 8, 16),
+        "passes": ("auto", 1, 2, 4),
+        "blocks": (1, 2, 3, 4),
+        "prefetch": (0, 2, 4, 8, 16),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
@@ -191,10 +194,11 @@ class CudaPlanes:
             per_block = max([n for n in (4, 2) if tiles >= n * _FILL], default=1)
         per_block = min(per_block, warps)
         warps = warps // per_block * per_block
+        passes = operands if chosen["passes"] == "auto" else chosen["passes"]
         constants = {
             "kWarps": warps,
             "kTileWarps": per_block,
-            "kAhead": chosen["ahead"],
+            "kPasses": passes,
             "kPrefetch": chosen["prefetch"],
             "kSlots": slots,
             "kOperands": operands,
