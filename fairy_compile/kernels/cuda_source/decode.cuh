@@ -46,7 +46,10 @@ struct Decode {
   static constexpr int kOperands = Call::kOperands;             // operands B of a pass
   static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
-  static constexpr int kChunk = kGroups < 32 / kOperands ? kGroups : 32 / kOperands;
+  static constexpr int kGroupBytes = kOperands * (1024 + 48);     // of shared memory
+  static constexpr int kMost = (47 << 10) / kGroupBytes;          // groups in it at a time
+  static constexpr int kChunks = (kGroups + kMost - 1) / kMost;
+  static constexpr int kChunk = (kGroups + kChunks - 1) / kChunks;
 
   static constexpr int kTogether = 4;  // groups that a warp quantises at once
   static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
