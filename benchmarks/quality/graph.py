@@ -63,6 +63,15 @@ class GraphSteps:
     """Optimiser steps of a model on CUDA; see `training.Steps`, whose results it has.
 
     The caller has made a stream other than the default one current, the same for all calls.
+
+    Args:
+        model: on CUDA.
+        work: has the training text.
+        recipe: gives learning rates and weight decay.
+        seed: order of the text.
+        loss: of a batch, int64 (batch, WINDOW + 1).
+        groups: AdamW's, see `training.parameter_groups`.
+        captured: replay a graph; False starts every kernel anew.
     """
 
     chunk = 25
@@ -75,8 +84,10 @@ class GraphSteps:
         seed: int,
         loss: Callable[[torch.Tensor], torch.Tensor],
         groups: list[dict],
+        *,
+        captured: bool = True,
     ) -> None:
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.captured = model, loss, captured
         device = next(model.parameters()).device
         if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
             raise ValueError("a graph cannot be captured on the default stream; make another")
@@ -116,7 +127,7 @@ class GraphSteps:
 
     def step(self) -> None:
         """Queue one."""
-        if self.done < _EAGER:
+        if self.done < _EAGER or not self.captured:
             self.optimiser.zero_grad(set_to_none=True)
             self._step()
         else:

@@ -39,6 +39,9 @@ from fairy_compile.train.models import load_model, quiet_transformers
 KINDS = ("fp", "search", "trained", "free")
 HEAD2 = {"lm_head": 2}  # training-free methods raise the head to T = 3 unless told otherwise
 CONTROL_BITS = 32.0
+# What all runs of a study have in common.
+SIZES = ("hidden", "vocab", "fp_tokens", "more_tokens", "search_tokens", "eval_tokens",
+         "fp_batch", "batch", "half")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Study:
         compiled: torch.compile the floating-point runs, on a CPU.
         device: where training runs.
         half: round the floating-point model to bfloat16 when it is done, as checkpoints are.
+        eager: on CUDA, start every kernel anew instead of replaying graphs.
     """
 
     work: Path
@@ -157,6 +161,7 @@ class Study:
     compiled: bool = False
     device: str = "cpu"
     half: bool = False
+    eager: bool = False
 
     def directory(self, seed: int) -> Path:
         """Return the directory of a seed's runs."""
@@ -177,10 +182,30 @@ class Study:
         """Return the held-out text, on the device."""
         return held_out(self.corpus, self.eval_tokens).to(self.device)
 
-    def facts(self) -> dict:
-        """Return what its tables should say of it."""
-        facts = dataclasses.asdict(self) | {"window": WINDOW}
-        return {key: value for key, value in facts.items() if key not in ("work", "corpus")}
+    def training(self) -> dict:
+        """Return what `train` should know of the device."""
+        checks = 200 if self.device == "cpu" else 2000
+        return {"device": self.device, "checks": checks, "captured": not self.eager}
+
+    def note(self) -> None:
+        """Write study.json, which says what the runs have in common, or check it.
+
+        Raises:
+            SystemExit: the runs that are there have other sizes.
+        """
+        path = self.work / "study.json"
+        facts = {key: getattr(self, key) for key in SIZES} | {"window": WINDOW}
+        if path.exists():
+            there = json.loads(path.read_text())
+            for key in SIZES:
+                if there.get(key, facts[key]) != facts[key]:
+                    raise SystemExit(
+                        f"the runs in {self.work} have {key} {there[key]} and this command has "
+                        f"{facts[key]}; give --{key.replace('_', '-')} {there[key]}, or another -o"
+                    )
+        else:
+            self.work.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def run_fp(study: Study, seed: int, log: Path) -> Going:
@@ -188,11 +213,8 @@ def run_fp(study: Study, seed: int, log: Path) -> Going:
     model = study.placed(new_model(study.hidden, study.vocab, seed))
     windows = study.windows()
     recipe = Recipe(study.fp_tokens, 3e-3, 100, 0.05, study.fp_batch)
-    checks = 200 if study.device == "cpu" else 2000
-    yield from train(
-        model, study.corpus, recipe, seed, log,
-        windows=windows, compiled=study.compiled, checks=checks,
-    )  # fmt: skip
+    options = {"windows": windows, "compiled": study.compiled, **study.training()}
+    yield from train(model, study.corpus, recipe, seed, log, **options)
     if study.half:
         round_to_bfloat16(model)
     loss = evaluate(model, windows)
@@ -214,11 +236,8 @@ def run_more(study: Study, seed: int, log: Path, name: str) -> Going:
         start_alternating(model)
     method.apply(model)
     teacher = study.fp(seed).requires_grad_(False).eval() if recipe.distil else None
-    checks = 200 if study.device == "cpu" else 2000
-    yield from train(
-        model, study.corpus, recipe, 1000 + seed, log,
-        windows=windows, teacher=teacher, checks=checks,
-    )  # fmt: skip
+    options = {"windows": windows, "teacher": teacher, **study.training()}
+    yield from train(model, study.corpus, recipe, 1000 + seed, log, **options)
     loss = evaluate(model, windows)
     bits = phase_bits(model) if method.bits is None else method.bits
     if method.bits is None and not search:

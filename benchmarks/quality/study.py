@@ -6,8 +6,9 @@
 
     python benchmarks/quality/study.py -o WORK --device cuda --processes 3 --lanes 3 --seconds 220
 
-For every seed a Llama is trained in floating point on Python sources; then the same model is trained
-on as it is (the control) and through the rule of each method, and it is converted without training.
+For every seed a Llama is trained in floating point on Python sources; then the same model is
+trained on as it is (the control) and through the rule of each method, and it is converted without
+training.
 With --search-tokens settings of the training are looked for first. A finished run is kept as
 WORK/seed-N/NAME.json and not repeated; a stopped one starts anew. With several widths WORK/dWIDTH
 stands for WORK.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import subprocess
 import sys
 import time
@@ -50,6 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     add("--half", action="store_true", help="round the floating-point model to bfloat16")
     add("--device", default="cpu", help="cpu or cuda; training-free runs compute on the CPU")
+    add("--eager", action="store_true", help="no CUDA graphs")
     add("--lanes", type=int, default=1, help="runs side by side in a process, on CUDA")
     add("--processes", type=int, default=1)
     add("--seconds", type=float, default=float("inf"), help="stop after so long")
@@ -78,20 +79,22 @@ def studies(args: argparse.Namespace) -> list[Study]:
             compiled=args.compile,
             device=args.device,
             half=args.half,
+            eager=args.eager,
         )
         for hidden in args.hidden
     ]
 
 
-def spread(processes: int, seconds: float) -> bool:
+def spread(processes: int, deadline: float) -> bool:
     """Run this command in several processes, and stop those that do not stop in time."""
     command = [sys.executable, *sys.argv, "--processes", "1"]
-    begun = time.monotonic()
+    if deadline < float("inf"):
+        command += ["--seconds", str(deadline - time.monotonic())]
     children = [subprocess.Popen(command) for _ in range(processes)]
     for child in children:
-        left = max(0.0, begun + seconds + _GRACE - time.monotonic())
+        left = deadline + _GRACE - time.monotonic()
         try:
-            child.wait(None if left == float("inf") else left)
+            child.wait(None if left == float("inf") else max(0.0, left))
         except subprocess.TimeoutExpired:
             child.kill()
     return all(child.wait() == 0 for child in children)
@@ -113,11 +116,12 @@ def main() -> None:
         prepare(corpus, args.vocab, tuple(args.packages))
     all_studies = studies(args)
     for study in all_studies:
-        study.work.mkdir(parents=True, exist_ok=True)
-        facts = json.dumps(study.facts(), indent=2) + "\n"
-        (study.work / "study.json").write_text(facts)
+        study.note()
+        for kind in ("late", "failed"):
+            for path in study.work.glob(f"seed-*/*.{kind}"):
+                path.unlink(missing_ok=True)
     if args.processes > 1:
-        fine = spread(args.processes, args.seconds - (time.monotonic() - begun))
+        fine = spread(args.processes, begun + args.seconds)
     else:
         order = (run for s in all_studies for run in runs(s, args.seeds, tuple(args.kinds)))
         fine = work_through(

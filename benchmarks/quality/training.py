@@ -196,9 +196,11 @@ def train(
     log: Path,
     *,
     windows: torch.Tensor,
+    device: str = "cpu",
     teacher: LlamaForCausalLM | None = None,
     compiled: bool = False,
     checks: int = 200,
+    captured: bool = True,
 ) -> Iterator[float]:
     """Train in bf16 autocast where the model is, and yield the share done now and then.
 
@@ -209,15 +211,19 @@ def train(
         seed: order of the text.
         log: gets a line every ``checks`` steps, with the loss on held-out text.
         windows: held-out text, where the model is.
+        device: where that is.
         teacher: see `BatchLoss`.
-        compiled: torch.compile the loss (CPU only; on CUDA a step is a graph).
+        compiled: on the CPU, torch.compile the loss.
         checks: see ``log``.
+        captured: on CUDA, whether a step is a graph.
     """
     batch_loss = BatchLoss(model, recipe.distil, teacher)
     model.train()
-    if windows.is_cuda:
+    if device != "cpu":
         groups = parameter_groups(model, recipe)
-        stepper: Steps | GraphSteps = GraphSteps(model, work, recipe, seed, batch_loss, groups)
+        stepper: Steps | GraphSteps = GraphSteps(
+            model, work, recipe, seed, batch_loss, groups, captured=captured
+        )
     else:
         loss = torch.compile(batch_loss) if compiled else batch_loss
         stepper = Steps(model, work, recipe, seed, loss)
