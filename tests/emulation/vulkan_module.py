@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tvm
 
 POINTER = 3  # DLPack's code of an opaque handle
 
@@ -103,6 +102,8 @@ def kernels_in(blob: bytes) -> dict[str, ShaderKernel]:
 
 def kernels_of(executable: Any) -> dict[str, ShaderKernel]:
     """Return all kernels of a compiled module, from the bytes that an export would hold."""
+    import tvm  # here, so that machines without TVM can read modules
+
     pack = tvm.get_global_func("runtime.ModulePackImportsToTensor")
     return kernels_in(pack(executable.mod).numpy().tobytes())
 
