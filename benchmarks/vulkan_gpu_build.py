@@ -24,7 +24,29 @@ from tests.emulation import vulkan_runtime
 from tests.emulation.vulkan_module import ShaderKernel
 
 (KERNEL,) = VULKAN_KERNELS
-DECODE_SETTINGS: list[dict[str, Any]] = [{}]
+ONE_ROW: list[dict[str, Any]] = [
+    {},
+    {"weights": "halves", "rows": 4, "group": 256},
+    {"weights": "halves", "rows": 4, "group": 256, "ahead": True},
+    {"weights": "blocks", "rows": 2, "group": 256},
+    {"weights": "blocks", "rows": 4, "group": 256},
+    {"weights": "blocks", "rows": 4, "group": 256, "ahead": True},
+    {"weights": "blocks", "rows": 2, "group": 512, "ahead": True},
+    {"weights": "blocks", "rows": 4, "group": 512},
+    {"weights": "blocks", "rows": 8, "group": 512},
+    {"weights": "blocks", "rows": 4, "group": 256, "copies": 1},
+    {"weights": "blocks", "rows": 4, "group": 256, "threads": 128},
+    {"weights": "blocks", "rows": 2, "group": 512, "threads": 64},
+]
+"""Settings for one row of x."""
+SOME_ROWS: list[dict[str, Any]] = [
+    {},
+    {"weights": "halves", "rows": 4, "group": 256, "tokens": 2},
+    {"weights": "blocks", "rows": 4, "group": 256, "tokens": 2},
+    {"weights": "blocks", "rows": 2, "group": 256, "tokens": 4},
+    {"weights": "blocks", "rows": 2, "group": 256, "tokens": 8},
+]
+"""Settings for several."""
 PREFILL_SETTINGS: list[dict[str, Any]] = [{}]
 
 
@@ -70,8 +92,8 @@ def build_shape(
         raise SystemExit(f"{name}: {reason}")
     calls = []
     for kind, settings, batches in (
-        ("single", DECODE_SETTINGS, (1,)),
-        ("many", DECODE_SETTINGS, DECODE[1:]),
+        ("single", ONE_ROW, (1,)),
+        ("many", SOME_ROWS, DECODE[1:]),
         ("many", PREFILL_SETTINGS, PREFILL),
     ):
         seen = set()

@@ -34,7 +34,7 @@ class VulkanKernel(GpuKernel):
         Subgroups are made of neighbours along threadIdx.x, of which a team has a multiple.
         """
         width = target.limits.simd_width
-        if not target.has("subgroups") or shape.threads % width:
+        if not self._by_subgroup(shape, target):
             return super().reduction(shape, target)
 
         def reduce(values: Sequence[Any], thread: Any, team: Any) -> Sequence[Any]:
@@ -48,6 +48,15 @@ class VulkanKernel(GpuKernel):
             return [totals[i] for i in range(len(values))]
 
         return reduce
+
+    def reduce_bytes(self, shape: DecodeShape, target: Target) -> int:
+        """See `GpuKernel.reduce_bytes`."""
+        every = super().reduce_bytes(shape, target)
+        return every // target.limits.simd_width if self._by_subgroup(shape, target) else every
+
+    @staticmethod
+    def _by_subgroup(shape: DecodeShape, target: Target) -> bool:
+        return target.has("subgroups") and shape.threads % target.limits.simd_width == 0
 
 
 def _add_subgroups(
