@@ -147,7 +147,8 @@ class GpuKernel:
             if batch == "single":
                 decode.emit(rows)
                 return
-            gemm = self.tile_gemm(weights, y, self._tile_tokens(spec, chosen["tile_tokens"]))
+            tile_tokens = self._tile_tokens(spec, chosen["tile_tokens"])
+            gemm = self.tile_gemm(weights, y, tile_tokens, target, chosen)
             switch = chosen["switch"]
             if not switch:
                 gemm.emit(x, rows)
@@ -173,7 +174,9 @@ class GpuKernel:
         """Return the shared memory that adding up a group's sums takes."""
         return 2 * shape.rows * shape.tokens * shape.teams * shape.threads * 4
 
-    def tile_gemm(self, weights: Weights, y: Buffer, tokens: int) -> TileGemm:
+    def tile_gemm(
+        self, weights: Weights, y: Buffer, tokens: int, target: Target, knobs: Mapping[str, Any]
+    ) -> TileGemm:
         """Return the launch for many rows of x."""
         return phase_tile_gemm(weights, y, tokens)
 

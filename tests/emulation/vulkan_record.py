@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulation.vulkan_module import ShaderKernel
+from tests.emulation.vulkan_module import ShaderKernel, bound_buffers
 
 RECORD_VARIABLE = "FAIRY_COMPILE_VULKAN_RECORD"
 """Environment variable: the file that dispatches are written to."""
@@ -105,37 +105,6 @@ def _digest(data: bytes) -> str:
 # -------------------------------------------------------------------------- repeating
 
 
-def buffer_types(code: bytes) -> dict[int, str]:
-    """Return the NumPy type of the elements of every bound buffer, read from the SPIR-V."""
-    words = np.frombuffer(code, "<u4").tolist()
-    scalars: dict[int, str] = {}
-    inner: dict[int, int] = {}  # vector, array, struct, pointer or variable -> what it is made of
-    bindings: dict[int, int] = {}
-    at = 5
-    while at < len(words):
-        count, op = words[at] >> 16, words[at] & 0xFFFF
-        operands = words[at + 1 : at + count]
-        if op == 21:
-            scalars[operands[0]] = f"{'int' if operands[2] else 'uint'}{operands[1]}"
-        elif op == 22:
-            scalars[operands[0]] = f"float{operands[1]}"
-        elif op in (23, 29, 30) and len(operands) > 1:
-            inner[operands[0]] = operands[1]
-        elif op == 32:
-            inner[operands[0]] = operands[2]
-        elif op == 59:
-            inner[operands[1]] = operands[0]
-        elif op == 71 and operands[1] == 33:
-            bindings[operands[2]] = operands[0]
-        at += count
-    types = {}
-    for binding, found in bindings.items():
-        while found not in scalars:
-            found = inner[found]
-        types[binding] = scalars[found]
-    return types
-
-
 def distance(seen: np.ndarray, wanted: np.ndarray) -> float:
     """Return the largest difference, relative to the largest value; infinite if NaNs differ."""
     if seen.dtype.kind != "f":
@@ -190,7 +159,7 @@ def _repeat_one(archive: zipfile.ZipFile, entry: dict[str, Any]) -> tuple[float,
     except Exception as failure:  # of a driver: the others are still worth running
         return float("inf"), repr(failure)
     worst, why = 0.0, None
-    for binding, dtype in buffer_types(code).items():
+    for binding, (_, dtype) in bound_buffers(code).items():
         if binding >= len(arrays):
             continue  # scalars in a uniform buffer
         wanted = np.frombuffer(archive.read(entry["after"][binding]), np.uint8)
