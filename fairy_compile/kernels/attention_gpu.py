@@ -70,7 +70,7 @@ def check_head_dim(head_dim: int, target: str) -> None:
     if head_dim % HEAD_DIM_STEP:
         raise UnsupportedError(
             f"attention heads have {head_dim} elements; on target {target} a multiple of "
-            f"{HEAD_DIM_STEP} is allowed; build for a CPU target, e.g. --target cpu"
+            f"{HEAD_DIM_STEP} is allowed; build with --target cpu"
         )
 
 
@@ -86,7 +86,7 @@ def check_decode(decode: PrimFunc, heads: int, kv_heads: int, head_dim: int, tar
         raise UnsupportedError(
             f"no attention kernel of target {target} computes {heads // kv_heads} heads of "
             f"{head_dim} elements that share a key; at most 8 heads of 128, or a power of two of "
-            "them, are allowed; build for a CPU target, e.g. --target cpu"
+            "them, are allowed; build with --target cpu"
         )
 
 

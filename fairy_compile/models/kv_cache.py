@@ -229,8 +229,9 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     """
     if config.attention_softcap is not None:
         raise UnsupportedError(
-            f"{config.model_type} caps its attention scores, which the attention kernels of target "
-            f"{target.name} cannot; build for a CPU target, e.g. --target cpu"
+            f"{config.model_type} caps its attention scores (at {config.attention_softcap:g}); "
+            f"attention kernels of target {target.name} cannot, those of CPU targets can; build "
+            "with --target cpu"
         )
     if config.window is not None:
         raise ValueError(f"context {config.context} is beyond the window of {config.window}")
