@@ -55,9 +55,10 @@ class OpenCLRig:
 
     Args:
         directory: for what is compiled.
-        optimize: whether PoCL optimises kernels.
+        optimize: see below.
 
     Attributes:
+        optimize: whether PoCL optimises the kernels of libraries it loads.
         kernels: of the library loaded last.
         launches: name of every kernel that ran.
     """
@@ -67,7 +68,7 @@ class OpenCLRig:
 
         os.environ.setdefault("PYOPENCL_NO_CACHE", "1")
         self.directory = directory
-        self.options = [] if optimize else ["-cl-opt-disable"]
+        self.optimize = optimize
         platform = next(p for p in pyopencl.get_platforms() if "Portable" in p.name)
         self.context = pyopencl.Context(platform.get_devices()[:1])
         self.queue = pyopencl.CommandQueue(self.context)
@@ -85,7 +86,7 @@ class OpenCLRig:
         first = len(self.programs)
         self.kernels = read_module(data, whole=True)
         program = pyopencl.Program(self.context, self.kernels[0].source)
-        program = program.build(options=self.options)
+        program = program.build(options=[] if self.optimize else ["-cl-opt-disable"])
         self.programs += [(kernel, getattr(program, kernel.name)) for kernel in self.kernels]
         return calling_python(self.kernels, first, _LAUNCH, self.directory)
 
