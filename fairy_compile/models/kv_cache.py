@@ -32,7 +32,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels.attention_gpu import build_merge
+from fairy_compile.kernels import attention_gpu
 from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
@@ -229,11 +229,13 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     """
     if config.attention_softcap is not None:
         raise UnsupportedError(
-            f"{config.model_type} caps its attention scores, which the attention kernels of target "
-            f"{target.name} cannot; build for a CPU target, e.g. --target cpu"
+            f"{config.model_type} caps its attention scores (at {config.attention_softcap:g}); "
+            f"attention kernels of target {target.name} cannot, those of CPU targets can; build "
+            "with --target cpu"
         )
     if config.window is not None:
         raise ValueError(f"context {config.context} is beyond the window of {config.window}")
+    attention_gpu.check_head_dim(config.head_dim, target.name)
     rope = config.rope
     scaling = {}
     if rope.kind == "llama3":
@@ -275,14 +277,24 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     functions[_APPEND_LATENT] = relax.prim_value(0)
     for index in _UNUSED_KERNELS:
         functions[index] = relax.Tuple([])
-    threads = target.limits.max_threads if target.limits else 256
-    merge = build_merge(config.num_heads, config.head_dim, config.kv_dtype, threads)
+    limits = target.limits
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    decode = bb.get()[functions[_DECODE].fields[1]]
+    attention_gpu.check_decode(decode, heads, kv_heads, head_dim, target.name)
+    shape = (kv_heads, heads, head_dim, config.kv_dtype)
+    for index in (_RAGGED, _PAGED):
+        var = functions[index].fields[1]
+        ragged = index == _RAGGED
+        fitting = attention_gpu.fit_prefill(bb.get()[var], ragged, shape, scaling, limits)
+        bb.update_func(var, fitting)
+    merge = attention_gpu.build_merge(heads, head_dim, config.kv_dtype, limits.max_threads)
     functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
     return functions
 
 
 # Places among the functions, in the order of `_functions`.
 _APPEND_LATENT = 1
+_RAGGED, _PAGED, _DECODE = 2, 3, 4
 _UNUSED_KERNELS = (5, 6, 7, 8)
 _MERGE = 10
 
