@@ -33,9 +33,7 @@ class SimdgroupUnits:
 
     def load_left(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
         """See `MatrixUnits.load_left`."""
-        T.evaluate(
-            metal.simdgroup_load(matrices.data, at, pointer, stride, transpose_matrix=True)
-        )
+        T.evaluate(metal.simdgroup_load(matrices.data, at, pointer, stride, transpose_matrix=True))
 
     def multiply(self, sums: Buffer, at: int, left: Buffer, i: int, right: Buffer, j: int) -> None:
         """See `MatrixUnits.multiply`."""
