@@ -1,12 +1,13 @@
-"""The tile GEMM on matrix units, with units that every thread emulates for itself, on lavapipe.
+"""The tile GEMM on matrix units of 16x16, with units that every thread emulates for itself.
 
-What a subgroup holds together every thread holds alone here, so any device can run it. It shows
-that tiles, offsets and strides are right for matrices of 16; Vulkan's own instructions are seen
-only by spirv-val (`tests/codegen/test_spirv_matrices.py`) until a GPU runs them.
+What a subgroup holds together every thread holds alone here, so that any Vulkan device runs it: it
+shows that tiles and places are right. Vulkan's own instructions, which lavapipe lacks, go through
+spirv-val in `tests/codegen/test_spirv_matrices.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels import vulkan
 from fairy_compile.kernels.gpu_builder import load_float, local, store
-from fairy_compile.kernels.gpu_matrix_tile import SUBGROUP
-from fairy_compile.kernels.vulkan import VulkanKernel
-from fairy_compile.targets import Limits, Target
+from fairy_compile.kernels.gpu_matrix_tile import Place
+from fairy_compile.kernels.vulkan_tile import SIDE
 from tests.emulation.gpu_cases import gpu_spec, host_target, run_phase_kernel, tolerance
 from tests.emulation.vulkan_device import missing_driver
 
-SIDE = 16
+BOTH = ("U", "W")
 
 
 class PlainUnits:
-    """Implements `MatrixUnits`: every thread multiplies whole matrices."""
+    """Implements `MatrixUnits`."""
 
     side = SIDE
 
@@ -37,30 +37,50 @@ class PlainUnits:
         with T.serial(0, SIDE * SIDE) as i:
             store(matrices, at * SIDE * SIDE + i, T.float32(0))
 
-    def load_right(self, matrices: Any, at: int, pointer: Any, stride: int) -> None:
-        self._load(matrices, at, pointer, lambda i, j: i * stride + j)
+    def load_right(self, matrices: Any, at: int, tile: Any, place: Place) -> None:
+        self._load(matrices, at, lambda i, j: tile[place[0] + i, place[1] + j])
 
-    def load_left(self, matrices: Any, at: int, pointer: Any, stride: int) -> None:
-        self._load(matrices, at, pointer, lambda i, j: j * stride + i)
+    def load_left(self, matrices: Any, at: int, tile: Any, place: Place) -> None:
+        self._load(matrices, at, lambda i, j: tile[place[0] + j, place[1] + i])
 
-    def _load(self, matrices: Any, at: int, pointer: Any, place: Any) -> None:
-        tile, offset = pointer
+    @staticmethod
+    def _load(matrices: Any, at: int, element: Callable[[Any, Any], Any]) -> None:
         with T.serial(0, SIDE) as i, T.serial(0, SIDE) as j:
-            value = tile.vload([_row(tile, offset + place(i, j)), _column(tile, offset + place(i, j))])
-            store(matrices, at * SIDE * SIDE + i * SIDE + j, value)
+            store(matrices, (at * SIDE + i) * SIDE + j, element(i, j))
 
     def multiply(self, sums: Any, at: int, left: Any, i: int, right: Any, j: int) -> None:
-        size = SIDE * SIDE
         with T.serial(0, SIDE) as r, T.serial(0, SIDE) as c, T.serial(0, SIDE) as k:
-            product = load_float(left, i * size + r * SIDE + k) * load_float(
-                right, j * size + k * SIDE + c
-            )
-            where = at * size + r * SIDE + c
-            store(sums, where, sums[where] + product)
+            a = load_float(left, (i * SIDE + r) * SIDE + k)
+            b = load_float(right, (j * SIDE + k) * SIDE + c)
+            place = (at * SIDE + r) * SIDE + c
+            store(sums, place, sums[place] + a * b)
 
-    def store(self, sums: Any, at: int, pointer: Any, stride: int) -> None:
-        tile, offset = pointer
+    def store(self, sums: Any, at: int, tile: Any, place: Place) -> None:
         with T.serial(0, SIDE) as i, T.serial(0, SIDE) as j:
-            where = offset + i * stride + j
-            value = sums[at * SIDE * SIDE + i * SIDE + j]
-            store(tile, (_row(tile, where), _column(tile, where)), value)
+            value = sums[(at * SIDE + i) * SIDE + j]
+            store(tile, (place[0] + i, place[1] + j), value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [
+        (((40,), 48, 2, BOTH, "tensor"), 17),
+        pytest.param(((70, 9), 64, 1, BOTH, "row"), 65, marks=pytest.mark.slow),
+        pytest.param(((66,), 128, 2, ("W",), "tile64"), 40, marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_match_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple, batch: int
+) -> None:
+    reason = missing_driver()
+    if reason:
+        pytest.skip(reason)
+    from tests.emulation import vulkan_runtime
+
+    vulkan_runtime.install()
+    monkeypatch.setattr(vulkan, "CooperativeUnits", PlainUnits)
+    kernel, spec = vulkan.VulkanKernel(), gpu_spec(shape, "float16")
+    target, knobs = host_target("vulkan-nvidia"), {"matrices": True, "switch": 0}
+    got, want, parts, x = run_phase_kernel(kernel, spec, target, batch, tmp_path, knobs)
+    error = np.abs(got.astype(np.float64) - want) / tolerance(spec, parts, x)
+    assert error.max() <= 1
