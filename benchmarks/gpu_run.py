@@ -96,7 +96,8 @@ def copy_bandwidth(nbytes: int = 2 << 30) -> float:
     """
     source = torch.randn(nbytes // 4, device="cuda")
     target = torch.empty_like(source)
-    return 2 * nbytes / np.median(graph_times(lambda _: torch.mul(source, 1.0, out=target), 2)) * 1e6
+    times = graph_times(lambda _: torch.mul(source, 1.0, out=target), 2)
+    return 2 * nbytes / np.median(times) * 1e6
 
 
 class Weights:
