@@ -201,9 +201,7 @@ class Runner:
         handle = self.call["create_tir_paged_kv_cache"](
             *(tvm.runtime.ShapeTuple([size]) for size in sizes)
         )
-        self.cache = KVCache(
-            handle, context=CONTEXT, capacity=2 * CONTEXT, max_sequences=MAX_BATCH
-        )
+        self.cache = KVCache(handle, context=CONTEXT, capacity=2 * CONTEXT, max_sequences=MAX_BATCH)
 
     def _embed(self, tokens: Any, batch: int) -> Any:
         ids = self.tvm.runtime.tensor(np.asarray(tokens, np.int32), self.device)
@@ -302,7 +300,7 @@ def timed(runner: Runner, run: Callable[[], Any], repeat: int) -> list[float]:
     return seconds[1:]
 
 
-def measure_decode(runner: Runner, batch: int, context: int, steps: int) -> dict[str, Any]:
+def measure_decode(runner: Runner, batch: int, context: int, steps: int = 64) -> dict[str, Any]:
     """Time decode steps of ``batch`` sequences of ``context`` tokens."""
     ids = [runner.cache.add() for _ in range(batch)]
     for sequence in ids:
@@ -351,13 +349,24 @@ def measure_prefill(runner: Runner, length: int) -> dict[str, Any]:
     return {"what": "prefill", "length": length, "tokens_per_s": [length / s for s in seconds]}
 
 
+MEASUREMENTS = (
+    (measure_decode, 1, 128),
+    (measure_decode, 1, 2048),
+    (measure_prefill, 512),
+    (measure_prefill, 2048),
+    (measure_decode, 8, 128),
+)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Check and time every library; writes results as they come."""
-    import tvm
+    from fairy_compile.errors import UnsupportedError
+    from fairy_compile.runtime.library import open_device
 
     end = time.perf_counter() + arguments.seconds
-    device = tvm.cuda()
-    if not device.exist:
+    try:
+        device = open_device("cuda")
+    except UnsupportedError:
         sys.exit("no CUDA device; run this on a machine with an NVIDIA GPU and driver")
     results: dict[str, Any] = {"device": str(device.device_name), "models": {}}
     for name in arguments.variant or VARIANTS:
@@ -374,18 +383,17 @@ def run(arguments: argparse.Namespace) -> None:
         model["rows"] = rows = []
         results["models"][name] = model
         seconds = time.perf_counter() - start
-        print(f"{name}: prefill and decode differ by {error:.1e}; {seconds:.1f} s to load and check")
-        jobs = [lambda c=c: measure_decode(runner, 1, c, arguments.steps) for c in (128, 2048)]
-        jobs += [lambda n=n: measure_prefill(runner, n) for n in (512, 2048)]
-        jobs += [lambda: measure_decode(runner, 8, 128, arguments.steps)]
-        for job in jobs:
+        print(
+            f"{name}: prefill and decode differ by {error:.1e}; {seconds:.1f} s to load and check"
+        )
+        for measure, *sizes in MEASUREMENTS:
             if time.perf_counter() > end:
                 break
-            rows.append(job())
+            rows.append(measure(runner, *sizes))
             print(f"  {_line(rows[-1])}", flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(results, indent=1), "utf-8")
-        del runner, jobs
+        del runner
         gc.collect()
 
 
@@ -415,7 +423,6 @@ def main() -> None:
     runner.add_argument("models", type=Path)
     runner.add_argument("-o", "--output", type=Path)
     runner.add_argument("--seconds", type=float, default=90)
-    runner.add_argument("--steps", type=int, default=64, help="decode steps of a run")
     runner.set_defaults(verb=run)
     for verb in (builder, runner):
         verb.add_argument("--variant", action="append", choices=list(VARIANTS))

@@ -62,9 +62,7 @@ class PeerKernel:
         self.layout = PeerLayout(layout)
         self.name = f"peer.{layout}"
 
-    def build(
-        self, spec: PhaseSpec, target: Any, batch: Batch, knobs: Mapping[str, Any]
-    ) -> Any:
+    def build(self, spec: PhaseSpec, target: Any, batch: Batch, knobs: Mapping[str, Any]) -> Any:
         """Return a function (x, *arrays, y), see `PhaseKernel.build`."""
         from tvm.script.ir_builder import IRBuilder
         from tvm.tirx.script import builder as T
@@ -137,8 +135,12 @@ class PeerKernel:
     ) -> Launch:
         sizes = {"kIn": spec.in_features, "kOut": spec.out_features}
         values = {**sizes, **constants, "kFourBit": int(self.layout.name == "four_bit")}
-        name = f"{self.layout.name}_{program}_{'_'.join(map(str, values.values()))}_{spec.out_dtype}"
-        return Launch(name, _render(program, name, spec.out_dtype, values), blocks, rows, threads, most)
+        name = (
+            f"{self.layout.name}_{program}_{'_'.join(map(str, values.values()))}_{spec.out_dtype}"
+        )
+        return Launch(
+            name, _render(program, name, spec.out_dtype, values), blocks, rows, threads, most
+        )
 
 
 def _render(program: str, name: str, out_dtype: str, values: Mapping[str, int]) -> str:

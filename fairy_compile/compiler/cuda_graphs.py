@@ -17,6 +17,9 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from fairy_compile.errors import FairyError
+from fairy_compile.targets import Target
+
 DECODE = ("batch_decode", "batch_decode_exact")
 ROWS = "batch_size"
 """Name of the symbolic number of rows of the functions in `DECODE`."""
@@ -43,3 +46,29 @@ def bound_decode(most_rows: int) -> Any:
         return bounded
 
     return run
+
+
+def plan_graphs(target: Target, asked: bool | None, most_rows: int, notes: list[str]) -> int | None:
+    """Return the most rows of a decode step that becomes CUDA graphs, or None for no graphs.
+
+    Args:
+        target: whose file says ``cuda_graphs = true`` where they are the default.
+        asked: what a build asks for; None leaves it to the target.
+        most_rows: most sequences of the model.
+        notes: what a report says is added here.
+
+    Raises:
+        FairyError: graphs were asked for on a target that has none.
+    """
+    if asked and target.device != "cuda":
+        raise FairyError(
+            f"--cuda-graphs: target {target.name} runs on {target.device}; allowed for cuda only, "
+            "so leave it out"
+        )
+    wanted = target.extra.get("cuda_graphs", False) if asked is None else asked
+    if target.device != "cuda" or not wanted:
+        return None
+    notes.append(
+        f"decode steps are CUDA graphs, one for each number of sequences up to {most_rows}"
+    )
+    return most_rows

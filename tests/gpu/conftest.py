@@ -1,0 +1,36 @@
+"""The cases of `tests.gpu.cases`, ready to run, and the reason where they cannot be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fairy_compile.errors import UnsupportedError
+from fairy_compile.runtime.library import open_device
+from tests.gpu.cases import Case, build_case
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpu() -> None:
+    try:
+        open_device("cuda")
+    except UnsupportedError:
+        pytest.skip("needs a CUDA device that TVM can use; this machine has none")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, _gpu: None) -> Callable[[Case], Path]:
+    """Return built(case) -> its artifact directory, which is built unless it was before."""
+    given = os.environ.get("FAIRY_COMPILE_GPU_CASES")
+    root = Path(given) if given else tmp_path_factory.mktemp("gpu")
+
+    def get(case: Case) -> Path:
+        if given and not (root / case.name / "want.npz").exists():
+            pytest.skip(f"FAIRY_COMPILE_GPU_CASES={given} does not hold {case.name}")
+        build_case(case, root)
+        return root / case.name
+
+    return get
