@@ -18,6 +18,7 @@ from tvm import relax
 from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.cuda_graphs import bound_decode
 from fairy_compile.compiler.device_pipeline import tir_pipeline
+from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.loops import ScheduleLoops
 from fairy_compile.compiler.passes import (
     BindElementwise,
@@ -62,6 +63,8 @@ def phases(
     schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
     if graph:
         schedule = (ScheduleLoops(), *schedule)
+    if target.device == "cuda":
+        legalise = (FuseAddNorm(), *legalise)
     if target.limits:
         # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
         legalise = (*legalise, t.RewriteDataflowReshape())
