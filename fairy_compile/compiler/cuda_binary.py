@@ -98,13 +98,16 @@ def check_nvcc(target: Target) -> str:
 def compile_fatbin(source: str, names: Sequence[str], nvcc: str) -> bytes:
     """Compile CUDA C++ for architectures, with PTX of the newest for later ones.
 
+    Sources for variants alone (``sm_90a``) may use what only those have, so they get no PTX.
+
     Raises:
         FairyError: nvcc failed.
     """
     numbers = [arch[3:] for arch in names]
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    newest = numbers[-1].rstrip("af")  # PTX of a variant such as 90a runs on that alone
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    if any(number.isdigit() for number in numbers):
+        newest = numbers[-1].rstrip("af")  # PTX of a variant such as 90a runs on that alone
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     with tempfile.TemporaryDirectory() as folder:
         written, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         written.write_text(source, "utf-8")

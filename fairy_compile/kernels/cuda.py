@@ -44,6 +44,23 @@ _FILL = 2 * 132  # blocks that keep the largest GPU we know busy
 
 
 @dataclass(frozen=True)
+class Arrange:
+    """A grid that runs before another, which takes an image of x instead of x.
+
+    Attributes:
+        function: name of the device function (x, image, batch).
+        blocks: ``blockIdx.x``; ``blockIdx.y`` counts ``threads`` rows of x.
+        threads: of a block; they divide the rows of x of a block of the other grid.
+        image_bytes: of the image, for the rows of x of a block of the other grid.
+    """
+
+    function: str
+    blocks: int
+    threads: int
+    image_bytes: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """A grid for some numbers of rows.
 
@@ -54,6 +71,9 @@ class Launch:
         rows: rows of x of a block; ``blockIdx.y`` counts these.
         threads: of a block.
         most: most rows of x it is meant for; None is any number.
+        shared: bytes of dynamic shared memory of a block.
+        arrange: what runs before; then the device function takes an image of x in place of x, and
+            a pointer to the dynamic shared memory after ``batch``. ``source`` defines both.
     """
 
     function: str
@@ -62,15 +82,19 @@ class Launch:
     rows: int
     threads: int
     most: int | None
+    shared: int = 0
+    arrange: Arrange | None = None
 
 
 class CudaPlanes:
     """The kernel of every call; implements `PhaseKernel`.
 
     Knobs:
-        warps: of a block that decodes.
-        row_tiles: row tiles of a block that decodes; its other warps split columns. ``auto`` takes
-            fewer where rows are few, so that the grid fills the GPU.
+        warps: of a block that decodes, at most: row tiles times warps that split columns.
+        row_tiles: row tiles of a block that decodes. ``auto`` takes fewer where rows are few, so
+            that the grid fills the GPU.
+        ahead: groups of 128 columns whose codes a warp that decodes has asked for before use.
+        prefetch: groups beyond that on their way to the L2 cache.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
         prefill_warps: row tiles of a prefill block.
@@ -81,8 +105,10 @@ class CudaPlanes:
     layout = CudaLayout()
     decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
-        "warps": (8, 4, 16),
-        "row_tiles": ("auto", 1, 2, 4, 8),
+        "warps": (8, 4, 12, 16, 20),
+        "row_tiles": ("auto", 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
+        "ahead": (1, 2, 3),
+        "prefetch": (4, 0, 2, 8, 16),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
@@ -164,9 +190,12 @@ class CudaPlanes:
         if per_block == "auto":
             per_block = max([n for n in (4, 2) if tiles >= n * _FILL], default=1)
         per_block = min(per_block, warps)
+        warps = warps // per_block * per_block
         constants = {
             "kWarps": warps,
             "kTileWarps": per_block,
+            "kAhead": chosen["ahead"],
+            "kPrefetch": chosen["prefetch"],
             "kSlots": slots,
             "kOperands": operands,
             "kLevels": ACT_LEVELS[spec.act],

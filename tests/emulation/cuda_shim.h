@@ -58,8 +58,9 @@ static Index threadIdx, blockIdx;
 namespace emulated {
 
 constexpr int kWarp = 32;
-enum class Wait { nothing, block, warp, over };
+enum class Wait { nothing, block, warp, condition, over };
 typedef void (*Together)(void* const (&operands)[kWarp]);
+typedef bool (*Condition)(void* operands);
 
 struct Copy {
   void* to;
@@ -73,6 +74,7 @@ struct Thread {
   Wait wait;
   int line;  // of the instruction it waits at
   Together together;
+  Condition condition;
   void* operands;
   std::vector<std::vector<Copy>> committed;
   std::vector<Copy> open;
@@ -99,6 +101,14 @@ static void wait(Wait what, int line, Together together = nullptr, void* operand
   self.wait = what, self.line = line, self.together = together, self.operands = operands;
   swapcontext(&self.context, &scheduler);
 }
+
+static void wait_until(Condition condition, void* operands) {
+  threads[current].condition = condition;
+  wait(Wait::condition, 0, nullptr, operands);
+}
+
+// Makes something happen that threads may wait for, if anything is left; set by cuda_shim_hopper.h.
+static bool (*deliver)();
 
 static void start() {
   body();
@@ -133,15 +143,17 @@ static bool advance() {
     release(0, count);
     any = true;
   }
-  return any;
+  for (Thread& t : threads)
+    if (t.wait == Wait::condition && t.condition(t.operands)) t.wait = Wait::nothing, any = true;
+  return any || (deliver && deliver());
 }
 
-// What the rig puts in place of `__shared__`: the static shared memory of a block.
-alignas(128) static char shared_bytes[48 << 10];
+// Shared memory of a block: what the rig puts in place of `__shared__`, or dynamic.
+alignas(128) static char shared_bytes[227 << 10];
 
 template <class Shared>
 Shared& shared_memory() {
-  static_assert(sizeof(Shared) <= sizeof shared_bytes, "a block has 48 KB");
+  static_assert(sizeof(Shared) <= 48 << 10, "a block has 48 KB");
   return *(Shared*)shared_bytes;
 }
 
@@ -217,6 +229,9 @@ inline void store(__nv_bfloat16* to, float x) {
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline uint4 load_once(const uint4* from) { return *from; }
+inline void prefetch(const void* from) { (void)*(volatile const char*)from; }  // inside of arrays
+inline void launch_dependents() {}
+inline void wait_for_inputs() {}
 
 // Bytes (r, e) and halves of fragments, by the tables of the PTX ISA: lane 4 g + t, register r and
 // element e of `per` in a register. A: row g + 8 (r % 2), column per t + 4 per (r / 2) + e.
@@ -323,6 +338,10 @@ inline Word shared_address(const void* at) { return (const char*)at - emulated::
 
 inline uint2 load_shared(Word address, int offset) {
   return *(const uint2*)(emulated::shared_bytes + address + offset);
+}
+
+inline Word load_shared_word(Word address, int offset) {
+  return *(const Word*)(emulated::shared_bytes + address + offset);
 }
 
 inline void copy_async(void* to, const void* from, bool inside) {

@@ -42,6 +42,13 @@ struct Decode {
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
   static constexpr int kChunk = kGroups < 32 / kOperands ? kGroups : 32 / kOperands;
 
+  static constexpr int kTogether = 4;  // groups that a warp quantises at once
+  // Groups whose codes a warp has asked for ahead of their use. A chunk of many starts with the
+  // first of them.
+  static constexpr int kAhead =
+      kChunk == kGroups || kChunk % (kSlices * Call::kAhead) == 0 ? Call::kAhead : 1;
+  static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
+
   // Activations of a chunk of groups, as operands B.
   struct Chunk {
     Word values[kChunk * 4][kOperands][8][8];  // block, operand, column of B, 4 columns of x
@@ -69,30 +76,46 @@ struct Decode {
     const int slice = warp / Call::kTileWarps, first_row = blockIdx.y * kRows;
     const bool active = tile < Call::kRowTiles;
 
-    // Codes are asked for before the activations are quantised: that hides most of its time.
+    // Codes are asked for before the activations are quantised, and before the kernel that computes
+    // them is over: that hides most of its time.
     const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
     int group = slice;
-    uint4 next[kFragments];
-    if (active && group < kGroups) load(next, own, group);
+    uint4 next[kAhead][kFragments];
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead)
+      if (active && group + ahead * kSlices < kGroups)
+        load(next[ahead], own, group + ahead * kSlices);
+#pragma unroll
+    for (int ahead = 0; ahead < Call::kPrefetch; ++ahead)
+      if (active) fetch(own, group + (kAhead + ahead) * kSlices, lane);
+    launch_dependents();
 
     Scales scale;
     if (active && !kTileScales) load_scales(scale, scales, tile, 0, lane);
     Outputs outputs = {};
+    wait_for_inputs();
     for (int first = 0; first < kGroups; first += kChunk) {
       const int end = first + kChunk < kGroups ? first + kChunk : kGroups;
       if (first > 0) __syncthreads();
       quantize(shared.chunk, x, batch, first_row, first, end, warp, lane);
       __syncthreads();
       if (!active) continue;
-      for (; group < end; group += kSlices) {
-        uint4 now[kFragments];
+      while (group < end) {
 #pragma unroll
-        for (int f = 0; f < kFragments; ++f) now[f] = next[f];
-        if (group + kSlices < kGroups) load(next, own, group + kSlices);
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+          if (ahead > 0 && group >= end) break;
+          uint4 now[kFragments];
 #pragma unroll
-        for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
-          if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
-          multiply(outputs, now, shared.chunk, group - first, flush, scale, lane);
+          for (int f = 0; f < kFragments; ++f) now[f] = next[ahead][f];
+          const int later = group + kAhead * kSlices;
+          if (later < kGroups) load(next[ahead], own, later);
+          if (Call::kPrefetch > 0) fetch(own, later + Call::kPrefetch * kSlices, lane);
+#pragma unroll
+          for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
+            if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
+            multiply(outputs, now, shared.chunk, group - first, flush, scale, lane);
+          }
+          group += kSlices;
         }
       }
     }
@@ -108,6 +131,12 @@ struct Decode {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
       codes[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  }
+
+  // Asks for a group to be brought to the L2 cache, which has more room than registers.
+  static __device__ __forceinline__ void fetch(const uint4* own, int group, int lane) {
+    const uint4* line = own - lane + (size_t)group * (kFragments * 32) + lane * 8;
+    if (group < kGroups && lane < kLines) prefetch(line);
   }
 
   // Sums of a pair of planes carry a factor, which its scales take back.
@@ -130,46 +159,66 @@ struct Decode {
   }
 
   // Quantises groups [first, end) of the pass's rows as op.quantize_activations does: a warp takes
-  // a group of one half of one row, a lane four columns of it.
+  // a group of one half of one row, a lane four columns of it. It takes several at once, since each
+  // waits for shuffles.
   static __device__ __forceinline__ void quantize(Chunk& chunk, const X* x, int batch,
                                                   int first_row, int first, int end, int warp,
                                                   int lane) {
-    for (int task = warp; task < (end - first) * kRows * 2; task += Call::kWarps) {
-      const int group = task / (kRows * 2), row_half = task % (kRows * 2);
-      const int row = first_row + row_half / 2, half = row_half % 2;
-      float value[4] = {};
-      if (row < batch)
-        load_columns(value, x + ((size_t)row * 2 + half) * Call::kColumns,
-                     (first + group) * 128 + 4 * lane);
-      float peak = 0;
+    const int tasks = (end - first) * kRows * 2;
+    for (int task = warp; task < tasks; task += Call::kWarps * kTogether) {
+      float value[kTogether][4] = {}, peak[kTogether] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) peak = fmaxf(peak, fabsf(value[i]));
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) peak = fmaxf(peak, shuffle_xor(peak, lanes));
-      const float inverse = peak > 0 ? __fdiv_rn((float)Call::kLevels, peak) : 0.0f;
-
-      Word high = 0, low = 0;
-      int sum = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int q = __float2int_rn(__fmul_rn(value[i], inverse));
-        sum += q;
-        low |= (Word)(q & 255) << (8 * i);
-        high |= (Word)(((q + 128) >> 8) & 255) << (8 * i);
+      for (int n = 0; n < kTogether; ++n) {
+        const int own = task + n * Call::kWarps, row_half = own % (kRows * 2);
+        const int row = first_row + row_half / 2, column = (first + own / (kRows * 2)) * 128;
+        if (own < tasks && row < batch)
+          load_columns(value[n], x + ((size_t)row * 2 + row_half % 2) * Call::kColumns,
+                       column + 4 * lane);
       }
 #pragma unroll
-      for (int lanes = 8; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+      for (int n = 0; n < kTogether; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) peak[n] = fmaxf(peak[n], fabsf(value[n][i]));
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n)
+          peak[n] = fmaxf(peak[n], shuffle_xor(peak[n], lanes));
 
-      const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
-      Word(&values)[8][8] = chunk.values[group * 4 + lane / 8][operand];
-      if (kTwoDigits) {
-        values[2 * column][lane % 8] = high;
-        values[2 * column + 1][lane % 8] = low;
-      } else {
-        values[kOneHalf ? 2 * column : column][lane % 8] = low;
+      Word high[kTogether] = {}, low[kTogether] = {};
+      int sum[kTogether] = {};
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        const float inverse = peak[n] > 0 ? __fdiv_rn((float)Call::kLevels, peak[n]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int q = __float2int_rn(__fmul_rn(value[n][i], inverse));
+          sum[n] += q;
+          low[n] |= (Word)(q & 255) << (8 * i);
+          high[n] |= (Word)(((q + 128) >> 8) & 255) << (8 * i);
+        }
       }
-      if (lane == 0) chunk.scale[group][row_half] = __fmul_rn(peak, 1.0f / Call::kLevels);
-      if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum;
+#pragma unroll
+      for (int lanes = 8; lanes > 0; lanes /= 2)
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) sum[n] += shuffle_xor(sum[n], lanes);
+
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        const int own = task + n * Call::kWarps;
+        if (own >= tasks) break;
+        const int group = own / (kRows * 2), row_half = own % (kRows * 2);
+        const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
+        Word(&values)[8][8] = chunk.values[group * 4 + lane / 8][operand];
+        if (kTwoDigits) {
+          values[2 * column][lane % 8] = high[n];
+          values[2 * column + 1][lane % 8] = low[n];
+        } else {
+          values[kOneHalf ? 2 * column : column][lane % 8] = low[n];
+        }
+        if (lane == 0) chunk.scale[group][row_half] = __fmul_rn(peak[n], 1.0f / Call::kLevels);
+        if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum[n];
+      }
     }
   }
 
