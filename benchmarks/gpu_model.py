@@ -37,7 +37,7 @@ def build(arguments: argparse.Namespace) -> None:
 
     from fairy_compile.targets import load_target
 
-    target = load_target("cuda")
+    target = load_target(arguments.target)
     if arguments.arch:
         target = replace(target, extra={**target.extra, "archs": arguments.arch})
     for name in arguments.variant or VARIANTS:
@@ -296,6 +296,7 @@ def main() -> None:
     builder = verbs.add_parser("build")
     builder.add_argument("-o", "--output", type=Path, required=True)
     builder.add_argument("--shape", choices=list(SHAPES), default="7b")
+    builder.add_argument("--target", default="cuda", help="or cuda-hopper")
     builder.add_argument("--arch", action="append", help="default: those of the target file")
     builder.set_defaults(verb=build)
     runner = verbs.add_parser("run")

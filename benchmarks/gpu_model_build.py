@@ -12,7 +12,7 @@ from gpu_variants import CHUNK, CONTEXT, MAX_BATCH, Variant
 
 from fairy_compile.compiler.library import Sizes, define
 from fairy_compile.compiler.pipeline import compile_module
-from fairy_compile.kernels.cuda import CudaPlanes
+from fairy_compile.kernels import FAMILIES
 from fairy_compile.models import parse_config
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op import PhaseSpec
@@ -37,7 +37,8 @@ class ShapePlanner:
         self, name: str, sources: Any, in_features: int, out_features: Any, bias: bool = False,
         token_int8: bool = False, out_dtype: str = "float16",
     ) -> list[Any]:  # fmt: skip
-        kernels = {"phase": CudaPlanes(), "dense": DENSE, "four_bit": FOUR_BIT}
+        phase = FAMILIES[self.target.kernels[0]][0]
+        kernels = {"phase": phase, "dense": DENSE, "four_bit": FOUR_BIT}
         spec = PhaseSpec(
             tuple(n // 2 for n in out_features), in_features // 2, max(1, self.variant.stages),
             ("U", "W"), "tensor", self.variant.act, "float16", out_dtype,

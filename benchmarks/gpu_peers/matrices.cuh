@@ -41,11 +41,13 @@ struct Matrices {
     const int own_row = warp % Call::kTokenWarps * kTokenTiles * 16;
     const int own_feature = warp / Call::kTokenWarps * kFeatureTiles * 8;
     Codes codes;
+    fairy::launch_dependents();
     if (kFourBit) {
       load(codes, weights, scales, first_feature, 0);
       unpack(shared.w[0], codes);
       if (kSteps > 1) load(codes, weights, scales, first_feature, 1);
     }
+    fairy::wait_for_inputs();
 #pragma unroll
     for (int step = 0; step < kBuffers - 1; ++step) {
       if (step < kSteps) copy(shared, x, weights, batch, first_row, first_feature, step);

@@ -4,7 +4,8 @@
 // A warp computes `kOwn` output features. Its lanes read neighbouring 128 bits of their rows, which
 // is one group of 4-bit weights (MLC's q4f16_1: code i of a word at bits 4 i, a weight is
 // (code - 7) scale) or eight float16 ones. The first weights are asked for before x is copied to
-// shared memory, and always those of the next turn before those of this one are used.
+// shared memory, before even the kernel that computes x is over, and always those of the next turn
+// before those of this one are used.
 #ifndef PEER_VECTORS
 #define PEER_VECTORS
 
@@ -75,7 +76,12 @@ struct Vectors {
     const int first_row = blockIdx.y * kRows;
     const bool active = feature < Call::kOut;
     Weights next;
-    if (active) load(next, weights, scales, feature, lane);
+    if (active) {
+      load(next, weights, scales, feature, lane);
+      fetch(weights, feature, lane);
+    }
+    fairy::launch_dependents();
+    fairy::wait_for_inputs();
     float sums[kRows][kOwn] = {};
     for (int first = 0; first < kUnits; first += kChunk) {
       if (first > 0) __syncthreads();
@@ -104,6 +110,14 @@ struct Vectors {
   }
 
  private:
+  // Asks for the rows of a warp to be brought to the L2 cache, 128 bytes at a time.
+  static __device__ __forceinline__ void fetch(const void* weights, int feature, int lane) {
+    constexpr int kLines = kUnits / 8;
+    const int rows = feature + kOwn <= Call::kOut ? kOwn : Call::kOut - feature;
+    for (int line = lane; line < rows * kLines; line += 32)
+      fairy::prefetch((const uint4*)weights + (size_t)feature * kUnits + line * 8);
+  }
+
   static __device__ __forceinline__ void load(Weights& to, const void* weights,
                                               const __half* scales, int feature, int unit) {
 #pragma unroll

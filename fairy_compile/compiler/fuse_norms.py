@@ -63,7 +63,7 @@ class _Fuser(PyExprMutator):
         """Find what can be fused in a function."""
         self.norms, self.done = {}, {}
         values: dict[Any, Any] = {}
-        order: dict[Any, int] = {param: -1 for param in func.params}
+        order: dict[Any, int] = dict.fromkeys(func.params, -1)
         for block in func.body.blocks:
             for binding in block.bindings:
                 values[binding.var] = getattr(binding, "value", None)

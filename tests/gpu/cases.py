@@ -37,9 +37,10 @@ SIZES = {
     },
 }
 LAYERS = 2
-CONTEXT, CHUNK, MAX_BATCH = 256, 128, 64
+CONTEXT, MAX_BATCH = 256, 64
+CHUNK = {"cuda": 128, "cuda-hopper": 256}
 LENGTHS = (1, 17, 64, 100, 150)
-"""Of prompts: the last takes two prefill calls."""
+"""Of prompts: the last takes two prefill calls, or the kernels for many rows of Hopper."""
 BATCHES = (1, 2, 17, 64)
 STEPS = 32
 
@@ -53,15 +54,23 @@ class Case:
     act: str
     scale: str = "tensor"
     graphs: bool = True
+    target: str = "cuda"
 
     @property
     def name(self) -> str:
         """Folder of the artifact, and id of its tests."""
         graphs = "" if self.graphs else "-nographs"
-        return f"{self.family}-{self.quant}-{self.act}-{self.scale}{graphs}"
+        target = self.target.removeprefix("cuda")
+        return f"{self.family}-{self.quant}-{self.act}-{self.scale}{graphs}{target}"
 
 
+HOPPER = "cuda-hopper"
 CASES = [
+    Case("llama", "w2", "int16", target=HOPPER),
+    Case("qwen2", "w2", "float", target=HOPPER),
+    Case("llama", "w1", "int8", target=HOPPER),
+    Case("qwen2", "w1", "int16", scale="row", target=HOPPER),
+    Case("qwen2", "w2", "int16", graphs=False, target=HOPPER),
     Case("llama", "w2", "float"),
     Case("llama", "w2", "int16"),
     Case("llama", "w2", "int8"),
@@ -104,17 +113,17 @@ def build_case(case: Case, directory: Path, archs: list[str] | None = None) -> N
         return
     if not source.exists():
         save_model(source, case.family, num_hidden_layers=LAYERS, **SIZES[case.family])
-    with _archs(archs):
+    with _archs(archs if case.target == "cuda" else None):
         fc.build(
             source,
-            target="cuda",
+            target=case.target,
             quant=case.quant,
             scale=case.scale,
             act=case.act,
             output=out,
             force=True,
             context=CONTEXT,
-            prefill_chunk=CHUNK,
+            prefill_chunk=CHUNK[case.target],
             max_batch=MAX_BATCH,
             cuda_graphs=case.graphs,
         )
