@@ -135,9 +135,10 @@ class PeerKernel:
     ) -> Launch:
         sizes = {"kIn": spec.in_features, "kOut": spec.out_features}
         values = {**sizes, **constants, "kFourBit": int(self.layout.name == "four_bit")}
-        name = (
-            f"{self.layout.name}_{program}_{'_'.join(map(str, values.values()))}_{spec.out_dtype}"
-        )
+        # Prefixes of kernels that wait themselves for the one before, see `cuda_source`.
+        prefix = "decode" if program == "vectors" else "prefill"
+        numbers = "_".join(map(str, values.values()))
+        name = f"{prefix}_peer_{self.layout.name}_{numbers}_{spec.out_dtype}"
         return Launch(
             name, _render(program, name, spec.out_dtype, values), blocks, rows, threads, most
         )
