@@ -54,13 +54,19 @@ class ShapePlanner:
         return self.linear(name, [name], in_features, [vocab], out_dtype="float32")
 
 
-def build_one(folder: Path, variant: Variant, shape: dict[str, int], target: Any) -> None:
-    """Compile one library."""
+def define_model(variant: Variant, shape: dict[str, int], target: Any) -> tuple[Any, list[Any]]:
+    """Return the Relax module of a model and its parameters."""
     config = parse_config({"model_type": "llama", "rms_norm_eps": 1e-5, **shape})
     config = replace(config, kv_dtype="float16", act_dtype="float16", context=CONTEXT)
     planner = ShapePlanner(variant, target)
     sizes = Sizes(CONTEXT, CHUNK, MAX_BATCH)
     module, params, _ = define(config, planner, target, sizes, variant.weights)
+    return module, params
+
+
+def build_one(folder: Path, variant: Variant, shape: dict[str, int], target: Any) -> None:
+    """Compile one library."""
+    module, params = define_model(variant, shape, target)
     graphs = MAX_BATCH if variant.graphs else None
     executable = compile_module(module, target, ENTRY_POINTS, cuda_graphs=graphs)
     folder.mkdir(parents=True, exist_ok=True)
