@@ -35,12 +35,14 @@ class Recorder:
         return self._allocated[key]
 
     def run(self, machine: Any, body: Any, inputs: Any, index: int, sizes: Any = None) -> Any:
-        """Record ``body``, or run what was recorded, and return its results."""
+        """Record ``body``, or run what was recorded, and return its results.
+
+        ``sizes`` are those of a symbolic number of rows; they are among the inputs, too.
+        """
         key = (_address(machine), index, None if sizes is None else tuple(map(int, sizes)))
         if key not in self._runs:
             self.recorded += 1
-            arguments = [*inputs, *([] if sizes is None else [sizes])]
-            self._runs[key] = (arguments, self._invoke(machine, body, *arguments))
+            self._runs[key] = (list(inputs), self._invoke(machine, body, *inputs))
             return self._runs[key][1]
         self.replayed += 1
         arguments, results = self._runs[key]
