@@ -170,10 +170,14 @@ def main() -> None:
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
+    parser.add_argument("--vocab", type=int, help="a smaller vocabulary than the real model's")
     args = parser.parse_args()
+    if args.vocab is not None and args.vocab < 256:
+        parser.error(f"--vocab is {args.vocab}; allowed: 256 and more, one token a byte")
     if args.output.exists() and any(args.output.iterdir()):
         sys.exit(f"error: {args.output} is not empty; choose another --output")
     config = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    config |= {"vocab_size": args.vocab} if args.vocab else {}
     args.output.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     start, weight_map, total = time.perf_counter(), {}, 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from corpus import WINDOW, Epochs, held_out, tokenizer
+from corpus import WINDOW, Epochs, tokenizer
+from graph import GraphSteps
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,21 +27,27 @@ class Recipe:
     """How one run trains.
 
     Attributes:
-        tokens: how many, rounded up to whole batches of BATCH x WINDOW.
+        tokens: how many, rounded up to whole batches of ``batch`` x WINDOW.
         peak: learning rate after warm-up; a cosine then takes it down to 2 %.
         warmup: steps.
         decay: AdamW's weight decay.
+        batch: windows a step.
+        distil: share of the loss that is the divergence from the floating-point model.
+        others: factor on the learning rate of what is no linear layer (embedding, norms).
     """
 
     tokens: int
     peak: float
     warmup: int
     decay: float
+    batch: int = BATCH
+    distil: float = 0.0
+    others: float = 1.0
 
     @property
     def steps(self) -> int:
         """Optimiser steps."""
-        return math.ceil(self.tokens / (BATCH * WINDOW))
+        return math.ceil(self.tokens / (self.batch * WINDOW))
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -129,61 +136,176 @@ def evaluate(model: nn.Module, windows: torch.Tensor) -> float:
     """Return the mean cross-entropy on held-out windows, nats a token, in float32."""
     training = model.training
     model.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=windows.device)
     with frozen(model):
         for rows in windows.split(16):
             logits = model(rows, use_cache=False).logits[:, :-1]
             total += functional.cross_entropy(
                 logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-            ).item()
+            )
     model.train(training)
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
+    return total.item() / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """Return AdamW's groups; "factor" is that on the learning rate."""
+    if recipe.others == 1.0:
+        return [{"params": list(model.parameters()), "factor": 1.0}]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    sides: tuple[list, list] = ([], [])
+    for parameter in model.parameters():
+        sides[id(parameter) not in linear].append(parameter)
+    factors = (1.0, recipe.others)
+    return [{"params": p, "factor": f} for p, f in zip(sides, factors, strict=True)]
+
+
+class BatchLoss:
+    """The loss of a batch, int64 (batch, WINDOW + 1), under bf16 autocast.
+
+    Args:
+        model: the one that learns.
+        distil: share of KL(teacher || model) in the loss.
+        teacher: floating-point model, on the same device; used where ``distil`` is not 0.
+    """
+
+    def __init__(self, model: nn.Module, distil: float, teacher: nn.Module | None) -> None:
+        if distil and teacher is None:
+            raise ValueError("distillation needs a teacher")
+        self.model, self.distil, self.teacher = model, distil, teacher
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the mean, nats a token."""
+        inputs, labels = batch[:, :-1], batch[:, 1:].flatten()
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            logits = self.model(inputs, use_cache=False).logits.float().flatten(0, 1)
+            loss = functional.cross_entropy(logits, labels)
+            if not self.distil:
+                return loss
+            with torch.no_grad():
+                target = self.teacher(inputs, use_cache=False).logits.float().flatten(0, 1)
+            got, want = functional.log_softmax(logits, -1), functional.log_softmax(target, -1)
+            divergence = functional.kl_div(got, want, reduction="batchmean", log_target=True)
+            return (1 - self.distil) * loss + self.distil * divergence
 
 
 def train(
-    model: LlamaForCausalLM, work: Path, recipe: Recipe, seed: int, log: Path, compiled: bool
-) -> float:
-    """Train in bf16 autocast and return the loss on held-out text; ``log`` gets a line a check."""
-    windows, epochs = held_out(work), Epochs(work, BATCH, seed)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), recipe.peak, betas=(0.9, 0.95), weight_decay=recipe.decay, fused=True
-    )
+    model: LlamaForCausalLM,
+    work: Path,
+    recipe: Recipe,
+    seed: int,
+    log: Path,
+    *,
+    windows: torch.Tensor,
+    device: str = "cpu",
+    teacher: LlamaForCausalLM | None = None,
+    compiled: bool = False,
+    checks: int = 200,
+    captured: bool = True,
+) -> Iterator[float]:
+    """Train in bf16 autocast where the model is, and yield the share done now and then.
 
-    def batch_loss(batch: torch.Tensor) -> torch.Tensor:
-        logits = model(batch[:, :-1], use_cache=False).logits.float()
-        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-    step_loss = torch.compile(batch_loss) if compiled else batch_loss
-    begun = time.monotonic()
+    Args:
+        model: trained in place.
+        work: has the token streams.
+        recipe: how.
+        seed: order of the text.
+        log: gets a line every ``checks`` steps, with the loss on held-out text.
+        windows: held-out text, where the model is.
+        device: where that is.
+        teacher: see `BatchLoss`.
+        compiled: on the CPU, torch.compile the loss.
+        checks: see ``log``.
+        captured: on CUDA, whether a step is a graph.
+    """
+    batch_loss = BatchLoss(model, recipe.distil, teacher)
     model.train()
+    if device != "cpu":
+        groups = parameter_groups(model, recipe)
+        stepper: Steps | GraphSteps = GraphSteps(
+            model, work, recipe, seed, batch_loss, groups, captured=captured
+        )
+    else:
+        loss = torch.compile(batch_loss) if compiled else batch_loss
+        stepper = Steps(model, work, recipe, seed, loss)
+    begun = time.monotonic()
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.rate(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = step_loss(next(epochs))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if (step + 1) % 200 == 0 or step + 1 == recipe.steps:
+        stepper.step()
+        done = step + 1
+        if done % stepper.chunk == 0:
+            yield done / recipe.steps
+        if done % checks == 0 or done == recipe.steps:
             line = {
-                "step": step + 1,
-                "tokens": (step + 1) * BATCH * WINDOW,
-                "batch_loss": loss.item(),
+                "step": done,
+                "tokens": done * recipe.batch * WINDOW,
+                "batch_loss": stepper.last_loss(),
                 "held_out": evaluate(model, windows),
                 "seconds": time.monotonic() - begun,
             }
             with log.open("a") as out:
                 out.write(json.dumps(line) + "\n")
-    return evaluate(model, windows)
+    stepper.close()
 
 
-def save(model: LlamaForCausalLM, work: Path, directory: Path) -> None:
-    """Write an ordinary Hugging Face directory."""
-    model.save_pretrained(directory)
-    tokenizer(work).save_pretrained(directory)
+class Steps:
+    """Optimiser steps, one call after the other: for the CPU."""
+
+    chunk = 10
+
+    def __init__(
+        self,
+        model: nn.Module,
+        work: Path,
+        recipe: Recipe,
+        seed: int,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.model, self.recipe, self.loss = model, recipe, loss
+        self.epochs = Epochs(work, recipe.batch, seed)
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(model, recipe),
+            recipe.peak,
+            betas=(0.9, 0.95),
+            weight_decay=recipe.decay,
+            fused=True,
+        )
+        self.done = 0
+        self._last = torch.zeros(())
+
+    def step(self) -> None:
+        """Do one."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.rate(self.done) * group["factor"]
+        self._last = self.loss(next(self.epochs))
+        self._last.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.done += 1
+
+    def last_loss(self) -> float:
+        """Return the training loss of the last step."""
+        return self._last.item()
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
-def prepare_phase(model: LlamaForCausalLM, quant: str, stages_for: dict[str, int]) -> None:
-    """Put phase layers in place of the linear ones."""
-    fc.qat.prepare(model, fc.QuantConfig(quant, stages_for=stages_for))
+@torch.no_grad()
+def round_to_bfloat16(model: nn.Module) -> None:
+    """Round the weights, as checkpoints are stored; they stay float32."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
+def save(model: LlamaForCausalLM, corpus: Path, directory: Path, *, half: bool = False) -> None:
+    """Write an ordinary Hugging Face directory; ``half`` stores bfloat16."""
+    state = {name: t.bfloat16() for name, t in model.state_dict().items()} if half else None
+    model.save_pretrained(directory, state_dict=state)
+    tokenizer(corpus).save_pretrained(directory)
+
+
+def prepare_phase(
+    model: LlamaForCausalLM, quant: str, stages_for: dict[str, int], **others: object
+) -> None:
+    """Put phase layers in place of the linear ones; ``others`` goes to `fc.QuantConfig`."""
+    fc.qat.prepare(model, fc.QuantConfig(quant, stages_for=stages_for, **others))

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fairy_compile import __version__
 from fairy_compile.artifact.files import human_bytes
 from fairy_compile.bench.machine import peak_resident_bytes
 from fairy_compile.calibrate.gptq import Solved, quantize_gptq
@@ -61,7 +62,8 @@ def resume_key(
         list(windows.shape),
         hashlib.sha256(windows.tobytes()).hexdigest(),
         str(device()),
-        {name: metadata.version(name) for name in ("fairy-compile", "torch", "transformers")},
+        __version__,
+        {name: metadata.version(name) for name in ("torch", "transformers")},
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -32,6 +32,7 @@ from fairy_compile.qat.layers import (
     PhaseLinear,
     frozen,
     phase_layers,
+    stacked,
 )
 from fairy_compile.qat.onnx import export_onnx
 from fairy_compile.qat.prepare import PreparedLayer, PrepareReport, prepare
@@ -49,4 +50,5 @@ __all__ = [
     "frozen",
     "phase_layers",
     "prepare",
+    "stacked",
 ]

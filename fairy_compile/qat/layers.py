@@ -263,6 +263,35 @@ def plain_name(name: str) -> str:
 
 
 @contextmanager
+def stacked(model: nn.Module) -> Iterator[None]:
+    """Quantise the weights of equal layers in one go, for one forward pass in the block.
+
+    Real phase layers of the same shape, dtype, device, T and granularity are stacked and go through
+    the rule together. Values are those without it, and gradients reach the latents as usual. Where
+    layers are so small that a GPU waits for kernels to start, this saves most of the rule's time;
+    it takes memory for the stacked latents and for all quantised weights at once.
+    """
+    groups: dict[tuple, list[PhaseLinear]] = {}
+    for layer in phase_layers(model).values():
+        if isinstance(layer, PhaseLinear):
+            weight = layer.weight
+            key = (weight.shape, weight.dtype, weight.device)
+            key += (layer.stages, layer.scale, layer.min_scale)
+            groups.setdefault(key, []).append(layer)
+    try:
+        for (*_, stages, scale, least), layers in groups.items():
+            latents = torch.stack([layer.weight for layer in layers])
+            values = quantized_weight(latents, stages, scale, least).unbind()
+            for layer, value in zip(layers, values, strict=True):
+                layer._frozen = value
+        yield
+    finally:
+        for layers in groups.values():
+            for layer in layers:
+                layer._frozen = None
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Compute every quantised weight once for the whole block: for evaluation and generation.
 

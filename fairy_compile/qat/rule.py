@@ -37,29 +37,30 @@ def _sectors(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _tile_sums(values: Tensor, tile: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Sum (n, m) over tiles -> (n_tiles, m_tiles); edge tiles may be smaller."""
-    n, m = values.shape
+    """Sum (..., n, m) over tiles -> (..., n_tiles, m_tiles); edge tiles may be smaller."""
+    n, m = values.shape[-2:]
     rows, columns = tile
     if (rows, columns) == (n, m):
-        return values.sum(dtype=dtype).reshape(1, 1)
+        return values.sum(dim=(-2, -1), keepdim=True, dtype=dtype)
     if (rows, columns) == (1, m):
-        return values.sum(dim=1, keepdim=True, dtype=dtype)
+        return values.sum(dim=-1, keepdim=True, dtype=dtype)
     padded = torch.nn.functional.pad(values, (0, -m % columns, 0, -n % rows))
-    tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    return tiles.sum(dim=(1, 3), dtype=dtype)
+    n_tiles, m_tiles = padded.shape[-2] // rows, padded.shape[-1] // columns
+    tiles = padded.reshape(*values.shape[:-2], n_tiles, rows, m_tiles, columns)
+    return tiles.sum(dim=(-3, -1), dtype=dtype)
 
 
 def _spread(scales: Tensor, tile: tuple[int, int], n: int, m: int) -> Tensor:
-    """Repeat per-tile scales so that they broadcast over (n, m)."""
-    if scales.shape[0] > 1 and tile[0] > 1:
-        scales = scales.repeat_interleave(tile[0], dim=0)[:n]
-    if scales.shape[1] > 1 and tile[1] > 1:
-        scales = scales.repeat_interleave(tile[1], dim=1)[:, :m]
+    """Repeat per-tile scales so that they broadcast over (..., n, m)."""
+    if scales.shape[-2] > 1 and tile[0] > 1:
+        scales = scales.repeat_interleave(tile[0], dim=-2)[..., :n, :]
+    if scales.shape[-1] > 1 and tile[1] > 1:
+        scales = scales.repeat_interleave(tile[1], dim=-1)[..., :m]
     return scales
 
 
 def _stage(re: Tensor, im: Tensor, tile: tuple[int, int], min_scale: float) -> tuple[Pair, Pair]:
-    """Return one stage of a float32 matrix: its values (re, im) and its scales (re, im)."""
+    """Return one stage of float32 matrices: their values (re, im) and their scales (re, im)."""
     wide = torch.float32 if re.device.type == "mps" else torch.float64
     plus_one, plus_i, minus_one, minus_i = _sectors(re, im)
     values, scales = [], []
@@ -69,7 +70,7 @@ def _stage(re: Tensor, im: Tensor, tile: tuple[int, int], min_scale: float) -> t
         counts = _tile_sums(mine, tile, wide).clamp(min=1)  # the sum of an empty set is 0
         scale = (sums / counts).float().clamp(min=min_scale)
         sign = plus.to(part.dtype) - minus.to(part.dtype)
-        values.append(sign * _spread(scale, tile, *part.shape))
+        values.append(sign * _spread(scale, tile, *part.shape[-2:]))
         scales.append(scale)
     return (values[0], values[1]), (scales[0], scales[1])
 
@@ -77,19 +78,19 @@ def _stage(re: Tensor, im: Tensor, tile: tuple[int, int], min_scale: float) -> t
 def quantize_complex(
     re: Tensor, im: Tensor, stages: int, scale: Granularity, min_scale: float
 ) -> Pair:
-    """Return the sum (re, im) of T residual stages of a complex matrix.
+    """Return the sum (re, im) of T residual stages of complex matrices.
 
     Args:
-        re: float32 (n, m), real parts.
-        im: float32 (n, m), imaginary parts.
+        re: float32 (..., n, m), real parts; every matrix has scales of its own.
+        im: float32 (..., n, m), imaginary parts.
         stages: T >= 1.
         scale: granularity of the scales.
         min_scale: lower clamp of every scale.
 
     Returns:
-        float32 (n, m) twice: what `PhaseTensor.dequantize_terms` gives for the same weights.
+        float32 (..., n, m) twice: what `PhaseTensor.dequantize_terms` gives for the same weights.
     """
-    tile = tile_shape(scale, *re.shape)
+    tile = tile_shape(scale, *re.shape[-2:])
     total_re = total_im = None
     for t in range(stages):
         (value_re, value_im), _ = _stage(re, im, tile, min_scale)
@@ -115,18 +116,19 @@ def codes_and_scales(
 
 
 def to_widely_linear(weight: Tensor) -> tuple[Pair, Pair]:
-    """Split a real float32 (2n, 2m) into U and W; see `phase.widely_linear`."""
-    n, m = weight.shape[0] // 2, weight.shape[1] // 2
-    a11, a12, a21, a22 = weight[:n, :m], weight[:n, m:], weight[n:, :m], weight[n:, m:]
+    """Split a real float32 (..., 2n, 2m) into U and W; see `phase.widely_linear`."""
+    n, m = weight.shape[-2] // 2, weight.shape[-1] // 2
+    upper, lower = weight[..., :n, :], weight[..., n:, :]
+    a11, a12, a21, a22 = upper[..., :m], upper[..., m:], lower[..., :m], lower[..., m:]
     return ((a11 + a22) * 0.5, (a21 - a12) * 0.5), ((a11 - a22) * 0.5, (a12 + a21) * 0.5)
 
 
 def from_widely_linear(u: Pair, w: Pair) -> Tensor:
-    """Join U and W into the real float32 (2n, 2m) they stand for."""
+    """Join U and W into the real float32 (..., 2n, 2m) they stand for."""
     (u_re, u_im), (w_re, w_im) = u, w
-    upper = torch.cat([u_re + w_re, w_im - u_im], dim=1)
-    lower = torch.cat([u_im + w_im, u_re - w_re], dim=1)
-    return torch.cat([upper, lower], dim=0)
+    upper = torch.cat([u_re + w_re, w_im - u_im], dim=-1)
+    lower = torch.cat([u_im + w_im, u_re - w_re], dim=-1)
+    return torch.cat([upper, lower], dim=-2)
 
 
 class _StraightThroughReal(torch.autograd.Function):
@@ -200,16 +202,17 @@ class _StraightThroughInt8(torch.autograd.Function):
 def quantized_weight(
     weight: Tensor, stages: int, scale: Granularity, min_scale: float = FAIRY2I_MIN_SCALE
 ) -> Tensor:
-    """Return the phase-quantised value of a real weight, straight-through in the backward pass.
+    """Return the phase-quantised value of real weights, straight-through in the backward pass.
 
     Args:
-        weight: real (2n, 2m), float32, bfloat16 or float16; quantised in float32.
+        weight: real (..., 2n, 2m), float32, bfloat16 or float16; quantised in float32, every
+            matrix for itself.
         stages: T.
         scale: granularity of the scales.
         min_scale: lower clamp of every scale.
 
     Returns:
-        (2n, 2m) in the dtype of ``weight``.
+        (..., 2n, 2m) in the dtype of ``weight``.
     """
     return _StraightThroughReal.apply(weight, stages, scale, min_scale)
 

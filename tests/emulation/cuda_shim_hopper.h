@@ -79,9 +79,15 @@ static std::vector<GroupMultiply> open_multiplications[16 * 32];
 
 inline void begin_multiplications() {}
 
+inline Word operand_at(const void* b) {
+  if (shared_address(b) % 16) emulated::fail("an operand is not aligned");
+  return shared_address(b) / 16;
+}
+
 template <int kColumnCores>
-void multiply_group(float (&sums)[16][4], const Word (&a)[4], const void* b) {
-  open_multiplications[emulated::current].push_back({sums, a, (const char*)b, kColumnCores * 128});
+void multiply_group(float (&sums)[16][4], const Word (&a)[4], Word b) {
+  const char* at = emulated::shared_bytes + b * 16;
+  open_multiplications[emulated::current].push_back({sums, a, at, kColumnCores * 128});
 }
 
 inline void commit_multiplications() {

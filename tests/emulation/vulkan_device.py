@@ -1,11 +1,12 @@
 """A Vulkan device for tests: dispatches kernels through PyPI's `vulkan`, without TVM's runtime.
 
 On a machine without a GPU the device is lavapipe (Mesa's llvmpipe), which shows that numbers are
-right and says nothing about speed.
+right and says nothing about speed. The variable `DEVICE_VARIABLE` chooses a device by its name.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from typing import Any
 import numpy as np
 
 from tests.emulation.vulkan_module import POINTER, ShaderKernel, scalar_bytes
+from tests.emulation.vulkan_record import recorder
+
+DEVICE_VARIABLE = "FAIRY_COMPILE_VULKAN_DEVICE"
+"""Environment variable: a part of the device's name, such as ``NVIDIA``; else the first is taken."""
 
 _WHOLE_SIZE = 0xFFFFFFFFFFFFFFFF
 _MIN_BYTES = 16
@@ -100,8 +105,7 @@ class VulkanDevice:
         self._instance = vk.vkCreateInstance(
             vk.VkInstanceCreateInfo(pApplicationInfo=application), None
         )
-        self._physical = vk.vkEnumeratePhysicalDevices(self._instance)[0]
-        self.name = vk.vkGetPhysicalDeviceProperties(self._physical).deviceName
+        self._physical, self.name = self._choose(os.environ.get(DEVICE_VARIABLE, ""))
         families = vk.vkGetPhysicalDeviceQueueFamilyProperties(self._physical)
         family = next(i for i, f in enumerate(families) if f.queueFlags & vk.VK_QUEUE_COMPUTE_BIT)
         queue = vk.VkDeviceQueueCreateInfo(
@@ -118,6 +122,18 @@ class VulkanDevice:
         )
         self._memory_type = self._host_memory_type()
         self._pipelines: dict[tuple[str, bytes], _Pipeline] = {}
+        self._recorder = recorder()
+
+    def _choose(self, part: str) -> tuple[Any, str]:
+        """Return the first device whose name has ``part``, in any case."""
+        devices = self._vk.vkEnumeratePhysicalDevices(self._instance)
+        names = [self._vk.vkGetPhysicalDeviceProperties(d).deviceName for d in devices]
+        for found, name in zip(devices, names, strict=True):
+            if part.lower() in name.lower():
+                return found, name
+        raise LookupError(
+            f"{DEVICE_VARIABLE} is {part!r}; the Vulkan devices here are {', '.join(names)}"
+        )
 
     def _features(self) -> Any:
         vk = self._vk
@@ -222,7 +238,14 @@ class VulkanDevice:
             0,
             None,
         )
+        records = self._recorder is not None and self._recorder.wants(
+            kernel, sum(buffer.nbytes for buffer in buffers)
+        )
+        before = [buffer.array().tobytes() for buffer in buffers] if records else []
         self._submit(pipeline, packed if not kernel.uniform_buffer else b"", grid)
+        if records:
+            after = [buffer.array().tobytes() for buffer in buffers]
+            self._recorder.add(kernel, grid, scalars, before, after)
         if uniform is not None:
             self.free(uniform)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -193,3 +194,21 @@ def test_mixtures_of_experts_are_refused_by_name(family):
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with pytest.raises(FairyError, match=r"experts\.gate_up_proj holds the weights of 4 experts"):
         fc.qat.prepare(model, "w2")
+
+
+@pytest.mark.parametrize("quant", ["w1", "w2"])
+def test_stacked_gives_the_same_values_and_gradients(make_model, tokens, quant):
+    results = []
+    for context in (nullcontext, fc.qat.stacked):
+        model = make_model()
+        fc.qat.prepare(model, fc.QuantConfig(quant, stages_for={"lm_head": 3}))
+        with context(model):
+            logits = model(tokens, use_cache=False).logits
+        logits.square().mean().backward()
+        assert all(layer._frozen is None for layer in phase_layers(model).values())
+        results.append((logits.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (plain, want), (together, seen) = results
+    assert torch.equal(plain, together)
+    assert want.keys() == seen.keys()
+    for name, gradient in want.items():
+        assert torch.equal(gradient, seen[name]), name

@@ -118,3 +118,14 @@ def test_widely_linear_split_equals_numpy():
     for pair, want in zip(ours, numpy, strict=True):
         for part, exact in zip(pair, want, strict=True):
             np.testing.assert_array_equal(part.numpy(), exact)
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
+def test_a_stack_is_quantised_matrix_by_matrix(scale):
+    stack = torch.stack([latent((130, 258), seed=k) * (k + 1) for k in range(3)]).requires_grad_()
+    seen = rule.quantized_weight(stack[:, None], 2, scale)[:, 0]
+    for one, matrix in zip(seen, stack, strict=True):
+        assert torch.equal(one, rule.quantized_weight(matrix, 2, scale))
+    gradient = torch.randn(stack.shape, generator=torch.manual_seed(9))
+    seen.backward(gradient)
+    assert torch.equal(stack.grad, gradient)

@@ -33,6 +33,12 @@ struct Decode {
   // Blocks of 32 columns whose planes lie at the same bits of a byte share sums.
   static constexpr int kCycle = kPlanes % 8 == 0 ? 1 : kPlanes % 4 == 0 ? 2 : 4;
 
+  // Pairs of planes whose sums are in registers at a time: fewer make room for more warps.
+  static constexpr int kPasses =
+      kCycle == 1 && kPairs % Call::kPasses == 0 ? Call::kPasses : 1;
+  static constexpr int kPassPairs = kPairs / kPasses;
+  static constexpr int kPassPlanes = kPlanes / kPasses;
+
   static constexpr bool kTwoDigits = Call::kLevels > 127;
   static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
   static constexpr bool kOneHalf = kSlots == 2;                 // of x in a lane's sums
@@ -40,13 +46,12 @@ struct Decode {
   static constexpr int kOperands = Call::kOperands;             // operands B of a pass
   static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
-  static constexpr int kChunk = kGroups < 32 / kOperands ? kGroups : 32 / kOperands;
+  static constexpr int kGroupBytes = kOperands * (1024 + 48);     // of shared memory
+  static constexpr int kMost = (47 << 10) / kGroupBytes;          // groups in it at a time
+  static constexpr int kChunks = (kGroups + kMost - 1) / kMost;
+  static constexpr int kChunk = (kGroups + kChunks - 1) / kChunks;
 
   static constexpr int kTogether = 4;  // groups that a warp quantises at once
-  // Groups whose codes a warp has asked for ahead of their use. A chunk of many starts with the
-  // first of them.
-  static constexpr int kAhead =
-      kChunk == kGroups || kChunk % (kSlices * Call::kAhead) == 0 ? Call::kAhead : 1;
   static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
   // Activations of a chunk of groups, as operands B.
@@ -67,6 +72,7 @@ struct Decode {
   };
   typedef Sums Outputs[kOperands][2][kHalves];  // operand, row g or g + 8, half of x
   typedef float Scales[kPairs][2][kScaleRows];
+  typedef int PassSums[kCycle * kPassPlanes][kOperands][4];  // of bits: block of a cycle and plane
 
   static __device__ void run(const X* x, const unsigned char* codes, const float* scales, Y* y,
                              int batch) {
@@ -80,14 +86,13 @@ struct Decode {
     // them is over: that hides most of its time.
     const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
     int group = slice;
-    uint4 next[kAhead][kFragments];
+    uint4 fragments[kFragments];
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead)
-      if (active && group + ahead * kSlices < kGroups)
-        load(next[ahead], own, group + ahead * kSlices);
+    for (int f = 0; f < kFragments; ++f)
+      if (active && group < kGroups) load(fragments[f], own, group, f);
 #pragma unroll
     for (int ahead = 0; ahead < Call::kPrefetch; ++ahead)
-      if (active) fetch(own, group + (kAhead + ahead) * kSlices, lane);
+      if (active) fetch(own, group + (1 + ahead) * kSlices, lane);
     launch_dependents();
 
     Scales scale;
@@ -100,22 +105,13 @@ struct Decode {
       quantize(shared.chunk, x, batch, first_row, first, end, warp, lane);
       __syncthreads();
       if (!active) continue;
-      while (group < end) {
+      for (; group < end; group += kSlices) {
+        const int next = group + kSlices;
+        if (Call::kPrefetch > 0) fetch(own, next + Call::kPrefetch * kSlices, lane);
 #pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
-          if (ahead > 0 && group >= end) break;
-          uint4 now[kFragments];
-#pragma unroll
-          for (int f = 0; f < kFragments; ++f) now[f] = next[ahead][f];
-          const int later = group + kAhead * kSlices;
-          if (later < kGroups) load(next[ahead], own, later);
-          if (Call::kPrefetch > 0) fetch(own, later + Call::kPrefetch * kSlices, lane);
-#pragma unroll
-          for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
-            if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
-            multiply(outputs, now, shared.chunk, group - first, flush, scale, lane);
-          }
-          group += kSlices;
+        for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
+          if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
+          multiply(outputs, fragments, own, next, shared.chunk, group - first, flush, scale, lane);
         }
       }
     }
@@ -126,11 +122,8 @@ struct Decode {
   }
 
  private:
-  static __device__ __forceinline__ void load(uint4 (&codes)[kFragments], const uint4* own,
-                                              int group) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f)
-      codes[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  static __device__ __forceinline__ void load(uint4& fragment, const uint4* own, int group, int f) {
+    fragment = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
   }
 
   // Asks for a group to be brought to the L2 cache, which has more room than registers.
@@ -238,57 +231,67 @@ struct Decode {
     }
   }
 
-  // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`.
-  static __device__ __forceinline__ void multiply(Outputs& outputs, const uint4 (&codes)[kFragments],
-                                                  const Chunk& chunk, int group, int flush,
-                                                  const Scales& scale, int lane) {
-    int sums[kCycle * kPlanes][kOperands][4] = {};
+  // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`. Fragments
+  // are replaced by those of group `next` as soon as their last block is done.
+  static __device__ __forceinline__ void multiply(Outputs& outputs, uint4 (&codes)[kFragments],
+                                                  const uint4* own, int next, const Chunk& chunk,
+                                                  int group, int flush, const Scales& scale,
+                                                  int lane) {
 #pragma unroll
-    for (int b = 0; b < kFlushBlocks; ++b) {
-      const int block = flush * kFlushBlocks + b;
-      uint2 operand[kOperands];
+    for (int pass = 0; pass < kPasses; ++pass) {
+      PassSums sums = {};
+#pragma unroll
+      for (int b = 0; b < kFlushBlocks; ++b) {
+        const int block = flush * kFlushBlocks + b;
+        uint2 operand[kOperands];
+#pragma unroll
+        for (int n = 0; n < kOperands; ++n)
+          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane];
+#pragma unroll
+        for (int plane = 0; plane < kPassPlanes; ++plane) {
+          const int bit = block * kPlanes + pass * kPassPlanes + plane;
+          const uint4 bytes = codes[bit / 8];
+          const Word mask = 0x01010101u << (bit % 8);
+          const Word a[4] = {bytes.x & mask, bytes.y & mask, bytes.z & mask, bytes.w & mask};
+#pragma unroll
+          for (int n = 0; n < kOperands; ++n) {
+            int(&sum)[4] = sums[block % kCycle * kPassPlanes + plane][n];
+            multiply_bytes(sum, a, operand[n], sum);
+          }
+        }
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f)
+          if (pass + 1 == kPasses && (8 * f + 7) / kPlanes == block && next < kGroups)
+            load(codes[f], own, next, f);
+      }
 #pragma unroll
       for (int n = 0; n < kOperands; ++n)
-        operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane];
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        const int bit = block * kPlanes + plane;
-        const uint4 bytes = codes[bit / 8];
-        const Word mask = 0x01010101u << (bit % 8);
-        const Word a[4] = {bytes.x & mask, bytes.y & mask, bytes.z & mask, bytes.w & mask};
+        for (int half = 0; half < kHalves; ++half) {
+          // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
+          const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
+          const float x_scale = chunk.scale[group][row_half];
+          int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
+          if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
 #pragma unroll
-        for (int n = 0; n < kOperands; ++n) {
-          int(&sum)[4] = sums[block % kCycle * kPlanes + plane][n];
-          multiply_bytes(sum, a, operand[n], sum);
+          for (int r = 0; r < 2; ++r)
+            flush_sums(outputs[n][r][half], sums, pass, n, r, half, flush, x_sum, x_scale, scale);
         }
-      }
     }
-#pragma unroll
-    for (int n = 0; n < kOperands; ++n)
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
-        const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
-        const float x_scale = chunk.scale[group][row_half];
-        int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
-        if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          flush_sums(outputs[n][r][half], sums, n, r, half, flush, x_sum, x_scale, scale);
-      }
   }
 
-  static __device__ __forceinline__ void flush_sums(
-      Sums& out, const int (&sums)[kCycle * kPlanes][kOperands][4], int n, int r, int half,
-      int flush, int x_sum, float x_scale, const Scales& scale) {
+  static __device__ __forceinline__ void flush_sums(Sums& out, const PassSums& sums, int pass, int n,
+                                                    int r, int half, int flush, int x_sum,
+                                                    float x_scale, const Scales& scale) {
     float re[2] = {}, im[2] = {};
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int own = 0; own < kPassPairs; ++own) {
+      const int pair = pass * kPassPairs + own;
       int both = 0, difference = 0;  // sum (bp + bq) x and sum (bq - bp) x, times the factor
 #pragma unroll
       for (int b = 0; b < kCycle && b < kFlushBlocks; ++b) {
-        const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPlanes + 2 * pair;
-        const int align = factor(pair) / 2 >> plane % 8;
+        const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPassPlanes + 2 * own;
+        const int align = factor(pair) / 2 >> (c * kPlanes + 2 * pair) % 8;
         const int q = 2 * join_digits(sums[plane][n], r, half);
         const int p = join_digits(sums[plane + 1][n], r, half);
         both += (q + p) * align;

@@ -178,6 +178,7 @@ struct Hopper {
 #pragma unroll
     for (int r = 0; r < 4; ++r) decode(operands[0], shared_address(&table), fragments, 0, r, lane);
     if (kGroups > 1) refill(fragments, own, 1, 0);
+    const Word first_operand = operand_at(&shared.stages);
     Turn turn = {}, refilled = {};
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -187,15 +188,15 @@ struct Hopper {
         if (kTileScales && next % 2 == 0 && block + 1 < kBlocks)
           fill_table(table, scales, tile, (block + 1) / 2, half, lane);
         wait_barrier(&shared.full[turn.buffer], turn.parity);
+        const Word at = first_operand + turn.buffer * Image::kVectors;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int step = i % 2 * 2 + i / 2;
           begin_multiplications();
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
-            multiply_group<kTokens / 8>(
-                sums[part], operands[b % 2][step],
-                &shared.stages.x[turn.buffer][2 * step * Image::kLine + part * 128]);
+            multiply_group<kTokens / 8>(sums[part], operands[b % 2][step],
+                                        at + 2 * step * Image::kLine + part * 128);
           commit_multiplications();
           // The operands that are decoded now were those of three steps ago and before.
           wait_multiplications<3>();

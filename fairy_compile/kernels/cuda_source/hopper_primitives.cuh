@@ -71,23 +71,30 @@ __device__ __forceinline__ void wait_multiplications() {
 #define FAIRY_SUMS(i) \
   "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 
+// Where operand B begins: its address in shared memory, in units of 16 bytes. The part of it that
+// varies is a word of its own, so that moving on is one addition.
+__device__ __forceinline__ Word operand_at(const void* b) {
+  return (shared_address(b) & 0x3ffff) >> 4;
+}
+
 // sums += a b for 128 columns of B. Neither `sums` nor `a` may be touched before the wait.
 template <int kColumnCores>
-__device__ __forceinline__ void multiply_group(float (&d)[16][4], const Word (&a)[4],
-                                               const void* b) {
-  const unsigned long long line = kColumnCores * 128 >> 4, core = 128 >> 4;
-  const unsigned long long at = (shared_address(b) & 0x3ffff) >> 4 | line << 16 | core << 32;
+__device__ __forceinline__ void multiply_group(float (&d)[16][4], const Word (&a)[4], Word b) {
+  constexpr Word line = kColumnCores * 128 >> 4, core = 128 >> 4;
   asm volatile(
+      "{\n.reg .b64 at;\n.reg .b32 low;\n"
+      "add.u32 low, %68, %69;\nmov.b64 at, {low, %70};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+      "{%64, %65, %66, %67}, at, 1, 1, 1, 0;\n}"
       : FAIRY_SUMS(0), FAIRY_SUMS(1), FAIRY_SUMS(2), FAIRY_SUMS(3), FAIRY_SUMS(4), FAIRY_SUMS(5),
         FAIRY_SUMS(6), FAIRY_SUMS(7), FAIRY_SUMS(8), FAIRY_SUMS(9), FAIRY_SUMS(10), FAIRY_SUMS(11),
         FAIRY_SUMS(12), FAIRY_SUMS(13), FAIRY_SUMS(14), FAIRY_SUMS(15)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b),
+        "n"(line << 16), "n"(core));
 }
 #undef FAIRY_SUMS
 

@@ -1,0 +1,171 @@
+"""The build half of `vulkan_gpu`: kernels as SPIR-V, and the launches of every call."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import tvm
+
+from benchmarks.vulkan_gpu import DECODE, PREFILL, SHAPES, Call
+from fairy_compile.codegen import spirv
+from fairy_compile.kernels.vulkan import VULKAN_KERNELS
+from fairy_compile.op import PhaseSpec
+from fairy_compile.targets import Target, load_target
+from tests.emulation import vulkan_runtime
+from tests.emulation.vulkan_module import ShaderKernel
+
+(KERNEL,) = VULKAN_KERNELS
+ONE_ROW: list[dict[str, Any]] = [
+    {},
+    {"weights": "halves", "rows": 4, "group": 256},
+    {"weights": "halves", "rows": 4, "group": 256, "ahead": True},
+    {"weights": "blocks", "rows": 2, "group": 256},
+    {"weights": "blocks", "rows": 4, "group": 256},
+    {"weights": "blocks", "rows": 4, "group": 256, "ahead": True},
+    {"weights": "blocks", "rows": 2, "group": 512, "ahead": True},
+    {"weights": "blocks", "rows": 4, "group": 512},
+    {"weights": "blocks", "rows": 8, "group": 512},
+    {"weights": "blocks", "rows": 4, "group": 256, "copies": 1},
+    {"weights": "blocks", "rows": 4, "group": 256, "threads": 128},
+    {"weights": "blocks", "rows": 2, "group": 512, "threads": 64},
+]
+"""Settings for one row of x."""
+SOME_ROWS: list[dict[str, Any]] = [
+    {},
+    {"weights": "halves", "rows": 4, "group": 256, "tokens": 2},
+    {"weights": "blocks", "rows": 4, "group": 256, "tokens": 2},
+    {"weights": "blocks", "rows": 2, "group": 256, "tokens": 4},
+    {"weights": "blocks", "rows": 2, "group": 256, "tokens": 8},
+]
+"""Settings for several."""
+PREFILL_SETTINGS: list[dict[str, Any]] = [{}]
+
+
+def make_spec(shape: tuple[int, int], stages: int) -> PhaseSpec:
+    """Return the call of a layer with tensor scales."""
+    features, size = shape
+    both = ("U", "W")
+    return PhaseSpec(
+        (features // 2,), size // 2, stages, both, "tensor", "float", "float16", "float16"
+    )
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Compile every call and write what is in the folder."""
+    spirv.register()
+    vulkan_runtime.install()
+    target = load_target(arguments.target)
+    target = replace(target, tvm=target.tvm | {"host": {"kind": "llvm", "opt-level": 0}})
+    if arguments.simd_width:
+        target = replace(target, limits=replace(target.limits, simd_width=arguments.simd_width))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    calls, shapes = [], {}
+    with zipfile.ZipFile(
+        arguments.output / "kernels.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9
+    ) as archive:
+        for name in arguments.shape or [s for s in SHAPES if s != "small"]:
+            for stages in arguments.stages:
+                spec = make_spec(SHAPES[name], stages)
+                arrays = KERNEL.layout.arrays(spec)
+                shapes[f"{name}-{stages}"] = {k: list(a.shape) for k, a in arrays.items()}
+                calls += build_shape(name, spec, target, archive)
+                print(f"{name} T={stages}: {len(calls)} calls", flush=True)
+    (arguments.output / "calls.json").write_text(json.dumps([asdict(c) for c in calls]), "utf-8")
+    (arguments.output / "shapes.json").write_text(json.dumps(shapes), "utf-8")
+
+
+def build_shape(
+    name: str, spec: PhaseSpec, target: Target, archive: zipfile.ZipFile
+) -> list[Call]:
+    """Return the calls of one shape."""
+    reason = KERNEL.unsupported(spec, target)
+    if reason:
+        raise SystemExit(f"{name}: {reason}")
+    calls = []
+    for kind, settings, batches in (
+        ("single", ONE_ROW, (1,)),
+        ("many", SOME_ROWS, DECODE[1:]),
+        ("many", PREFILL_SETTINGS, PREFILL),
+    ):
+        seen = set()
+        for knobs in settings:
+            function = KERNEL.build(spec, target, kind, knobs)
+            text = function.script()
+            if text in seen:  # the knob makes no difference here
+                continue
+            seen.add(text)
+            library = compile_function(function, target)
+            for batch in batches:
+                call = Call(name, asdict(spec), batch, knobs)
+                call.launches = [
+                    describe(*launch, archive) for launch in trace(library, spec, batch)
+                ]
+                calls.append(call)
+    return calls
+
+
+def compile_function(function: Any, target: Target) -> Any:
+    """Return a loaded library with the one function ``main``."""
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=target.to_tvm())
+
+
+def describe(
+    kernel: ShaderKernel,
+    buffers: Sequence[int],
+    scalars: Sequence[Any],
+    grid: Sequence[int],
+    archive: zipfile.ZipFile,
+) -> dict[str, Any]:
+    """Return a launch as JSON, and put its kernel into the archive."""
+    file = hashlib.sha256(kernel.code).hexdigest()[:16] + ".spv"
+    if file not in archive.namelist():
+        archive.writestr(file, kernel.code)
+    return {
+        "kernel": file,
+        "entry": kernel.name,
+        "arguments": kernel.arguments,
+        "uniform_buffer": kernel.uniform_buffer,
+        "buffers": list(buffers),
+        "scalars": list(scalars),
+        "grid": list(grid),
+    }
+
+
+def trace(library: Any, spec: PhaseSpec, batch: int) -> list[tuple]:
+    """Return the launches of one call, as the host code makes them, without a device."""
+    arrays = KERNEL.layout.arrays(spec)
+    sizes = [
+        ((batch, spec.in_features), spec.dtype),
+        *((a.shape, a.dtype) for a in arrays.values()),
+        ((batch, spec.out_features), spec.out_dtype),
+    ]
+    launches: list[tuple] = []
+    addresses: list[int] = []
+
+    def allocate(nbytes: int) -> Any:
+        """Return memory that is never touched."""
+        memory = np.empty(nbytes, np.uint8)
+        addresses.append(memory.ctypes.data)
+        nothing = np.empty(0, np.uint8)
+        return SimpleNamespace(address=addresses[-1], memory=memory, array=lambda: nothing)
+
+    def dispatch(kernel: ShaderKernel, buffers: Sequence[Any], grid: Any, scalars: Any) -> None:
+        order = [addresses.index(buffer.address) for buffer in buffers]
+        launches.append((kernel, order, list(scalars), grid))
+
+    device = SimpleNamespace(allocate=allocate, free=lambda buffer: None, dispatch=dispatch)
+    with mock.patch.object(vulkan_runtime, "device", lambda: device):
+        tensors = [tvm.runtime.empty(size, dtype, tvm.vulkan()) for size, dtype in sizes]
+        library["main"](*tensors)
+        del tensors
+    return launches
