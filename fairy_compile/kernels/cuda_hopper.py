@@ -42,7 +42,7 @@ class CudaHopper(CudaPlanes):
         **CudaPlanes.knobs,
         "wide": (129, 65, 257, 513),
         "wide_tokens": (256, 128),
-        "wide_buffers": (6, 5, 4, 3),
+        "wide_buffers": (4, 3, 5, 6),
     }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:

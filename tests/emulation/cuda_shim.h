@@ -205,6 +205,7 @@ static const char* run_grid(Index grid, Index block, int order, void (*kernel)()
 static void __syncthreads() { emulated::wait(emulated::Wait::block, 0); }
 static void __syncwarp(int line = __builtin_LINE()) { emulated::wait(emulated::Wait::warp, line); }
 static float __fmul_rn(float a, float b) { return a * b; }
+static float __fadd_rn(float a, float b) { return a + b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static int __float2int_rn(float x) { return (int)nearbyintf(x); }
 static float __int2float_rn(int x) { return (float)x; }
@@ -332,6 +333,30 @@ T shuffle_xor(T value, int lanes, int line = __builtin_LINE()) {
   Exchange<T> exchange = {value, value, lanes};
   emulated::wait(emulated::Wait::warp, line, Exchange<T>::together, &exchange);
   return exchange.other;
+}
+
+inline Word float_bits(float x) {
+  Word bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float bits_float(Word bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline int add_bytes(Word bytes, int before) {
+  for (int i = 0; i < 4; ++i) before += element<int8_t>(bytes, i);
+  return before;
+}
+inline Word warp_max(Word value, int line = __builtin_LINE()) {
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    value = std::max(value, shuffle_xor(value, lanes, line));
+  return value;
+}
+inline int half_warp_sum(int value, int line = __builtin_LINE()) {
+  for (int lanes = 8; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes, line);
+  return value;
 }
 
 inline Word shared_address(const void* at) { return (const char*)at - emulated::shared_bytes; }

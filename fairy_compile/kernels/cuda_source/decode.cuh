@@ -56,7 +56,8 @@ struct Decode {
 
   // Activations of a chunk of groups, as operands B.
   struct Chunk {
-    Word values[kChunk * 4][kOperands][8][8];  // block, operand, column of B, 4 columns of x
+    // Block, operand, column of B ^ block in its group (so that banks differ), 4 columns of x.
+    Word values[kChunk * 4][kOperands][8][8];
     float scale[kChunk][kRows * 2];            // of a group: (row, half)
     int sums[kChunk][2][kRows * 2];            // of 64 columns
   };
@@ -159,7 +160,8 @@ struct Decode {
                                                   int lane) {
     const int tasks = (end - first) * kRows * 2;
     for (int task = warp; task < tasks; task += Call::kWarps * kTogether) {
-      float value[kTogether][4] = {}, peak[kTogether] = {};
+      float value[kTogether][4] = {};
+      Word peak[kTogether] = {};  // bits of a float that is not negative are ordered like it
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
         const int own = task + n * Call::kWarps, row_half = own % (kRows * 2);
@@ -170,31 +172,32 @@ struct Decode {
       }
 #pragma unroll
       for (int n = 0; n < kTogether; ++n)
+        peak[n] = float_bits(fmaxf(fmaxf(fabsf(value[n][0]), fabsf(value[n][1])),
+                                   fmaxf(fabsf(value[n][2]), fabsf(value[n][3]))));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) peak[n] = fmaxf(peak[n], fabsf(value[n][i]));
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-#pragma unroll
-        for (int n = 0; n < kTogether; ++n)
-          peak[n] = fmaxf(peak[n], shuffle_xor(peak[n], lanes));
+      for (int n = 0; n < kTogether; ++n) peak[n] = warp_max(peak[n]);
 
-      Word high[kTogether] = {}, low[kTogether] = {};
-      int sum[kTogether] = {};
+      Word high[kTogether], low[kTogether];
+      int sum[kTogether];
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
-        const float inverse = peak[n] > 0 ? __fdiv_rn((float)Call::kLevels, peak[n]) : 0.0f;
+        const float most = bits_float(peak[n]);
+        const float inverse = most > 0 ? __fdiv_rn((float)Call::kLevels, most) : 0.0f;
+        // Adding 1.5 2^23 rounds to an integer, whose low 16 bits are the low bits of the float.
+        Word q[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int q = __float2int_rn(__fmul_rn(value[n][i], inverse));
-          sum[n] += q;
-          low[n] |= (Word)(q & 255) << (8 * i);
-          high[n] |= (Word)(((q + 128) >> 8) & 255) << (8 * i);
+        for (int i = 0; i < 4; ++i)
+          q[i] = float_bits(__fadd_rn(__fmul_rn(value[n][i], inverse), 12582912.0f));
+        low[n] = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
+        sum[n] = add_bytes(low[n], 0);
+        if (kTwoDigits) {
+          high[n] = pick_bytes(pick_bytes(q[0] + 128, q[1] + 128, 0x0051),
+                               pick_bytes(q[2] + 128, q[3] + 128, 0x0051), 0x5410);
+          sum[n] += 256 * add_bytes(high[n], 0);
         }
       }
 #pragma unroll
-      for (int lanes = 8; lanes > 0; lanes /= 2)
-#pragma unroll
-        for (int n = 0; n < kTogether; ++n) sum[n] += shuffle_xor(sum[n], lanes);
+      for (int n = 0; n < kTogether; ++n) sum[n] = half_warp_sum(sum[n]);
 
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
@@ -202,14 +205,16 @@ struct Decode {
         if (own >= tasks) break;
         const int group = own / (kRows * 2), row_half = own % (kRows * 2);
         const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
-        Word(&values)[8][8] = chunk.values[group * 4 + lane / 8][operand];
+        const int block = lane / 8, word = lane % 8;
+        Word(&values)[8][8] = chunk.values[group * 4 + block][operand];
         if (kTwoDigits) {
-          values[2 * column][lane % 8] = high[n];
-          values[2 * column + 1][lane % 8] = low[n];
+          values[2 * column ^ block][word] = high[n];
+          values[(2 * column + 1) ^ block][word] = low[n];
         } else {
-          values[kOneHalf ? 2 * column : column][lane % 8] = low[n];
+          values[(kOneHalf ? 2 * column : column) ^ block][word] = low[n];
         }
-        if (lane == 0) chunk.scale[group][row_half] = __fmul_rn(peak[n], 1.0f / Call::kLevels);
+        if (lane == 0)
+          chunk.scale[group][row_half] = __fmul_rn(bits_float(peak[n]), 1.0f / Call::kLevels);
         if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum[n];
       }
     }
@@ -246,7 +251,7 @@ struct Decode {
         uint2 operand[kOperands];
 #pragma unroll
         for (int n = 0; n < kOperands; ++n)
-          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane];
+          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane ^ 4 * block];
 #pragma unroll
         for (int plane = 0; plane < kPassPlanes; ++plane) {
           const int bit = block * kPlanes + pass * kPassPlanes + plane;
