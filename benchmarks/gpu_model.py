@@ -76,10 +76,14 @@ class Runner:
         )
         self.cache = KVCache(handle, context=CONTEXT, capacity=2 * CONTEXT, max_sequences=MAX_BATCH)
 
+    def on_device(self, tokens: Any) -> Any:
+        """Return token ids on the device. The copy waits for all that was launched before."""
+        return self.tvm.runtime.tensor(np.asarray(tokens, np.int32), self.device)
+
     def _embed(self, tokens: Any, batch: int) -> Any:
-        ids = self.tvm.runtime.tensor(np.asarray(tokens, np.int32), self.device)
+        ids = self.on_device(tokens) if isinstance(tokens, np.ndarray) else tokens
         x = self.call["embed"](ids, self.params)
-        return x._create_view((batch, len(tokens) // batch, int(x.shape[-1])))
+        return x._create_view((batch, int(ids.shape[0]) // batch, int(x.shape[-1])))
 
     def prefill(self, sequence: int, tokens: Any) -> Any:
         """Return the logits after ``tokens``, on the device."""
@@ -147,7 +151,7 @@ def check(runner: Runner, count: int = 24) -> float:
     whole, single = runner.cache.add(), runner.cache.add()
     want = runner.prefill(whole, tokens).numpy().astype(np.float64)
     for token in tokens:
-        logits = runner.decode([single], [token])
+        logits = runner.decode([single], np.array([token]))
     results = [logits.numpy().reshape(vocab)]
     pair = [runner.cache.add(), runner.cache.add()]
     for sequence in pair:
@@ -171,7 +175,36 @@ def timed(runner: Runner, run: Callable[[], Any], repeat: int) -> list[float]:
     return seconds[1:]
 
 
-def measure_decode(runner: Runner, batch: int, context: int, steps: int = 64) -> dict[str, Any]:
+def profile(run: Callable[[], Any], steps: int = 4) -> list[list[Any]] | None:
+    """Return [kernel, launches a step, microseconds of one] of some steps, longest in all first.
+
+    What torch's profiler sees are all kernels of this process. The last row is the time from the
+    first kernel to the end of the last, a step. None where torch has no GPU.
+    """
+    if not (torch := _torch()):
+        return None
+    activity = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activity) as recorded:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    found: dict[str, list[float]] = {}
+    for event in events:
+        found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    rows: list[list[Any]] = [
+        [name, len(times) / steps, round(float(np.mean(times)), 2)] for name, times in found.items()
+    ]
+    rows.sort(key=lambda row: -row[1] * row[2])
+    if events:
+        span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+        rows.append(["from first to last", 1, round(span / steps, 2)])
+    return rows
+
+
+def measure_decode(
+    runner: Runner, batch: int, context: int, steps: int = 64, profiled: bool = True
+) -> dict[str, Any]:
     """Time decode steps of ``batch`` sequences of ``context`` tokens."""
     ids = [runner.cache.add() for _ in range(batch)]
     for sequence in ids:
@@ -185,13 +218,16 @@ def measure_decode(runner: Runner, batch: int, context: int, steps: int = 64) ->
             logits = runner.decode(ids, tokens).numpy().reshape(batch, -1)
             tokens = logits.argmax(axis=1).astype(np.int32)
 
+    same = runner.on_device(tokens)
+
     def queue() -> None:
         start = time.perf_counter()
         for _ in range(steps):
-            runner.decode(ids, tokens)
+            runner.decode(ids, same)
         queue_seconds.append(time.perf_counter() - start)
 
     generated, queued = timed(runner, generate, 3), timed(runner, queue, 3)
+    kernels = profile(lambda: runner.decode(ids, same)) if profiled else None
     for sequence in ids:
         runner.cache.remove(sequence)
     step = float(np.median(queued)) / steps
@@ -203,6 +239,7 @@ def measure_decode(runner: Runner, batch: int, context: int, steps: int = 64) ->
         "step_ms": [1e3 * s / steps for s in queued],
         "cpu_step_ms": 1e3 * float(np.median(queue_seconds[1:])) / steps,
         "weight_gb_per_s": runner.weight_bytes / step / 1e9,
+        **({"kernels": kernels} if kernels else {}),
     }
 
 
@@ -282,10 +319,15 @@ def _line(row: dict[str, Any]) -> str:
     if row["what"] == "prefill":
         return f"prefill of {row['length']}: {rate}"
     steps = sorted(row["step_ms"])
+    kernels = "".join(
+        f"\n    {count:6.1f} x {us:8.2f} us  {name[:90]}"
+        for name, count, us in row.get("kernels", ())
+    )
     return (
         f"decode, batch {row['batch']}, context {row['context']}: {rate}; a queued step "
         f"{np.median(steps):.3f} ms ({steps[0]:.3f}-{steps[-1]:.3f}), of the CPU "
         f"{row['cpu_step_ms']:.3f} ms; {row['weight_gb_per_s']:.0f} GB/s of weights"
+        f"{kernels}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,7 @@ def test_attention_equals_numpy(rig, tmp_path, monkeypatch, shape: DecodeShape, 
     arrays = [q, pages, indptr, order, last, zeros, zeros, np.full_like(q, np.nan)]
     arrays.append(np.full((batch, shape.heads), np.nan, np.float32))
     *_, out, lse = call(library, "attention", target, arrays, (0, 1.0, 1e4, scale))
-    tables = [order[a:b] for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+    tables = [order[a:b] for a, b in pairwise(indptr)]
     want, want_lse = attention(shape, q, pages, tables, lengths, scale)
     rounding = 2.0**-11 if shape.dtype == "float16" else 0
     np.testing.assert_allclose(out.astype(np.float64), want, rtol=rounding, atol=1e-5)
