@@ -27,8 +27,8 @@ _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
-class DecodeShape:
-    """Sizes of decode attention.
+class CacheShape:
+    """Sizes of attention over a cache.
 
     Attributes:
         heads, kv_heads: query heads, and those of keys and values.
@@ -48,7 +48,7 @@ class DecodeShape:
         return max(n for n in (1, 2, 3, 4) if shared % n == 0)
 
 
-def serves(shape: DecodeShape) -> bool:
+def serves(shape: CacheShape) -> bool:
     """Tell whether a key is a power of two of 128-bit units, 32 at most."""
     if shape.dtype not in ("float16", "float32"):
         return False
@@ -56,7 +56,7 @@ def serves(shape: DecodeShape) -> bool:
     return rest == 0 and 0 < lanes <= 32 and lanes & (lanes - 1) == 0
 
 
-def render(shape: DecodeShape) -> tuple[str, str]:
+def render(shape: CacheShape) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function and of ``combine_`` name; see attention.cuh."""
     x = CUDA_TYPES[shape.dtype]
     folder = Path(cuda_source.__file__).parent
@@ -97,7 +97,7 @@ __device__ __forceinline__ void combine_{name}(const float* partial, const float
     return name, source
 
 
-def build_decode(shape: DecodeShape) -> PrimFunc:
+def build_decode(shape: CacheShape) -> PrimFunc:
     """Return ``batch_decode_paged_kv`` as the runtime's KV cache calls it.
 
     Arguments: q (b, heads, head_dim), pages (p, 2, kv_heads, 16, head_dim), page_indptr int32
@@ -150,7 +150,7 @@ def build_decode(shape: DecodeShape) -> PrimFunc:
     return ir.get()
 
 
-def _parts(shape: DecodeShape, batch: Any, pages: Any) -> Any:
+def _parts(shape: CacheShape, batch: Any, pages: Any) -> Any:
     """Return how many parts each context is cut into; no context has more than all pages."""
     from tvm.tirx.script import builder as T
 

@@ -1,10 +1,10 @@
 """The paged KV cache of a model: how it is created, and attention over it.
 
 The cache is the runtime's (`vm.builtin.paged_attention_kv_cache_create`), which manages sequences
-and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs and those of
-TVM's `TIRPagedKVCache` on GPUs, but for decode on CUDA (`kernels.cuda_attention`). It demands one
-dtype for pages and for everything that goes in and comes out, so a float16 cache means that queries
-and outputs are rounded to float16 as well. Arithmetic in between is float32.
+and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs. On GPUs they
+are those of TVM's `TIRPagedKVCache`, and on CUDA `kernels.cuda_attention` where that serves. The
+cache demands one dtype for pages and for everything that goes in and comes out, so a float16 cache
+means that queries and outputs are rounded to float16 as well. Arithmetic in between is float32.
 
 Rotary embedding happens in the cache, which knows one rule. Where layers differ, and on GPUs where
 the rule is none of TVM's, it happens before, at the positions the cache tells.
@@ -32,9 +32,9 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels import cuda_attention
+from fairy_compile.kernels import cuda_attention, cuda_attention_prefill
 from fairy_compile.kernels.attention_gpu import build_merge
-from fairy_compile.kernels.cuda_attention import DecodeShape
+from fairy_compile.kernels.cuda_attention import CacheShape
 from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
@@ -280,16 +280,21 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     threads = target.limits.max_threads if target.limits else 256
     merge = build_merge(config.num_heads, config.head_dim, config.kv_dtype, threads)
     functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
-    shape = DecodeShape(config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype)
+    shape = CacheShape(config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype)
     if target.device == "cuda" and cuda_attention.serves(shape):
         decode = bb.add_func(cuda_attention.build_decode(shape), "kv_cache_decode")
         functions[_DECODE] = relax.Tuple([tvm.ir.StringImm("tirx"), decode])
+    if target.device == "cuda" and cuda_attention_prefill.serves(shape):
+        ragged = bb.add_func(cuda_attention_prefill.build_ragged_prefill(shape), "prefill_ragged")
+        paged = bb.add_func(cuda_attention_prefill.build_paged_prefill(shape), "prefill_paged")
+        functions[_RAGGED] = relax.Tuple([tvm.ir.StringImm("tirx"), ragged])
+        functions[_PAGED] = relax.Tuple([tvm.ir.StringImm("tirx"), paged])
     return functions
 
 
 # Places among the functions, in the order of `_functions`.
 _APPEND_LATENT = 1
-_DECODE = 4
+_RAGGED, _PAGED, _DECODE = 2, 3, 4
 _UNUSED_KERNELS = (5, 6, 7, 8)
 _MERGE = 10
 
