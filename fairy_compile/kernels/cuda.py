@@ -216,9 +216,10 @@ class CudaPlanes:
             share = math.ceil(tiles / _MULTIPROCESSORS)
             per_block = math.ceil(share / math.ceil(share / most))
         if warps == "auto":
-            warps = 16 if per_block < 3 or operands > 1 else max(20, 2 * per_block)
+            warps = 16 if operands > 1 else max(20, 2 * per_block)
         per_block = min(per_block, warps)
-        return per_block, min(warps // per_block, groups)
+        turns = math.ceil(groups / (warps // per_block))
+        return per_block, math.ceil(groups / turns)  # fewer warps that take as many turns
 
     def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
         """Return prefill for few and for any number of rows."""

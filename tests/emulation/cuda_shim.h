@@ -340,25 +340,10 @@ inline Word float_bits(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
-inline float bits_float(Word bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 inline int add_bytes(Word bytes, int before) {
   for (int i = 0; i < 4; ++i) before += element<int8_t>(bytes, i);
   return before;
 }
-inline Word warp_max(Word value, int line = __builtin_LINE()) {
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    value = std::max(value, shuffle_xor(value, lanes, line));
-  return value;
-}
-inline int half_warp_sum(int value, int line = __builtin_LINE()) {
-  for (int lanes = 8; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes, line);
-  return value;
-}
-
 inline Word shared_address(const void* at) { return (const char*)at - emulated::shared_bytes; }
 
 inline uint2 load_shared(Word address, int offset) {

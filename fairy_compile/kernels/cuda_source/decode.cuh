@@ -51,7 +51,8 @@ struct Decode {
   static constexpr int kChunks = (kGroups + kMost - 1) / kMost;
   static constexpr int kChunk = (kGroups + kChunks - 1) / kChunks;
 
-  static constexpr int kTogether = 4;  // groups that a warp quantises at once
+  static constexpr int kTogether =  // groups that a warp quantises at once
+      kOperands > 1 || kChunk >= 2 * Call::kWarps ? 2 : 1;
   static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
   // Activations of a chunk of groups, as operands B.
@@ -153,71 +154,89 @@ struct Decode {
   }
 
   // Quantises groups [first, end) of the pass's rows as op.quantize_activations does: a warp takes
-  // a group of one half of one row, a lane four columns of it. It takes several at once, since each
-  // waits for shuffles.
+  // a group, a lane four columns of it. It takes both halves of several groups at once, since each
+  // waits for what lanes tell each other. What belongs to rows beyond the last is not written, and
+  // reaches no output.
   static __device__ __forceinline__ void quantize(Chunk& chunk, const X* x, int batch,
                                                   int first_row, int first, int end, int warp,
                                                   int lane) {
-    const int tasks = (end - first) * kRows * 2;
-    for (int task = warp; task < tasks; task += Call::kWarps * kTogether) {
-      float value[kTogether][4] = {};
-      Word peak[kTogether] = {};  // bits of a float that is not negative are ordered like it
+    const int rows = batch - first_row < kRows ? batch - first_row : kRows;
+    for (int task = warp; task < rows * kChunk; task += Call::kWarps * kTogether) {
+      float value[kTogether * 2][4] = {};
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        const int own = task + n * Call::kWarps, row_half = own % (kRows * 2);
-        const int row = first_row + row_half / 2, column = (first + own / (kRows * 2)) * 128;
-        if (own < tasks && row < batch)
-          load_columns(value[n], x + ((size_t)row * 2 + row_half % 2) * Call::kColumns,
-                       column + 4 * lane);
+      for (int n = 0; n < kTogether * 2; ++n) {
+        const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
+        const X* from = x + ((size_t)(first_row + row) * 2 + n % 2) * Call::kColumns;
+        if (row < rows && group < end - first)
+          load_columns(value[n], from, (first + group) * 128 + 4 * lane);
       }
+      Quantized quantized[kTogether * 2];
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n)
-        peak[n] = float_bits(fmaxf(fmaxf(fabsf(value[n][0]), fabsf(value[n][1])),
-                                   fmaxf(fabsf(value[n][2]), fabsf(value[n][3]))));
+      for (int n = 0; n < kTogether * 2; ++n) quantized[n].peak = peak(value[n]);
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n) peak[n] = warp_max(peak[n]);
-
-      Word high[kTogether], low[kTogether];
-      int sum[kTogether];
+      for (int lanes = 16; lanes > 0; lanes /= 2)
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        const float most = bits_float(peak[n]);
-        const float inverse = most > 0 ? __fdiv_rn((float)Call::kLevels, most) : 0.0f;
-        // Adding 1.5 2^23 rounds to an integer, whose low 16 bits are the low bits of the float.
-        Word q[4];
+        for (int n = 0; n < kTogether * 2; ++n)
+          quantized[n].peak = fmaxf(quantized[n].peak, shuffle_xor(quantized[n].peak, lanes));
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          q[i] = float_bits(__fadd_rn(__fmul_rn(value[n][i], inverse), 12582912.0f));
-        low[n] = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
-        sum[n] = add_bytes(low[n], 0);
-        if (kTwoDigits) {
-          high[n] = pick_bytes(pick_bytes(q[0] + 128, q[1] + 128, 0x0051),
-                               pick_bytes(q[2] + 128, q[3] + 128, 0x0051), 0x5410);
-          sum[n] += 256 * add_bytes(high[n], 0);
-        }
-      }
+      for (int n = 0; n < kTogether * 2; ++n) round_all(quantized[n], value[n]);
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n) sum[n] = half_warp_sum(sum[n]);
-
+      for (int lanes = 8; lanes > 0; lanes /= 2)
 #pragma unroll
-      for (int n = 0; n < kTogether; ++n) {
-        const int own = task + n * Call::kWarps;
-        if (own >= tasks) break;
-        const int group = own / (kRows * 2), row_half = own % (kRows * 2);
-        const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
-        const int block = lane / 8, word = lane % 8;
-        Word(&values)[8][8] = chunk.values[group * 4 + block][operand];
-        if (kTwoDigits) {
-          values[2 * column ^ block][word] = high[n];
-          values[(2 * column + 1) ^ block][word] = low[n];
-        } else {
-          values[(kOneHalf ? 2 * column : column) ^ block][word] = low[n];
-        }
-        if (lane == 0)
-          chunk.scale[group][row_half] = __fmul_rn(bits_float(peak[n]), 1.0f / Call::kLevels);
-        if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum[n];
+        for (int n = 0; n < kTogether * 2; ++n)
+          quantized[n].sum += shuffle_xor(quantized[n].sum, lanes);
+#pragma unroll
+      for (int n = 0; n < kTogether * 2; ++n) {
+        const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
+        if (row < rows && group < end - first)
+          keep(chunk, group, row * 2 + n % 2, quantized[n], lane);
       }
     }
+  }
+
+  // Four columns of a group: digits in bytes, their sum (of 64 columns in the end), the largest
+  // absolute value of the group.
+  struct Quantized {
+    Word high, low;
+    int sum;
+    float peak;
+  };
+
+  static __device__ __forceinline__ float peak(const float (&value)[4]) {
+    return fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])), fmaxf(fabsf(value[2]), fabsf(value[3])));
+  }
+
+  static __device__ __forceinline__ void round_all(Quantized& to, const float (&value)[4]) {
+    const float inverse = to.peak > 0 ? __fdiv_rn((float)Call::kLevels, to.peak) : 0.0f;
+    // Adding 1.5 2^23 rounds to an integer, whose low 16 bits are the low bits of the float.
+    Word q[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      q[i] = float_bits(__fadd_rn(__fmul_rn(value[i], inverse), 12582912.0f));
+    to.low = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
+    to.high = 0;
+    to.sum = add_bytes(to.low, 0);
+    if (kTwoDigits) {
+      to.high = pick_bytes(pick_bytes(q[0] + 128, q[1] + 128, 0x0051),
+                           pick_bytes(q[2] + 128, q[3] + 128, 0x0051), 0x5410);
+      to.sum += 256 * add_bytes(to.high, 0);
+    }
+  }
+
+  static __device__ __forceinline__ void keep(Chunk& chunk, int group, int row_half,
+                                              const Quantized& quantized, int lane) {
+    const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
+    const int block = lane / 8, word = lane % 8;
+    Word(&values)[8][8] = chunk.values[group * 4 + block][operand];
+    if (kTwoDigits) {
+      values[2 * column ^ block][word] = quantized.high;
+      values[(2 * column + 1) ^ block][word] = quantized.low;
+    } else {
+      values[(kOneHalf ? 2 * column : column) ^ block][word] = quantized.low;
+    }
+    if (lane == 0)
+      chunk.scale[group][row_half] = __fmul_rn(quantized.peak, 1.0f / Call::kLevels);
+    if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = quantized.sum;
   }
 
   static __device__ __forceinline__ void load_columns(float (&value)[4], const X* from, int column) {

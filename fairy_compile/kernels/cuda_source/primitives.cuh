@@ -97,18 +97,10 @@ __device__ __forceinline__ Word add_halves(Word a, Word b) {
 }
 
 __device__ __forceinline__ Word float_bits(float x) { return __float_as_uint(x); }
-__device__ __forceinline__ float bits_float(Word bits) { return __uint_as_float(bits); }
 
 // The sum of four signed bytes and another integer.
 __device__ __forceinline__ int add_bytes(Word bytes, int before) {
   return __dp4a((int)bytes, 0x01010101, before);
-}
-
-__device__ __forceinline__ Word warp_max(Word value) { return __reduce_max_sync(0xffffffffu, value); }
-
-// The sum over lanes 0 .. 15 or 16 .. 31, whichever the lane is of.
-__device__ __forceinline__ int half_warp_sum(int value) {
-  return __reduce_add_sync(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u, value);
 }
 
 template <class T>
