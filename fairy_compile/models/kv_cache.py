@@ -1,10 +1,11 @@
 """The paged KV cache of a model: how it is created, and attention over it.
 
 The cache is the runtime's (`vm.builtin.paged_attention_kv_cache_create`), which manages sequences
-and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs. On GPUs they
-are those of TVM's `TIRPagedKVCache`, and on CUDA `kernels.cuda_attention` where that serves. The
-cache demands one dtype for pages and for everything that goes in and comes out, so a float16 cache
-means that queries and outputs are rounded to float16 as well. Arithmetic in between is float32.
+and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs. On GPUs
+they are those of TVM's `TIRPagedKVCache`, and on CUDA `kernels.cuda_attention` where that serves.
+The cache demands one dtype for pages and for everything that goes in and comes out, so a float16
+cache means that queries and outputs are rounded to float16 as well. Arithmetic in between is
+float32.
 
 Rotary embedding happens in the cache, which knows one rule. Where layers differ, and on GPUs where
 the rule is none of TVM's, it happens before, at the positions the cache tells.
