@@ -4,7 +4,8 @@
 
 Weights are random, and so is the text; neither changes how much memory or time it takes. Resident
 memory is the process's own figure, read from the kernel ten times a second, the pages of mapped
-files included; they are given apart, since the kernel drops them when memory is short.
+files included; they are given apart, since the kernel drops them when memory is short. Where there
+is a GPU, layers are solved on it, and its memory is given too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import fairy_compile as fc
 from fairy_compile.calibrate import Calibration
@@ -79,6 +81,9 @@ def main() -> None:
         now = time.monotonic()
         line = {"part": last[0], "seconds": round(now - last[1], 1)}
         line |= {"peak_gib": round(peak / 2**30, 2), "own_gib": round(own / 2**30, 2)}
+        if torch.cuda.is_available():
+            line["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            torch.cuda.reset_peak_memory_stats()
         lines.append(line)
         print(json.dumps(line), flush=True)
         last[:] = [words.split(", about")[0].split(", peak")[0], now]

@@ -7,10 +7,11 @@ Two steps, so that the GPU machine needs no compiler:
 
 `run` needs torch for CUDA, the apache-tvm-ffi wheel, and of the apache-tvm wheel no more than
 libtvm_runtime.so and libtvm_runtime_cuda.so (TVM_LIBRARY_PATH names their folder). It stops if a
-kernel is wrong: it compares rows of every call with the float64 reference on fresh random data. Then
-it times the phase kernel, the float16 kernel of the same compiler, 4 bits in groups of 32 of the same
-compiler, and cuBLAS in float16, all in CUDA graphs whose launches take other weights in turn, so that
-none is found in the L2 cache. It writes results as it goes: JSON, a table and a plot.
+kernel is wrong: it compares rows of every call with the float64 reference on fresh random data.
+Then it times the phase kernel, the float16 kernel of the same compiler and cuBLAS in float16, all
+in CUDA graphs whose launches take other weights in turn, so that none is found in the L2 cache. It
+writes results as it goes: JSON, a table and a plot. Whole models, beside 4 bits of the same
+compiler: `gpu_model.py`.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def build(arguments: argparse.Namespace) -> None:
                 functions[symbol(f"phase{stages}", name, batch)] = function
     module = tvm.IRModule({s: f.with_attr("global_symbol", s) for s, f in functions.items()})
     with machine_code(target):
-        library = tvm.compile(
-            module, target=target.to_tvm(), tir_pipeline=tir_pipeline(target)
-        )
+        library = tvm.compile(module, target=target.to_tvm(), tir_pipeline=tir_pipeline(target))
     arguments.output.mkdir(parents=True, exist_ok=True)
     library.export_library(str(arguments.output / "kernels.so"))
     contents = {

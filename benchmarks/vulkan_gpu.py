@@ -109,9 +109,7 @@ def complex_rows(spec: PhaseSpec, codes: np.ndarray, scales: np.ndarray) -> dict
     return matrices
 
 
-def reference(
-    spec: PhaseSpec, codes: np.ndarray, scales: np.ndarray, x: np.ndarray
-) -> np.ndarray:
+def reference(spec: PhaseSpec, codes: np.ndarray, scales: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Return Ux + W conj(x) of rows of the matrix in float64, complex (batch, rows)."""
     given = x[:, : spec.m].astype(float) + 1j * x[:, spec.m :].astype(float)
     y = np.zeros((len(x), len(codes)), complex)
@@ -306,6 +304,7 @@ def main() -> None:
     builder = verbs.add_parser("build", help="compile the calls; needs TVM")
     builder.add_argument("-o", "--output", type=Path, required=True)
     builder.add_argument("--shape", action="append", choices=list(SHAPES))
+    builder.add_argument("--only", choices=["decode", "prefill"])
     builder.add_argument("--stages", type=int, nargs="+", default=[2, 1])
     builder.add_argument("--target", default="vulkan-nvidia")
     builder.add_argument("--simd-width", type=int, help="of another device, such as 8 of lavapipe")

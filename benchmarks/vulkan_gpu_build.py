@@ -47,7 +47,11 @@ SOME_ROWS: list[dict[str, Any]] = [
     {"weights": "blocks", "rows": 2, "group": 256, "tokens": 8},
 ]
 """Settings for several."""
-PREFILL_SETTINGS: list[dict[str, Any]] = [{}]
+PREFILL_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"matrices": True},
+    {"matrices": True, "tile_tokens": 32},
+]
 
 
 def make_spec(shape: tuple[int, int], stages: int) -> PhaseSpec:
@@ -77,16 +81,16 @@ def build(arguments: argparse.Namespace) -> None:
                 spec = make_spec(SHAPES[name], stages)
                 arrays = KERNEL.layout.arrays(spec)
                 shapes[f"{name}-{stages}"] = {k: list(a.shape) for k, a in arrays.items()}
-                calls += build_shape(name, spec, target, archive)
+                calls += build_shape(name, spec, target, archive, arguments.only)
                 print(f"{name} T={stages}: {len(calls)} calls", flush=True)
     (arguments.output / "calls.json").write_text(json.dumps([asdict(c) for c in calls]), "utf-8")
     (arguments.output / "shapes.json").write_text(json.dumps(shapes), "utf-8")
 
 
 def build_shape(
-    name: str, spec: PhaseSpec, target: Target, archive: zipfile.ZipFile
+    name: str, spec: PhaseSpec, target: Target, archive: zipfile.ZipFile, only: str | None
 ) -> list[Call]:
-    """Return the calls of one shape."""
+    """Return the calls of one shape: those of decode, of prefill, or all."""
     reason = KERNEL.unsupported(spec, target)
     if reason:
         raise SystemExit(f"{name}: {reason}")
@@ -96,6 +100,8 @@ def build_shape(
         ("many", SOME_ROWS, DECODE[1:]),
         ("many", PREFILL_SETTINGS, PREFILL),
     ):
+        if only == ("decode" if batches == PREFILL else "prefill"):
+            continue
         seen = set()
         for knobs in settings:
             function = KERNEL.build(spec, target, kind, knobs)
@@ -164,7 +170,7 @@ def trace(library: Any, spec: PhaseSpec, batch: int) -> list[tuple]:
         launches.append((kernel, order, list(scalars), grid))
 
     device = SimpleNamespace(allocate=allocate, free=lambda buffer: None, dispatch=dispatch)
-    with mock.patch.object(vulkan_runtime, "device", lambda: device):
+    with mock.patch.object(vulkan_runtime, "device", return_value=device):
         tensors = [tvm.runtime.empty(size, dtype, tvm.vulkan()) for size, dtype in sizes]
         library["main"](*tensors)
         del tensors

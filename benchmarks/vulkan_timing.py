@@ -1,7 +1,7 @@
 """A Vulkan device for measurements: memory of the device, timestamps, many dispatches at once.
 
-`tests.emulation.vulkan_device` dispatches one kernel at a time on memory of the host, which is right
-for tests. Here weights lie in the device's memory and the device's own clock tells the times.
+`tests.emulation.vulkan_device` dispatches one kernel at a time on memory of the host, which is
+right for tests. Here weights lie in the device's memory and the device's own clock tells the times.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class TimedDevice(VulkanDevice):
         return buffer
 
     def download(self, buffer: LocalBuffer, like: np.ndarray) -> np.ndarray:
-        """Return the contents of a buffer of at most 64 MiB, with the shape and type of ``like``."""
+        """Return the contents of a buffer of at most 64 MiB, shaped and typed as ``like``."""
         self._copy(buffer.handle, 0, self._staging.handle, 0, buffer.nbytes)
         return self._staging.array()[: like.nbytes].copy().view(like.dtype).reshape(like.shape)
 
@@ -194,9 +194,7 @@ class TimedDevice(VulkanDevice):
 
         def timed(command: Any) -> None:
             vk.vkCmdResetQueryPool(command, self._queries, 0, 2)
-            vk.vkCmdWriteTimestamp(
-                command, vk.VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, self._queries, 0
-            )
+            vk.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, self._queries, 0)
             record(command)
             vk.vkCmdWriteTimestamp(
                 command, vk.VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, self._queries, 1
@@ -252,9 +250,7 @@ class TimedDevice(VulkanDevice):
         vk = self._vk
         pipeline, point = self._pipeline_of(launch), vk.VK_PIPELINE_BIND_POINT_COMPUTE
         vk.vkCmdBindPipeline(command, point, pipeline.handle)
-        vk.vkCmdBindDescriptorSets(
-            command, point, pipeline.layout, 0, 1, [descriptors], 0, None
-        )
+        vk.vkCmdBindDescriptorSets(command, point, pipeline.layout, 0, 1, [descriptors], 0, None)
         push = scalar_bytes(launch.kernel, list(launch.scalars))
         if push:
             stage = vk.VK_SHADER_STAGE_COMPUTE_BIT

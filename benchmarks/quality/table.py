@@ -34,6 +34,29 @@ TITLES = {
     "qat-ternary": "ternary (absmean)",
     "qat-w2": "**W2**",
     "qat-w2-head3": "W2, head T = 3",
+    "qat-w2-row": "W2, scales per row",
+    "qat-w2-long": "W2, three times the tokens, the control as well",
+}
+BASES = {"qat-w2-long": "control-long"}  # what a run is compared with, where not with the control
+SEARCH = {
+    "base": "rate 1e-3, warm-up 20 steps",
+    "lr-2e-3": "rate 2e-3",
+    "lr-4e-3": "rate 4e-3",
+    "lr-5e-4": "rate 5e-4",
+    "distil": "all of the loss distilled",
+    "distil-half": "half of the loss distilled",
+    "distil-lr-2e-3": "all of the loss distilled, rate 2e-3",
+    "distil-lr-4e-3": "all of the loss distilled, rate 4e-3",
+    "warmup-200": "warm-up 200 steps",
+    "others-third": "a third of the rate for embedding and norms",
+    "batch-16": "half the batch, twice the steps",
+    "decay": "weight decay .05",
+    "alternating": "begun from fitted codes and scales",
+    "row": "scales per row (more bits)",
+    "control": "control, rate 1e-3",
+    "control-lr-2e-3": "control, rate 2e-3",
+    "control-lr-5e-4": "control, rate 5e-4",
+    "control-distil": "control, half of the loss distilled",
 }
 
 # Labels that would lie over others: points above the usual place.
@@ -86,7 +109,9 @@ def table(results: Results, prefix: str, base: str) -> list[str]:
     for name, title in TITLES.items():
         if not name.startswith(prefix) or name not in results.runs:
             continue
-        gaps = results.gaps(name, base)
+        if BASES.get(name, base) not in results.runs:
+            continue
+        gaps = results.gaps(name, BASES.get(name, base))
         if free:
             more = f"{100 * statistics.mean(results.ratios(name, plain, base)):.0f} %"
         else:
@@ -94,6 +119,21 @@ def table(results: Results, prefix: str, base: str) -> list[str]:
         if len(gaps) < len(results.runs[base]):
             title += f" ({len(gaps)} of {len(results.runs[base])} seeds)"
         lines.append(f"| {title} | {results.bits(name):.2f} | {spread(gaps)} | {more} |")
+    return lines
+
+
+def search_table(results: Results) -> list[str]:
+    """Return the Markdown lines of the search for settings; see `runs.SEARCH`."""
+    losses = {
+        key: results.losses(f"search-{key}")[0] for key in SEARCH if f"search-{key}" in results.runs
+    }
+    controls = [loss for key, loss in losses.items() if key.startswith("control")]
+    if not controls:
+        return []
+    lines = ["| settings | loss, nats | perplexity / the best control's |", "|---|---|---|"]
+    for key, loss in losses.items():
+        ratio = math.exp(loss - min(controls))
+        lines.append(f"| {SEARCH[key]} | {loss:.4f} | {ratio:.3f} |")
     return lines
 
 
@@ -108,8 +148,8 @@ def plot(results: Results, path: Path) -> None:
     sides = (("free-", "fp", "without training"), ("qat-", "control", "trained for its codes"))
     for axis, (prefix, base, words) in zip(axes, sides, strict=True):
         names = [n for n in TITLES if n.startswith(prefix) and n in results.runs]
-        for name in names:
-            gaps, bits = results.gaps(name, base), results.bits(name)
+        for name in (n for n in names if BASES.get(n, base) in results.runs):
+            gaps, bits = results.gaps(name, BASES.get(name, base)), results.bits(name)
             label = TITLES[name].replace("*", "").split(" (")[0].replace("`", "")
             colour = "tab:blue" if label.startswith("W") else "tab:gray"
             axis.plot([bits] * len(gaps), gaps, "o", color=colour, markersize=4)
@@ -136,10 +176,12 @@ def main() -> None:
     print(f"Floating point: loss {spread(fp)} nats (perplexity {perplexity:.1f})")
     gains = [-gap for gap in results.gaps("control", "fp")]
     share = statistics.mean(gain / loss for gain, loss in zip(gains, fp, strict=False))
-    print(f"Control: loss {spread(control)}; one more epoch gains {spread(gains)} nats ", end="")
+    print(f"Control: loss {spread(control)}; the further tokens gain {spread(gains)} nats ", end="")
     print(f"({100 * share:.1f} % of the loss)\n")
-    print("\n".join(table(results, "free-", "fp")), end="\n\n")
-    print("\n".join(table(results, "qat-", "control")))
+    if "free-w2-plain" in results.runs:
+        print("\n".join(table(results, "free-", "fp")), end="\n\n")
+    print("\n".join(table(results, "qat-", "control")), end="\n\n")
+    print("\n".join(search_table(results)))
     if args.plot:
         plot(results, args.plot)
 

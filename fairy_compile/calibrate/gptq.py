@@ -16,6 +16,7 @@ P = E[x x^T], at a quarter of the arithmetic.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,13 @@ class Solved:
         tensor: its codes and scales.
         nmse: ||A - A'||^2 / ||A||^2 of the weight.
         output_error: E|(A - A') x|^2 / E|A x|^2 on the calibration inputs.
+        plain: with one stage, the same codes with the published rule's scales.
     """
 
     tensor: PhaseTensor
     nmse: float
     output_error: float
+    plain: Solved | None = None
 
     @classmethod
     def measure(cls, weight: np.ndarray, gram: torch.Tensor, tensor: PhaseTensor) -> Solved:
@@ -66,7 +69,8 @@ def quantize_gptq(
 
     Scales come from the alternating method, codes from error feedback, and the scales are fitted
     once more to the codes under the Hessian. One stage (T = 1) keeps the published rule's codes,
-    which feedback makes worse, and gets fitted scales only.
+    which feedback makes worse, and gets fitted scales only; see `calibrate.one_stage` for when
+    they are worth having.
 
     Args:
         weight: float (2n, 2m).
@@ -86,7 +90,10 @@ def quantize_gptq(
         a, damped, PhaseTensor.from_codes(codes, start.scales, start.terms, scale)
     )
     del a, damped
-    return Solved.measure(weight, gram, tensor)
+    solved = Solved.measure(weight, gram, tensor)
+    if stages == 1:
+        solved = dataclasses.replace(solved, plain=Solved.measure(weight, gram, start))
+    return solved
 
 
 def errors(a: torch.Tensor, gram: torch.Tensor, tensor: PhaseTensor) -> tuple[float, float]:

@@ -25,12 +25,16 @@ class Candidate:
         reason: how its codes were made.
         nmse: see `Solved`.
         output_error: see `Solved`.
+        plain_nmse: with one stage, that with the published rule's scales.
+        plain_output_error: likewise.
     """
 
     stages: int
     reason: str
     nmse: float
     output_error: float
+    plain_nmse: float | None = None
+    plain_output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ class Solutions:
                 tensor = solution.tensor
                 arrays[f"{layer}@{stages}.codes"] = tensor.codes
                 arrays[f"{layer}@{stages}.scales"] = tensor.scales
-                candidate = Candidate(stages, reason, solution.nmse, solution.output_error)
+                errors = [solution.nmse, solution.output_error]
+                if solution.plain is not None:
+                    arrays[f"{layer}@{stages}.plain"] = solution.plain.tensor.scales
+                    errors += [solution.plain.nmse, solution.plain.output_error]
+                candidate = Candidate(stages, reason, *errors)
                 place = {"layer": layer, "n": tensor.n, "m": tensor.m, "scale": tensor.scale}
                 table.append(place | asdict(candidate))
         partial = self.path(part).with_suffix(".partial")
@@ -98,9 +106,15 @@ class Solutions:
         """Return T -> candidate of a layer."""
         return {stages: stored.candidate for stages, stored in self._stored[layer].items()}
 
-    def tensor(self, layer: str, stages: int) -> PhaseTensor:
-        """Read the codes and scales of a candidate."""
+    def has_plain(self, layer: str, stages: int) -> bool:
+        """Tell whether a candidate is there with the published rule's scales, too."""
+        return self._stored[layer][stages].candidate.plain_nmse is not None
+
+    def tensor(self, layer: str, stages: int, *, plain: bool = False) -> PhaseTensor:
+        """Read the codes and scales of a candidate, with ``plain`` the rule's if it has both."""
         stored = self._stored[layer][stages]
         file = SafetensorsFile(stored.file)
-        codes, scales = (file.read(f"{layer}@{stages}.{part}") for part in ("codes", "scales"))
+        both = plain and stored.candidate.plain_nmse is not None
+        parts = ("codes", "plain" if both else "scales")
+        codes, scales = (file.read(f"{layer}@{stages}.{part}") for part in parts)
         return PhaseTensor(codes, scales, stored.n, stored.m, ("U", "W"), stored.scale)

@@ -1,12 +1,12 @@
 """Programmatic dependent launches: kernels start while those before them end.
 
 On NVIDIA GPUs from Hopper on a kernel can be launched before the one before it is over, and waits
-for it (``griddepcontrol.wait``) where it needs its results. A decode step is some hundred kernels of
-a few microseconds, of which launching is a part worth hiding; phase kernels moreover have weights to
-fetch that no other kernel computes.
+for it (``griddepcontrol.wait``) where it needs its results. A decode step is some hundred kernels
+of a few microseconds, of which launching is a part worth hiding; phase kernels moreover have
+weights to fetch that no other kernel computes.
 
-Kernels of `kernels/cuda_source` that say so wait where that is best. All others wait before anything
-else. So every kernel waits for the one before it, which had waited too.
+Kernels of `kernels/cuda_source` that say so wait where that is best. All others wait before
+anything else. So every kernel waits for the one before it, which had waited too.
 """
 
 from __future__ import annotations

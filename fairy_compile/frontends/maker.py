@@ -147,34 +147,73 @@ class Calibrated:
         self._calibration, self._windows = calibration, windows
         self._solutions: Solutions | None = None
         self._losses: Losses = {}
+        self._plain: frozenset[str] = frozenset()
         self._tuned: dict[str, PhaseTensor] = {}
         self._gains: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
 
     def prepare(self, work: Path, progress: Progress | None) -> QuantConfig:
         """Run the model over the text and solve its layers; choose T under the budget."""
+        from fairy_compile.calibrate.one_stage import set_aside
         from fairy_compile.calibrate.run import solve_model
 
+        plans = phase_plans(self._source, self._quant).values()
+        windows, aside = self._windows, None
+        if self._bits is not None or any(plan.phase and plan.stages == 1 for plan in plans):
+            windows, aside = set_aside(windows)
         self._solutions, self._losses = solve_model(
             self._source,
             self._quant,
-            self._windows,
+            windows,
             work,
             by_budget=self._bits is not None,
             progress=progress,
         )
         if self._bits is not None:
             self._quant = with_budget(self._source, self._quant, self._losses, self._bits)
+        if aside is not None:
+            self._choose_scales(aside, work, progress)
         if self._calibration.tune:
             self._tune(progress)
         return self._quant
+
+    def _choose_scales(self, windows: np.ndarray, work: Path, progress: Progress | None) -> None:
+        """Keep the rule's scales in one-stage layers where fitted ones do not serve the model."""
+        from fairy_compile.calibrate.one_stage import choose_scales
+        from fairy_compile.calibrate.run import device
+        from fairy_compile.calibrate.skeleton import Skeleton
+
+        stages = {name: self._quant.stages(name) for name in self._solutions.layers()}
+        if not any(self._solutions.has_plain(name, t) for name, t in stages.items()):
+            return
+        done = 0
+
+        def step(words: str) -> None:
+            nonlocal done
+            if progress is not None:
+                progress(f"calibrate: {words}", done, len(skeleton.layers) + 1)
+            done += 1
+
+        skeleton = Skeleton(self._source, device())
+        choice = choose_scales(skeleton, self._solutions, stages, windows, work, step)
+        self._plain = choice.plain
+        ones = sum(1 for t in stages.values() if t == 1)
+        self.notes.append(
+            f"{len(choice.plain)} of {ones} layers with T = 1 keep the scales of the published "
+            f"rule: on {windows.size:,} tokens kept aside the quantised model's loss is "
+            f"{choice.plain_loss:.3f} nats a token with them, {choice.fitted_loss:.3f} with "
+            f"fitted ones, {choice.loss:.3f} as chosen"
+        )
 
     def _tune(self, progress: Progress | None) -> None:
         from fairy_compile.calibrate.run import device
         from fairy_compile.calibrate.tune import tune
 
         found = self._solutions
-        tensors = {n: found.tensor(n, self._quant.stages(n)) for n in found.layers()}
+        tensors = {
+            n: found.tensor(n, self._quant.stages(n), plain=n in self._plain)
+            for n in found.layers()
+        }
         steps = self._calibration.tune
         tuned = tune(self._source, tensors, self._windows, steps, device(), progress)
         self._tuned, self._gains = tuned.tensors, tuned.dense
@@ -201,6 +240,9 @@ class Calibrated:
         if (tensor := self._tuned.get(layer)) is not None:
             reason += "; scales tuned"
             return tensor, Made(reason, relative_error(weight, tensor), loss=loss)
+        if layer in self._plain:
+            tensor = self._solutions.tensor(layer, stages, plain=True)
+            return tensor, Made(reason, found.plain_nmse, found.plain_output_error, loss)
         tensor = self._solutions.tensor(layer, stages)
         return tensor, Made(reason, found.nmse, found.output_error, loss)
 

@@ -150,9 +150,14 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 def _with_plain_linear(model: Any) -> tuple[Any, dict[str, PhaseTensor]]:
     """Return a module whose phase layers are plain linear ones, and the codes of these layers."""
+    from fairy_compile.qat.experts import phase_experts
     from fairy_compile.qat.layers import PhaseComplexLinear, phase_layers
 
     layers = phase_layers(model)
+    if experts := list(phase_experts(model)):
+        raise UnsupportedError(
+            f"{experts[0]} holds experts in phase codes; export such models with fc.qat.export"
+        )
     if not layers:
         return model, {}
     complex_layers = [n for n, layer in layers.items() if isinstance(layer, PhaseComplexLinear)]

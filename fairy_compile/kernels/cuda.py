@@ -200,9 +200,7 @@ class CudaPlanes:
         rows = slots * operands
         return self._launch("decode", spec, constants, per_block, rows, warps, most)
 
-    def _block(
-        self, spec: PhaseSpec, chosen: Mapping[str, Any], operands: int
-    ) -> tuple[int, int]:
+    def _block(self, spec: PhaseSpec, chosen: Mapping[str, Any], operands: int) -> tuple[int, int]:
         """Return (row tiles, warps that split the columns of one) of a block that decodes.
 
         Where nothing else is said, a multiprocessor has one block and all have the same number of

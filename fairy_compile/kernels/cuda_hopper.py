@@ -1,8 +1,8 @@
-"""CUDA phase GEMM on Hopper: as `cuda.planes`, with warpgroup tensor cores where rows of x are many.
+"""CUDA phase GEMM on Hopper: `cuda.planes`, with warpgroup tensor cores for many rows of x.
 
 `cuda_source/hopper.cuh` says how. Its instructions exist on sm_90a alone (H100, H200, GH200), so it
-serves targets that are compiled for nothing else. Numbers are those of `cuda.planes`: prefill rounds
-x and the entries of the real matrix to float16 and adds in float32.
+serves targets that are compiled for nothing else. Numbers are those of `cuda.planes`: prefill
+rounds x and the entries of the real matrix to float16 and adds in float32.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fairy_compile.kernels.cuda import Launch
 
+
 def emit(
     spec: PhaseSpec,
     layout: CudaLayout,

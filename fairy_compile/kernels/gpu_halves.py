@@ -5,16 +5,16 @@ Weights come from tables in shared memory that hold float16:
 
 - ``halves``: as in `gpu_tables`, the 16 sums of two stages of a term, a pair of 4 bytes each, one
   table a matrix row. Two look-ups a column for two terms.
-- ``blocks``: the 2x2 block of a column (see `gpu_weights`), 8 bytes for every value of all bits of a
-  column, of which there may be 8: 256 blocks. One look-up a column. All rows of a thread group share
-  the table, so they must share their scales. Threads look at different places, which banks serve
-  one after the other; with ``copies`` = 16, each of 16 neighbouring threads has a copy in banks of
-  its own.
+- ``blocks``: the 2x2 block of a column (see `gpu_weights`), 8 bytes for every value of all bits of
+  a column, of which there may be 8: 256 blocks. One look-up a column. All rows of a thread group
+  share the table, so they must share their scales. Threads look at different places, which banks
+  serve one after the other; with ``copies`` = 16, each of 16 neighbouring threads has a copy in
+  banks of its own.
 
-Entries are divided by a power of two not below the sum of all scales, and outputs multiplied with it
-at the end, so that entries are at most 1: products are finite where x is, and as far from float16's
-least numbers as x is. The products of one unit of 16 columns are added in float16, and units in
-float32. With 2^-11 the rounding of one operation, a unit's sums of k products err by about
+Entries are divided by a power of two not below the sum of all scales, and outputs multiplied with
+it at the end, so that entries are at most 1: products are finite where x is, and as far from
+float16's least numbers as x is. The products of one unit of 16 columns are added in float16, and
+units in float32. With 2^-11 the rounding of one operation, a unit's sums of k products err by about
 sqrt(k) 2^-12 of their size, which is what weights rounded to float16 cost as well; a unit whose 16
 products add up to more than 65504 overflows.
 """
@@ -265,9 +265,7 @@ class BlocksDecode(_HalfDecode):
             even = T.bitwise_and(u, keep) | T.bitwise_and(T.shift_left(w, by), other)
             odd = T.bitwise_and(T.shift_right(u, by), keep) | T.bitwise_and(w, other)
             merged.append((T.bind(even), T.bind(odd)))
-        return [
-            (merged[c // per][c % 2], 2 * width * (c % per // 2)) for c in range(UNIT)
-        ]
+        return [(merged[c // per][c % 2], 2 * width * (c % per // 2)) for c in range(UNIT)]
 
     def _look_up(self, word: Expr, bit: int) -> Expr:
         copies = self.shape.copies

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SUBGROUP = 32
 """Threads that hold a matrix together."""
+Place = tuple[Any, Any]
+"""Row and column in a tile."""
 _ALONG_OUTPUTS = 4
 _ALONG_TOKENS = GROUP // SUBGROUP // _ALONG_OUTPUTS
 
@@ -41,17 +43,17 @@ class MatrixUnits(Protocol):
     def clear(self, matrices: Buffer, at: int) -> None:
         """Set a matrix of sums to zero."""
 
-    def load_right(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
-        """Load a right factor, whose rows are ``stride`` elements apart."""
+    def load_right(self, matrices: Buffer, at: int, tile: Buffer, place: Place) -> None:
+        """Load a right factor, whose rows are rows of the tile, from a place of it on."""
 
-    def load_left(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
-        """Load a left factor, whose columns are ``stride`` elements apart."""
+    def load_left(self, matrices: Buffer, at: int, tile: Buffer, place: Place) -> None:
+        """Load a left factor, whose columns are rows of the tile."""
 
     def multiply(self, sums: Buffer, at: int, left: Buffer, i: int, right: Buffer, j: int) -> None:
         """Add the product of two matrices to the sums."""
 
-    def store(self, sums: Buffer, at: int, pointer: Any, stride: int) -> None:
-        """Store sums, with rows ``stride`` elements apart."""
+    def store(self, sums: Buffer, at: int, tile: Buffer, place: Place) -> None:
+        """Store sums, their rows into rows of the tile."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class MatrixTileGemm(TileGemm):
                 self._multiply_matrices(weight_tile, x_tile, output, token, sums, (rows, columns))
             for r in range(rows):
                 for c in range(columns):
-                    at = (token + r * side) * OUTPUTS + output + c * side
-                    units.store(sums, r * columns + c, y_tile.access_ptr("w", offset=at), OUTPUTS)
+                    place = token + r * side, output + c * side
+                    units.store(sums, r * columns + c, y_tile, place)
             with T.serial(0, self.tokens * OUTPUTS // GROUP) as turn:
                 at = T.bind(turn * GROUP + thread)
                 j, b = T.bind(T.floormod(at, OUTPUTS)), T.bind(T.floordiv(at, OUTPUTS))
@@ -119,14 +121,17 @@ class MatrixTileGemm(TileGemm):
         values = units.matrices(rows, self.dtype)
         for depth in range(0, DEPTH, side):
             for c in range(columns):
-                pointer = weight_tile.access_ptr("r", offset=depth * OUTPUTS + output + c * side)
-                units.load_right(weights, c, pointer, OUTPUTS)
+                units.load_right(weights, c, weight_tile, (depth, output + c * side))
             for r in range(rows):
-                pointer = x_tile.access_ptr("r", offset=depth * self.tokens + token + r * side)
-                units.load_left(values, r, pointer, self.tokens)
+                units.load_left(values, r, x_tile, (depth, token + r * side))
             for r in range(rows):
                 for c in range(columns):
                     units.multiply(sums, r * columns + c, values, r, weights, c)
+
+
+def pointer_to(tile: Buffer, place: Place, access: str) -> Any:
+    """Return the pointer to a place in a tile, to read (``r``) or write (``w``)."""
+    return tile.access_ptr(access, offset=place[0] * tile.shape[1] + place[1])
 
 
 def matrix_tile(units: MatrixUnits) -> Callable[..., TileGemm]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm.backend.metal import op as metal
 from tvm.tirx.script import builder as T
+
+from fairy_compile.kernels.gpu_matrix_tile import Place, pointer_to
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer
@@ -27,15 +29,15 @@ class SimdgroupUnits:
         """See `MatrixUnits.clear`."""
         T.evaluate(metal.make_filled_simdgroup_matrix(matrices.data, at, T.float32(0)))
 
-    def load_right(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
+    def load_right(self, matrices: Buffer, at: int, tile: Buffer, place: Place) -> None:
         """See `MatrixUnits.load_right`."""
-        T.evaluate(metal.simdgroup_load(matrices.data, at, pointer, stride))
+        pointer = pointer_to(tile, place, "r")
+        T.evaluate(metal.simdgroup_load(matrices.data, at, pointer, tile.shape[1]))
 
-    def load_left(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
+    def load_left(self, matrices: Buffer, at: int, tile: Buffer, place: Place) -> None:
         """See `MatrixUnits.load_left`."""
-        T.evaluate(
-            metal.simdgroup_load(matrices.data, at, pointer, stride, transpose_matrix=True)
-        )
+        pointer, stride = pointer_to(tile, place, "r"), tile.shape[1]
+        T.evaluate(metal.simdgroup_load(matrices.data, at, pointer, stride, transpose_matrix=True))
 
     def multiply(self, sums: Buffer, at: int, left: Buffer, i: int, right: Buffer, j: int) -> None:
         """See `MatrixUnits.multiply`."""
@@ -45,6 +47,7 @@ class SimdgroupUnits:
             )
         )
 
-    def store(self, sums: Buffer, at: int, pointer: Any, stride: int) -> None:
+    def store(self, sums: Buffer, at: int, tile: Buffer, place: Place) -> None:
         """See `MatrixUnits.store`."""
-        T.evaluate(metal.simdgroup_store(sums.data, at, pointer, stride))
+        pointer = pointer_to(tile, place, "w")
+        T.evaluate(metal.simdgroup_store(sums.data, at, pointer, tile.shape[1]))

@@ -5,12 +5,13 @@ NVIDIA's and AMD's drivers have that size for float16 factors and float32 sums.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm.tirx.script import builder as T
 
 from fairy_compile.codegen.spirv.enums import CooperativeMatrixUse as Use
 from fairy_compile.codegen.spirv.matrices import SCOPE
+from fairy_compile.kernels.gpu_matrix_tile import Place, pointer_to
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer
@@ -33,18 +34,19 @@ class CooperativeUnits:
         """See `MatrixUnits.clear`."""
         T.evaluate(T.cooperative_tensor_fill(matrices.data, at, T.float32(0), SIDE, SIDE))
 
-    def load_right(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
+    def load_right(self, matrices: Buffer, at: int, tile: Buffer, place: Place) -> None:
         """See `MatrixUnits.load_right`."""
-        self._load(matrices, at, pointer, stride, False, Use.MatrixB)
+        self._load(matrices, at, tile, place, False, Use.MatrixB)
 
-    def load_left(self, matrices: Buffer, at: int, pointer: Any, stride: int) -> None:
+    def load_left(self, matrices: Buffer, at: int, tile: Buffer, place: Place) -> None:
         """See `MatrixUnits.load_left`."""
-        self._load(matrices, at, pointer, stride, True, Use.MatrixA)
+        self._load(matrices, at, tile, place, True, Use.MatrixA)
 
     @staticmethod
     def _load(
-        matrices: Buffer, at: int, pointer: Any, stride: int, transpose: bool, use: Use
+        matrices: Buffer, at: int, tile: Buffer, place: Place, transpose: bool, use: Use
     ) -> None:
+        pointer, stride = pointer_to(tile, place, "r"), tile.shape[1]
         T.evaluate(
             T.cooperative_tensor_load(
                 matrices.data, at, pointer, stride, SIDE, SIDE, transpose, *_SHAPE, int(use)
@@ -59,8 +61,9 @@ class CooperativeUnits:
             )
         )
 
-    def store(self, sums: Buffer, at: int, pointer: Any, stride: int) -> None:
+    def store(self, sums: Buffer, at: int, tile: Buffer, place: Place) -> None:
         """See `MatrixUnits.store`."""
+        pointer, stride = pointer_to(tile, place, "w"), tile.shape[1]
         use = int(Use.MatrixAccumulator)
         T.evaluate(
             T.cooperative_tensor_store(

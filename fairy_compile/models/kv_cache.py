@@ -33,8 +33,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels import cuda_attention, cuda_attention_prefill
-from fairy_compile.kernels.attention_gpu import build_merge
+from fairy_compile.kernels import attention_gpu, cuda_attention, cuda_attention_prefill
 from fairy_compile.kernels.cuda_attention import CacheShape
 from fairy_compile.models.shapes import product
 
@@ -232,11 +231,13 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     """
     if config.attention_softcap is not None:
         raise UnsupportedError(
-            f"{config.model_type} caps its attention scores, which the attention kernels of target "
-            f"{target.name} cannot; build for a CPU target, e.g. --target cpu"
+            f"{config.model_type} caps its attention scores (at {config.attention_softcap:g}); "
+            f"attention kernels of target {target.name} cannot, those of CPU targets can; build "
+            "with --target cpu"
         )
     if config.window is not None:
         raise ValueError(f"context {config.context} is beyond the window of {config.window}")
+    attention_gpu.check_head_dim(config.head_dim, target.name)
     rope = config.rope
     scaling = {}
     if rope.kind == "llama3":
@@ -278,19 +279,36 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     functions[_APPEND_LATENT] = relax.prim_value(0)
     for index in _UNUSED_KERNELS:
         functions[index] = relax.Tuple([])
-    threads = target.limits.max_threads if target.limits else 256
-    merge = build_merge(config.num_heads, config.head_dim, config.kv_dtype, threads)
+    limits = target.limits
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    own = _cuda_kernels(config) if target.device == "cuda" else {}
+    if _DECODE not in own:
+        decode = bb.get()[functions[_DECODE].fields[1]]
+        attention_gpu.check_decode(decode, heads, kv_heads, head_dim, target.name)
+    shape = (kv_heads, heads, head_dim, config.kv_dtype)
+    for index in sorted({_RAGGED, _PAGED} - own.keys()):
+        var = functions[index].fields[1]
+        ragged = index == _RAGGED
+        fitting = attention_gpu.fit_prefill(bb.get()[var], ragged, shape, scaling, limits)
+        bb.update_func(var, fitting)
+    for index, kernel in own.items():
+        added = bb.add_func(kernel, str(kernel.attrs["global_symbol"]))
+        functions[index] = relax.Tuple([tvm.ir.StringImm("tirx"), added])
+    merge = attention_gpu.build_merge(heads, head_dim, config.kv_dtype, limits.max_threads)
     functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
-    shape = CacheShape(config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype)
-    if target.device == "cuda" and cuda_attention.serves(shape):
-        decode = bb.add_func(cuda_attention.build_decode(shape), "kv_cache_decode")
-        functions[_DECODE] = relax.Tuple([tvm.ir.StringImm("tirx"), decode])
-    if target.device == "cuda" and cuda_attention_prefill.serves(shape):
-        ragged = bb.add_func(cuda_attention_prefill.build_ragged_prefill(shape), "prefill_ragged")
-        paged = bb.add_func(cuda_attention_prefill.build_paged_prefill(shape), "prefill_paged")
-        functions[_RAGGED] = relax.Tuple([tvm.ir.StringImm("tirx"), ragged])
-        functions[_PAGED] = relax.Tuple([tvm.ir.StringImm("tirx"), paged])
     return functions
+
+
+def _cuda_kernels(config: DecoderConfig) -> dict[int, tirx.PrimFunc]:
+    """Return our own kernels for CUDA: place among the functions -> kernel."""
+    shape = CacheShape(config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype)
+    own = {}
+    if cuda_attention.serves(shape):
+        own[_DECODE] = cuda_attention.build_decode(shape)
+    if cuda_attention_prefill.serves(shape):
+        own[_RAGGED] = cuda_attention_prefill.build_ragged_prefill(shape)
+        own[_PAGED] = cuda_attention_prefill.build_paged_prefill(shape)
+    return own
 
 
 # Places among the functions, in the order of `_functions`.

@@ -26,6 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fairy_compile.artifact.files import hash_files
@@ -39,7 +40,9 @@ from fairy_compile.frontends.packed import PackedLayer
 from fairy_compile.frontends.packed_writer import PackedWriter
 from fairy_compile.frontends.plan import recover_layer
 from fairy_compile.frontends.store import TensorStore
+from fairy_compile.phase import quantize
 from fairy_compile.phase.quantize import check_finite
+from fairy_compile.qat.experts import Projection, find_experts, phase_experts
 from fairy_compile.qat.layers import (
     ComplexLinear,
     PhaseComplexLinear,
@@ -102,8 +105,8 @@ def export(
     started = time.monotonic()
     model = getattr(model, "_orig_mod", model)  # torch.compile
     quant = getattr(model, QUANT_ATTRIBUTE, None)
-    layers = phase_layers(model)
-    if not isinstance(quant, QuantConfig) or not layers:
+    layers, experts = phase_layers(model), phase_experts(model)
+    if not isinstance(quant, QuantConfig) or not (layers or experts):
         raise FairyError("the model has no phase layers; call fc.qat.prepare before training it")
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise UnsupportedError(
@@ -122,19 +125,38 @@ def export(
     with staged_directory(directory, force=force, needed_bytes=2 * nbytes) as staging:
         latents = staging / LATENTS
         write_latents(model, latents, quant, tokenizer, state_dict)
+        if find_experts(model):  # checkpoints hold and name them otherwise
+            weights = _read_back(latents)
         _write_packed(staging, latents, model, layers, weights, quant)
         if extra is not None:
             extra(staging)
         packed = sum(p.stat().st_size for p in staging.glob("*.safetensors"))
     output = Path(directory)
-    return ExportReport(output, output / LATENTS, len(layers), packed, time.monotonic() - started)
+    count = len(layers) + sum(len(part.names()) for part in _projections(model))
+    return ExportReport(output, output / LATENTS, count, packed, time.monotonic() - started)
+
+
+def _projections(model: nn.Module) -> list[Projection]:
+    """Return the projections of experts that are phase codes."""
+    modules = phase_experts(model).values()
+    return [part for module in modules for part in module.projections if part.plan.phase]
+
+
+def _read_back(latents: Path) -> dict[str, torch.Tensor]:
+    """Return the master weights as they were written, under the names of checkpoints."""
+    loaded: dict[str, torch.Tensor] = {}
+    for file in sorted(latents.glob("*.safetensors")):
+        loaded |= load_file(file)
+    return loaded
 
 
 def _check_latent(name: str, layer: PhaseLayer, weights: StateDict, quant: QuantConfig) -> None:
     """Refuse latents that `build` would not quantise by the rule."""
-    if isinstance(layer, PhaseComplexLinear):
-        return
-    latent = _numpy(weights[f"{name}.weight"])
+    if not isinstance(layer, PhaseComplexLinear):
+        _check_master(name, _numpy(weights[f"{name}.weight"]), quant)
+
+
+def _check_master(name: str, latent: np.ndarray, quant: QuantConfig) -> None:
     check_finite(latent, f"{name}.weight")
     if recover_layer(latent, name, quant) is not None:
         raise FairyError(
@@ -194,6 +216,10 @@ def _write_packed(
             shape = (2 * shape[0], 2 * shape[1])
         table[name] = PackedLayer(layer.stages, terms, layer.scale, shape)
         latent_names.update(f"{name}.{part}" for part in _latent_parts(layer))
+    for part in _projections(model):
+        for name in part.names():
+            table[name] = PackedLayer(part.plan.stages, ("U", "W"), quant.scale, part.shape)
+            latent_names.add(f"{name}.weight")
     stored = set(_stored_names(latents))
     dense = {
         name: tensor
@@ -215,6 +241,12 @@ def _write_packed(
             parts = [weights[f"{name}.{part}"] for part in _latent_parts(layer)]
             latent: Any = parts[0] if len(parts) == 1 else tuple(parts)
             writer.add_layer(name, layer.phase_tensor(latent, name))
+        for part in _projections(model):
+            for name in part.names():
+                latent = _numpy(weights[f"{name}.weight"])
+                _check_master(name, latent, quant)
+                codes = quantize(latent, part.plan.stages, scale=quant.scale, name=name)
+                writer.add_layer(name, codes)
         for name, tensor in dense.items():
             writer.add_dense(name, _numpy(tensor))
 

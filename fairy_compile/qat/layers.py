@@ -13,6 +13,7 @@ from fairy_compile.config import Granularity
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.phase import PhaseTensor, quantize, quantize_complex_layer
 from fairy_compile.phase.quantize import FAIRY2I_MIN_SCALE, IFAIRY_MIN_SCALE
+from fairy_compile.qat.experts import frozen_experts
 from fairy_compile.qat.rule import (
     int8_activations,
     quantized_complex_weight,
@@ -302,7 +303,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for layer in layers:
                 layer._frozen = layer.quantized_weight()
-        yield
+        with frozen_experts(model):
+            yield
     finally:
         for layer in layers:
             layer._frozen = None

@@ -19,6 +19,7 @@ from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.onnx_file import MAX_OPSET, MIN_OPSET, TRAINED_KEY
 from fairy_compile.frontends.plan import recover_layer
 from fairy_compile.frontends.torch_module import plain_copy
+from fairy_compile.qat.experts import phase_experts
 from fairy_compile.qat.layers import PhaseComplexLinear, PhaseLinear, phase_layers
 from fairy_compile.qat.prepare import QUANT_ATTRIBUTE
 
@@ -66,6 +67,10 @@ def export_onnx(
         raise FairyError(f"the output {path} exists; add force=True to replace it")
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise FairyError(f"opset is {opset}; allowed: {MIN_OPSET} to {MAX_OPSET}")
+    if experts := list(phase_experts(model)):
+        raise UnsupportedError(
+            f"{experts[0]} holds experts in phase codes; export such models with fc.qat.export"
+        )
     for name, layer in layers.items():
         _check_recoverable(name, layer, quant)
     if isinstance(example_inputs, torch.Tensor):

@@ -14,12 +14,12 @@ from fairy_compile.errors import FairyError
 from fairy_compile.frontends.method import LATENT_QUANT_METHOD
 from fairy_compile.frontends.plan import LayerPlan, exempting_pattern, plan_weight, recover_layer
 from fairy_compile.phase import as_float32
+from fairy_compile.qat.experts import convert_experts, phase_experts, plan_experts
 from fairy_compile.qat.layers import (
     ComplexLinear,
     PhaseComplexLinear,
     PhaseLinear,
     phase_layers,
-    refuse_experts,
 )
 
 # Where `prepare` leaves the configuration for `export`.
@@ -33,8 +33,8 @@ class PreparedLayer:
     """What `prepare` did with one linear layer.
 
     Attributes:
-        name: layer, without ``.weight``.
-        shape: (out_features, in_features) of the real map.
+        name: layer, without ``.weight``; ``*`` stands for all experts of a layer.
+        shape: (out_features, in_features) of the real map, of one expert.
         phase: True if it computes with phase codes now, False if it stays dense.
         stages: T, 0 for a dense layer.
         reason: why, in words.
@@ -88,7 +88,8 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
     decides it: the exempt patterns, odd sizes, embeddings. An output head that is tied to the
     embedding gets a weight of its own, since the embedding stays dense; exempt ``lm_head`` to keep
     it tied. Complex layers round their inputs to int8 if ``quant.act`` is ``"int8"``, as iFairy
-    does; real layers train with exact activations.
+    does; real layers train with exact activations. Experts of Mixtral and Qwen3-MoE keep their
+    parameters of three dimensions and are quantised matrix by matrix; routers stay dense.
 
     Call it before the model is compiled, wrapped for distributed training or given to an optimiser.
 
@@ -98,8 +99,8 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
             ``"phase"``, the rule that training goes through.
 
     Raises:
-        FairyError: the model has no layer to convert, was prepared before, is a mixture of experts,
-            or the method is another one.
+        FairyError: the model has no layer to convert, was prepared before, is a mixture of experts
+            of another family, or the method is another one.
     """
     quant = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     if quant.method not in ("auto", "phase"):
@@ -108,15 +109,12 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
             "which is for models that are not trained"
         )
     quant = dataclasses.replace(quant, method="phase")
-    if phase_layers(model):
+    if phase_layers(model) or phase_experts(model):
         raise FairyError("the model has phase layers already; prepare it once, before training")
-    refuse_experts(
-        model,
-        "training does not convert yet; `fairy_compile convert` and `build` quantise such models "
-        "without training",
-    )
+    experts = plan_experts(model, quant)
     plans, shapes, notes = _plan(model, quant)
-    if not any(plan.phase for plan in plans.values()):
+    projections = [part for parts in experts.values() for part in parts]
+    if not any(plan.phase for plan in (*plans.values(), *(part.plan for part in projections))):
         kept = "; ".join(f"{name}: {plan.reason}" for name, plan in list(plans.items())[:5])
         raise FairyError(
             f"{type(model).__name__} has no linear layer to convert"
@@ -127,6 +125,9 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
         if plan.phase:
             notes += _untie(model, name)
             _replace(model, name, plan, quant)
+    for name, parts in experts.items():
+        if any(part.plan.phase for part in parts):
+            convert_experts(model.get_submodule(name), parts, quant.scale)
     setattr(model, QUANT_ATTRIBUTE, quant)
     # An export that is trained further carries a mark that `export` writes anew; with it,
     # transformers would take the model for one that cannot be trained.
@@ -138,6 +139,10 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
         PreparedLayer(name, shapes[name], plan.phase, plan.stages, plan.reason)
         for name, plan in plans.items()
     ]
+    for part in projections:
+        plan, name = part.plan, part.name.format("*")
+        reason = TRAINED if plan.phase else plan.reason
+        layers.append(PreparedLayer(name, part.shape, plan.phase, plan.stages, reason))
     return PrepareReport(quant, layers, notes)
 
 

@@ -21,6 +21,7 @@ from fairy_compile.artifact.staging import check_output
 from fairy_compile.documents import data_files
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.files import read_config
+from fairy_compile.qat.experts import find_experts
 from fairy_compile.qat.export import export
 from fairy_compile.qat.prepare import PrepareReport, prepare
 from fairy_compile.train.blocks import Blocks, check_vocabulary
@@ -154,6 +155,11 @@ def _train(
     transformers.set_seed(config.seed)
     model = load_model(directory, scratch=config.scratch)
     teacher = _teacher(config, directory)
+    if config.fsdp and (experts := next(iter(find_experts(model)), None)):
+        raise UnsupportedError(
+            f"--fsdp was not seen to shard experts such as {experts} and to go on from their "
+            "checkpoints; train without it, every process then holds the whole model"
+        )
     prepared = prepare(model, config.quant)
     notes = list(prepared.notes)
     steps = _steps(config, trained, args)

@@ -18,9 +18,11 @@ from transformers import Trainer, TrainerCallback
 
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
+from fairy_compile.qat.experts import find_experts
 from fairy_compile.qat.export import mark_latents
 from fairy_compile.qat.layers import frozen
 from fairy_compile.train.config import TrainConfig
+from fairy_compile.train.models import load_model
 from fairy_compile.train.schedule import lr_factor, weight_decay
 
 COMPLETE = "complete"
@@ -169,6 +171,14 @@ class QatTrainer(Trainer):
         if self.args.should_save:
             folder = f"checkpoint-{self.state.global_step}"
             (Path(self.args.output_dir) / folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights; those of experts have other names and shapes in checkpoints."""
+        if not find_experts(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights = load_model(Path(resume_from_checkpoint)).state_dict()
+        (self.model if model is None else model).load_state_dict(weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights, marked as master weights so that `build` reads a checkpoint right."""

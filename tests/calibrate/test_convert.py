@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fairy_compile as fc  # noqa: E402
-from fairy_compile.calibrate import Calibration  # noqa: E402
+from fairy_compile.calibrate import Calibration, one_stage  # noqa: E402
 from fairy_compile.calibrate import run as run_module  # noqa: E402
 from fairy_compile.calibrate.windows import read_windows  # noqa: E402
 from fairy_compile.errors import FairyError  # noqa: E402
@@ -79,15 +79,29 @@ def test_outputs_are_nearer_than_without_text(checkpoint, reference, text, tmp_p
     assert not (tmp_path / "p" / ".calibration").exists()
 
 
-def test_one_stage_keeps_the_codes_of_the_rule(checkpoint, text, tmp_path):
+@pytest.mark.parametrize("kept", ["none", "all", "measured"])
+def test_one_stage_keeps_the_codes_of_the_rule(checkpoint, text, tmp_path, monkeypatch, kept):
+    real = one_stage.choose_scales
+
+    def choose(*args):
+        choice = real(*args)
+        names = {"none": (), "all": args[2], "measured": choice.plain}[kept]
+        return dataclasses.replace(choice, plain=frozenset(names))
+
+    monkeypatch.setattr(one_stage, "choose_scales", choose)
     quant = fc.QuantConfig("w1", stages_for={"lm_head": 1})
-    convert(checkpoint, tmp_path / "p", quant=quant, calibrate=calibration(text))
+    report = convert(checkpoint, tmp_path / "p", quant=quant, calibrate=calibration(text))
     convert(checkpoint, tmp_path / "rule", quant=fc.QuantConfig("w1", method="phase"))
     ours, rule = (open_source(tmp_path / name) for name in ("p", "rule"))
+    same = 0
     for layer in rule.layers:
         got, want = (source.phase(layer, source.quant) for source in (ours, rule))
         np.testing.assert_array_equal(got.codes, want.codes)
-        assert (got.scales != want.scales).any()
+        same += not (got.scales != want.scales).any()
+    note = next(note for note in report.notes if "T = 1 keep the scales" in note)
+    assert note.startswith(f"{same} of {len(rule.layers)} layers")
+    if kept != "measured":
+        assert same == {"none": 0, "all": len(rule.layers)}[kept]
 
 
 def test_budget_with_text(checkpoint, text, tmp_path, monkeypatch):

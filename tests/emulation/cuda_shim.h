@@ -5,8 +5,8 @@
 // of the block or of its warp, or at an instruction that all lanes of a warp execute together. Those
 // are executed once all 32 lanes have arrived at the same one. Threads that wait for others that will
 // never come are an error. Shared memory starts as 0xff, i.e. NaN, for every
-// block, and asynchronous copies arrive as late as they may, so that a missing wait or barrier shows
-// in some order.
+// block, and asynchronous copies arrive as late as they may, or bulk copies at any time where warps do
+// not keep pace, so that a missing wait or barrier shows in some order.
 #pragma once
 #include <ucontext.h>
 
@@ -124,6 +124,10 @@ static void release(int first, int count) {
   for (int i = first; i < first + count; ++i) threads[i].wait = Wait::nothing;
 }
 
+// Whether warps that could go on are held back now and then, so that they do not keep pace.
+static bool uneven;
+static std::mt19937 chance;
+
 // Lets waiting threads go on whose companions have all arrived; false if there are none.
 static bool advance() {
   const int count = threads.size();
@@ -131,6 +135,7 @@ static bool advance() {
   for (int first = 0; first < count; first += kWarp) {
     const int lanes = std::min(kWarp, count - first);
     if (all(first, lanes, Wait::warp)) {
+      if (uneven && any && chance() % 4) continue;
       void* operands[kWarp] = {};
       for (int lane = 0; lane < lanes; ++lane) operands[lane] = threads[first + lane].operands;
       if (threads[first].together) threads[first].together(operands);
@@ -145,6 +150,7 @@ static bool advance() {
   }
   for (Thread& t : threads)
     if (t.wait == Wait::condition && t.condition(t.operands)) t.wait = Wait::nothing, any = true;
+  if (uneven && deliver && chance() % 4 == 0) any |= deliver();
   return any || (deliver && deliver());
 }
 
@@ -183,7 +189,7 @@ static void run_block(const std::vector<int>& order, Index block) {
 }
 
 // Runs a grid and returns what went wrong, if anything did. Order 0 of threads is by rising index, 1
-// by falling, others are random.
+// by falling, others are random, with warps that do not keep pace.
 static const char* run_grid(Index grid, Index block, int order, void (*kernel)()) {
   const size_t count = block.x * block.y * block.z;
   body = kernel;
@@ -193,6 +199,8 @@ static const char* run_grid(Index grid, Index block, int order, void (*kernel)()
   std::iota(by.begin(), by.end(), 0);
   if (order == 1) std::reverse(by.begin(), by.end());
   if (order > 1) std::shuffle(by.begin(), by.end(), std::mt19937(order));
+  uneven = order > 1;
+  chance.seed(order);
   for (unsigned i = 0; i < grid.x * grid.y * grid.z && error.empty(); ++i) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     run_block(by, block);

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+from fairy_compile.compiler.device_pipeline import tir_pipeline
 from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.op import PhaseSpec, phase_gemm_reference
 from fairy_compile.phase import PhaseTensor
@@ -42,7 +43,8 @@ def compile_functions(functions: Mapping[str, Any], target: Target, directory: P
     """Return a loaded library of scheduled functions."""
     named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
     path = directory / f"{next(_NUMBERS)}.so"  # the loader remembers libraries by path
-    tvm.tirx.build(tvm.IRModule(named), target=target.to_tvm()).export_library(str(path))
+    options = {"target": target.to_tvm(), "pipeline": tir_pipeline(target)}
+    tvm.tirx.build(tvm.IRModule(named), **options).export_library(str(path))
     return tvm.runtime.load_module(str(path))
 
 

@@ -1,4 +1,4 @@
-"""The kernels for Hopper on emulated warpgroup tensor cores: numbers against the NumPy reference."""
+"""The kernels for Hopper on emulated warpgroup tensor cores, against the NumPy reference."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def narrow(tmp_path_factory) -> Emulator:
 @pytest.mark.parametrize("spec", QUICK, ids=PhaseSpec.describe)
 def test_rows_of_one_block_and_of_two(narrow, spec):
     for batch in (1, 128, 131):
-        check(
-            narrow, wide(spec, "float16", **NARROW), spec, make_x(spec, batch).astype(np.float16)
-        )
+        check(narrow, wide(spec, "float16", **NARROW), spec, make_x(spec, batch).astype(np.float16))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -86,7 +84,10 @@ def test_float32_activations(tmp_path):
         ("wait_multiplications<3>();", "wait_multiplications<7>();"),
         ("wait_multiplications<0>();", ""),
         ("__syncthreads();\n      // Warp", "// Warp"),
-        ("__syncwarp();\n    for (int i = lane; i < kTableRows", "for (int i = lane; i < kTableRows"),
+        (
+            "__syncwarp();\n    for (int i = lane; i < kTableRows",
+            "for (int i = lane; i < kTableRows",
+        ),
     ],
     ids=["x is there", "x is done with", "operands", "sums", "outputs", "tables"],
 )
@@ -94,16 +95,18 @@ def test_missing_synchronisation_is_noticed(tmp_path, removed, kept):
     # Scales for every tile, so that tables change; more blocks of columns than buffers.
     spec = make_spec(parts=(70,), m=264, scale="tile64", act="int16")
     launch = wide(spec, "float16", **NARROW)
-    # Emulated warps keep pace, so that a buffer filled two blocks behind would be free anyway.
-    launch = replace(launch, source=launch.source.replace("kBehind = 2;", "kBehind = 1;"))
     assert removed in launch.source
     broken = replace(launch, source=launch.source.replace(removed, kept))
     x = make_x(spec, 8).astype(np.float16)
     check(Emulator([launch], tmp_path, "float16", "float16"), launch, spec, x)
     emulated = Emulator([broken], tmp_path, "float16", "float16")
-    with pytest.raises((AssertionError, RuntimeError)):
-        for order in (0, 1, 2, 3):
+    noticed = 0
+    for order in range(6):
+        try:
             check(emulated, broken, spec, x, order)
+        except (AssertionError, RuntimeError):
+            noticed += 1
+    assert noticed
 
 
 @pytest.mark.slow

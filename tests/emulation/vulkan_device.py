@@ -22,10 +22,11 @@ from tests.emulation.vulkan_module import POINTER, ShaderKernel, scalar_bytes
 from tests.emulation.vulkan_record import recorder
 
 DEVICE_VARIABLE = "FAIRY_COMPILE_VULKAN_DEVICE"
-"""Environment variable: a part of the device's name, such as ``NVIDIA``; else the first is taken."""
+"""Environment variable: a part of the device's name, such as ``NVIDIA``; by default the first."""
 
 _WHOLE_SIZE = 0xFFFFFFFFFFFFFFFF
 _MIN_BYTES = 16
+_MATRICES = "VK_KHR_cooperative_matrix"
 _VERSIONS = {0x10000: "vulkan1.0", 0x10300: "vulkan1.1", 0x10400: "vulkan1.1spv1.4"} | {
     0x10500: "vulkan1.2",
     0x10600: "vulkan1.3",
@@ -93,7 +94,12 @@ class DeviceBuffer:
 
 
 class VulkanDevice:
-    """One compute queue, with every feature that generated kernels may ask for."""
+    """One compute queue, with every feature that generated kernels may ask for.
+
+    Attributes:
+        name: of the device.
+        has_matrices: whether it has cooperative matrices.
+    """
 
     def __init__(self) -> None:
         import vulkan as vk
@@ -111,9 +117,15 @@ class VulkanDevice:
         queue = vk.VkDeviceQueueCreateInfo(
             queueFamilyIndex=family, queueCount=1, pQueuePriorities=[1.0]
         )
+        found = vk.vkEnumerateDeviceExtensionProperties(self._physical, None)
+        self.has_matrices = _MATRICES in {extension.extensionName for extension in found}
         self._device = vk.vkCreateDevice(
             self._physical,
-            vk.VkDeviceCreateInfo(pNext=self._features(), pQueueCreateInfos=[queue]),
+            vk.VkDeviceCreateInfo(
+                pNext=self._features(),
+                pQueueCreateInfos=[queue],
+                ppEnabledExtensionNames=[_MATRICES] if self.has_matrices else [],
+            ),
             None,
         )
         self._queue = vk.vkGetDeviceQueue(self._device, family, 0)
@@ -137,9 +149,16 @@ class VulkanDevice:
 
     def _features(self) -> Any:
         vk = self._vk
-        core13 = vk.VkPhysicalDeviceVulkan13Features(shaderIntegerDotProduct=True)
+        matrices = None
+        if self.has_matrices:
+            matrices = vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True)
+        core13 = vk.VkPhysicalDeviceVulkan13Features(pNext=matrices, shaderIntegerDotProduct=True)
         core12 = vk.VkPhysicalDeviceVulkan12Features(
-            pNext=core13, storageBuffer8BitAccess=True, shaderFloat16=True, shaderInt8=True
+            pNext=core13,
+            storageBuffer8BitAccess=True,
+            shaderFloat16=True,
+            shaderInt8=True,
+            vulkanMemoryModel=self.has_matrices,
         )
         core11 = vk.VkPhysicalDeviceVulkan11Features(pNext=core12, storageBuffer16BitAccess=True)
         core = vk.VkPhysicalDeviceFeatures(shaderInt64=True, shaderInt16=True, shaderFloat64=True)

@@ -6,14 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import fairy_compile as fc
-from fairy_compile.errors import FairyError
 from fairy_compile.qat import ComplexLinear, PhaseComplexLinear, PhaseLinear, frozen, phase_layers
 from tests.qat.conftest import FAMILIES
-from tests.tiny_models import SIZES
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -185,15 +182,6 @@ def test_without_torch_the_extra_is_named(code):
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "pip install 'fairy_compile[train]'" in run.stdout
-
-
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_mixtures_of_experts_are_refused_by_name(family):
-    config = getattr(transformers, f"{family}Config")(**SIZES, num_experts_per_tok=2)
-    config.update({"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32})
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with pytest.raises(FairyError, match=r"experts\.gate_up_proj holds the weights of 4 experts"):
-        fc.qat.prepare(model, "w2")
 
 
 @pytest.mark.parametrize("quant", ["w1", "w2"])

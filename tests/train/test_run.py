@@ -212,3 +212,29 @@ def test_plot_without_rows_writes_nothing(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_training_on_cuda(config):
     assert np.isfinite(train(config(cpu=False)).loss)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_mixtures_train_and_go_on_where_they_were(config, tmp_path, family):
+    model = save_model(tmp_path / family, family)
+
+    def run(name, stop=None):
+        def progress(state):
+            if stop is not None and state.step >= stop:
+                raise KeyboardInterrupt
+
+        settings = {"model": str(model), "output": str(tmp_path / name), "save_every": 2}
+        return train(config(**settings, steps=6), progress=progress)
+
+    whole = run("whole")
+    assert whole.eval_loss is not None
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", stop=4)
+    assert run("parts").resumed_from >= 2
+    one, other = (open_source(tmp_path / name / "latents") for name in ("whole", "parts"))
+    moved = open_source(model)
+    assert set(one.names()) == set(moved.names())
+    for name in one.names():
+        np.testing.assert_allclose(one.dense(name), other.dense(name), rtol=1e-5, atol=1e-7)
+    expert = next(name for name in one.names() if "experts" in name)
+    assert (one.dense(expert) != moved.dense(expert)).any()

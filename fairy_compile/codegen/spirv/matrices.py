@@ -4,14 +4,13 @@ TIR says them with its ``cooperative_tensor_*`` operators on buffers of the scop
 ``metal.cooperative_tensor``, which TVM named after the first device that had them:
 
 - ``cooperative_tensor_fill(d, index, value, rows, cols)``,
-- ``cooperative_tensor_load(d, index, pointer, stride, rows, cols, transpose, M, N, K, role)`` and
-  ``cooperative_tensor_store`` with the same arguments,
+- ``cooperative_tensor_load(d, index, pointer, stride, rows, cols, transpose, M, N, K, role)``,
+- ``cooperative_tensor_store`` with the same arguments,
 - ``cooperative_tensor_multiply_accumulate(d, i, a, i, b, i, c, i, M, N, K, ...)``: d = a b + c.
 
-``index`` is a constant that counts the matrices of a buffer, ``role`` a `CooperativeMatrixUse`: A is
-M x K, B is K x N, the accumulator M x N. A matrix that is only filled is an accumulator. What every
-matrix holds is one value of the kernel's function, kept in a variable that drivers keep in
-registers.
+``index`` is a constant that counts the matrices of a buffer, ``role`` a `CooperativeMatrixUse`: A
+is M x K, B is K x N, the accumulator M x N. A matrix that is filled is an accumulator. Each is a
+variable of the kernel's function, which drivers keep in registers.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ if TYPE_CHECKING:
 
 SCOPE = "metal.cooperative_tensor"
 _PREFIX = "cooperative_tensor_"
-OPERATORS = tuple(
-    _PREFIX + verb for verb in ("fill", "load", "store", "multiply_accumulate")
-)
+OPERATORS = tuple(_PREFIX + verb for verb in ("fill", "load", "store", "multiply_accumulate"))
 
 
 class _Matrix(NamedTuple):
@@ -133,9 +130,7 @@ def _move(ex: Expressions, call: Any, loads: bool) -> None:
         MemoryAccess.NonPrivatePointer,
     )
     if loads:
-        loaded = ex.function.emit_impure(
-            Op.CooperativeMatrixLoadKHR, matrix.type, memory, *how
-        )
+        loaded = ex.function.emit_impure(Op.CooperativeMatrixLoadKHR, matrix.type, memory, *how)
         ex.function.emit_void(Op.Store, matrix.pointer, loaded)
         return
     held = ex.function.emit_impure(Op.Load, matrix.type, matrix.pointer)

@@ -17,7 +17,13 @@ from fairy_compile.codegen.spirv.dtypes import (
     DType,
     Kind,
 )
-from fairy_compile.codegen.spirv.enums import Decoration, MemoryAccess, MemoryModel, Op, StorageClass
+from fairy_compile.codegen.spirv.enums import (
+    Decoration,
+    MemoryAccess,
+    MemoryModel,
+    Op,
+    StorageClass,
+)
 from fairy_compile.codegen.spirv.function import FunctionBuilder
 from fairy_compile.codegen.spirv.values import Arithmetic, Value
 

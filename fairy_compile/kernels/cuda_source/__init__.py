@@ -1,8 +1,8 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
-`decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `render` writes the struct
-of one call and a device function that runs it. A PrimFunc launches the grid and calls the function,
-see `kernels.cuda`.
+`decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `render`
+writes the struct of one call and a device function that runs it. A PrimFunc launches the grid and
+calls the function, see `kernels.cuda`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def render(
         program: which template.
         name: of the function ``void name(const X* x, const unsigned char* codes, const float*
             scales, Y* y, int batch)``. Program ``hopper`` defines two: ``arrange_name(const X* x,
-            unsigned char* image, int batch)`` and ``name(const unsigned char* image, const unsigned char* codes,
-            const float* scales, Y* y, int batch, unsigned char* shared)``.
+            unsigned char* image, int batch)`` and ``name(const unsigned char* image, const unsigned
+            char* codes, const float* scales, Y* y, int batch, unsigned char* shared)``.
         spec: the call.
         layout: of ``codes`` and ``scales``.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
