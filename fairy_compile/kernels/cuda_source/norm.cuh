@@ -26,6 +26,17 @@ struct Norm {
     const Unit* from = (const Unit*)(x + (size_t)blockIdx.x * Call::kSize);
     const Unit* more = (const Unit*)(other + (size_t)blockIdx.x * Call::kSize);
     Unit own[kOwn];
+    float weights[kOwn][kLanes];
+    launch_dependents();
+    // Weights are there before the kernel that computes x is over.
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int unit = threadIdx.x + i * Call::kThreads;
+      if (unit >= kUnits) continue;
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) weights[i][j] = weight[unit * kLanes + j];
+    }
+    wait_for_inputs();
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -56,7 +67,7 @@ struct Norm {
       if (unit >= kUnits) continue;
 #pragma unroll
       for (int j = 0; j < kLanes; ++j)
-        store(&own[i].x[j], to_float(own[i].x[j]) * factor * weight[unit * kLanes + j]);
+        store(&own[i].x[j], to_float(own[i].x[j]) * factor * weights[i][j]);
       ((Unit*)(y + (size_t)blockIdx.x * Call::kSize))[unit] = own[i];
     }
   }
