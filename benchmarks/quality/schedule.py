@@ -161,7 +161,7 @@ def work_through(
             active.remove((lane, stream))
             free.append(stream)
             fine &= not lane.run.file("failed").exists()
-        if time.monotonic() > deadline or (not active and not waiting):
+        if not active and (time.monotonic() > deadline or not waiting):
             return fine
         if len(free) == lanes:
             time.sleep(0.2)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 TITLES = {
     "free-w1-plain": "W1, published rule",
-    "free-w1-gptq": "W1, published rule's codes, scales fitted on text",
+    "free-w1-gptq": "W1, calibrated (published rule's codes)",
     "free-ternary": "ternary (absmean)",
     "free-w2-plain": "**W2, published rule**",
     "free-w2-alternating": "W2, alternating",

@@ -1,11 +1,14 @@
 """Scales of one-stage layers (T = 1): fitted ones, or the published rule's?
 
-Fitting the scales of a layer brings its outputs nearer to the exact ones, on the exact inputs. With
-one stage those outputs stay so far off that this says little about the model: the fit makes up for
-the error by making outputs smaller, which adds up over layers that all get the wrong inputs. On a
-barely trained model it halved the loss gap, on a converged one it raised it. So both are measured
-where it counts, as the loss of the quantised model on text kept aside, and the better one is taken:
-for all decoder layers together, and for the output head.
+Fitting the scales of a layer brings its outputs nearer to the exact ones. With one stage outputs
+stay so far off that nearer need not be better. In the output head most of the squared error is the
+part of the logits that all tokens have in common, which the loss does not see: on a small model the
+fit lowered the head's error from .29 to .25 by scales 1.3 times as large, left the error of what
+the loss sees at .47, and raised the loss gap from .64 to .80 nats, since the noise in the logits
+grew with the scales. In decoder layers the fit lowered the gap there, from .59 to .41.
+
+So both are measured where it counts, as the loss of the quantised model on text kept aside, and the
+better one is taken: for all decoder layers together, and for the output head.
 """
 
 from __future__ import annotations
