@@ -48,11 +48,20 @@ def compile_functions(functions: Mapping[str, Any], target: Target, directory: P
     return tvm.runtime.load_module(str(path))
 
 
-def call(library: Any, name: str, target: Target, arrays: Sequence[np.ndarray]) -> list[Any]:
-    """Call a function on copies of ``arrays`` on the device, and return all of them after it."""
+def call(
+    library: Any,
+    name: str,
+    target: Target,
+    arrays: Sequence[np.ndarray],
+    scalars: Sequence[int | float] = (),
+) -> list[Any]:
+    """Call a function on copies of ``arrays`` on the device, and return all of them after it.
+
+    ``scalars`` follow the arrays.
+    """
     device = tvm.runtime.device(target.device)
     tensors = [tvm.runtime.tensor(array, device) for array in arrays]
-    library[name](*tensors)
+    library[name](*tensors, *scalars)
     return [tensor.numpy() for tensor in tensors]
 
 

@@ -24,7 +24,12 @@ _FILES: dict[Program, tuple[str, ...]] = {
     "prefill": ("primitives.cuh", "prefill.cuh"),
     "hopper": ("primitives.cuh", "hopper_primitives.cuh", "hopper.cuh"),
 }
-WAIT_THEMSELVES = (*(f"{program}_" for program in _FILES), "arrange_")
+WAIT_THEMSELVES = (
+    *(f"{program}_" for program in _FILES),
+    "arrange_",
+    "rms_norm_",
+    "add_rms_norm_",
+)
 """Prefixes of the functions that wait for the kernel before where they need its results, so that
 they may be launched before it is over."""
 
