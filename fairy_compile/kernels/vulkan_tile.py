@@ -11,7 +11,6 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.codegen.spirv.enums import CooperativeMatrixUse as Use
 from fairy_compile.codegen.spirv.matrices import SCOPE
-
 from fairy_compile.kernels.gpu_matrix_tile import Place, pointer_to
 
 if TYPE_CHECKING:

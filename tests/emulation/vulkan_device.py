@@ -23,10 +23,13 @@ from tests.emulation.vulkan_record import recorder
 
 DEVICE_VARIABLE = "FAIRY_COMPILE_VULKAN_DEVICE"
 """Environment variable: a part of the device's name, such as ``NVIDIA``; by default the first."""
+PLAIN_VARIABLE = "FAIRY_COMPILE_VULKAN_PLAIN"
+"""Environment variable: if set, the device is opened without extensions."""
 
 _WHOLE_SIZE = 0xFFFFFFFFFFFFFFFF
 _MIN_BYTES = 16
 _MATRICES = "VK_KHR_cooperative_matrix"
+_STATISTICS = "VK_KHR_pipeline_executable_properties"
 _VERSIONS = {0x10000: "vulkan1.0", 0x10300: "vulkan1.1", 0x10400: "vulkan1.1spv1.4"} | {
     0x10500: "vulkan1.2",
     0x10600: "vulkan1.3",
@@ -99,7 +102,10 @@ class VulkanDevice:
     Attributes:
         name: of the device.
         has_matrices: whether it has cooperative matrices.
+        has_statistics: whether pipelines are made so that the driver tells about them.
     """
+
+    wants_statistics = False
 
     def __init__(self) -> None:
         import vulkan as vk
@@ -118,13 +124,20 @@ class VulkanDevice:
             queueFamilyIndex=family, queueCount=1, pQueuePriorities=[1.0]
         )
         found = vk.vkEnumerateDeviceExtensionProperties(self._physical, None)
-        self.has_matrices = _MATRICES in {extension.extensionName for extension in found}
+        names = {extension.extensionName for extension in found}
+        if os.environ.get(PLAIN_VARIABLE):
+            names = set()
+        self.has_matrices = _MATRICES in names
+        self.has_statistics = self.wants_statistics and _STATISTICS in names
         self._device = vk.vkCreateDevice(
             self._physical,
             vk.VkDeviceCreateInfo(
                 pNext=self._features(),
                 pQueueCreateInfos=[queue],
-                ppEnabledExtensionNames=[_MATRICES] if self.has_matrices else [],
+                ppEnabledExtensionNames=[
+                    *([_MATRICES] if self.has_matrices else []),
+                    *([_STATISTICS] if self.has_statistics else []),
+                ],
             ),
             None,
         )
@@ -149,10 +162,14 @@ class VulkanDevice:
 
     def _features(self) -> Any:
         vk = self._vk
-        matrices = None
+        chain = None
         if self.has_matrices:
-            matrices = vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True)
-        core13 = vk.VkPhysicalDeviceVulkan13Features(pNext=matrices, shaderIntegerDotProduct=True)
+            chain = vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True)
+        if self.has_statistics:
+            chain = vk.VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR(
+                pNext=chain, pipelineExecutableInfo=True
+            )
+        core13 = vk.VkPhysicalDeviceVulkan13Features(pNext=chain, shaderIntegerDotProduct=True)
         core12 = vk.VkPhysicalDeviceVulkan12Features(
             pNext=core13,
             storageBuffer8BitAccess=True,
@@ -353,7 +370,15 @@ class VulkanDevice:
             self._device,
             None,
             1,
-            [vk.VkComputePipelineCreateInfo(stage=entry, layout=layout)],
+            [
+                vk.VkComputePipelineCreateInfo(
+                    flags=vk.VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR
+                    if self.has_statistics
+                    else 0,
+                    stage=entry,
+                    layout=layout,
+                )
+            ],
             None,
         )
         sizes = [
