@@ -19,13 +19,13 @@ import json
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.vulkan_timing import Launch, LocalBuffer, TimedDevice
+from benchmarks.vulkan_timing import Launch, LocalBuffer, NvidiaClocks, TimedDevice
 from fairy_compile.op import PhaseSpec
 from tests.emulation.vulkan_module import ShaderKernel
 
@@ -38,7 +38,7 @@ SHAPES = {  # (output, input) features
     "70b-down": (8192, 28672),
     "small": (96, 128),  # for a trial on lavapipe
 }
-SWEPT = ("7b-gate-up", "70b-gate-up", "small")
+SWEPT = ("7b-gate-up", "70b-gate-up", "7b-o", "small")
 """Shapes on which every setting is tried."""
 DECODE, PREFILL = (1, 2, 8), (64, 512)
 _BEST = 3  # settings timed on the other shapes
@@ -121,9 +121,12 @@ def reference(spec: PhaseSpec, codes: np.ndarray, scales: np.ndarray, x: np.ndar
 class Bench:
     """Checks and times the calls of a folder."""
 
-    def __init__(self, folder: Path, seconds: float, output: Path | None) -> None:
+    def __init__(
+        self, folder: Path, seconds: float, output: Path | None, load: float = 0.15
+    ) -> None:
         self.until = time.monotonic() + seconds
-        self.output, self.device = output, TimedDevice()
+        self.clocks = NvidiaClocks()
+        self.output, self.device, self.load = output, TimedDevice(), load
         self._archive = zipfile.ZipFile(folder / "kernels.zip")
         self.calls = [Call(**entry) for entry in json.loads((folder / "calls.json").read_text())]
         self.shapes = json.loads((folder / "shapes.json").read_text())
@@ -135,10 +138,19 @@ class Bench:
     def run(self) -> None:
         """Measure as much as time allows, the most telling first."""
         bandwidth = self.copy_bandwidth()
-        self.results["copy_gb_per_s"] = bandwidth
+        self.results |= {
+            "copy_gb_per_s": bandwidth,
+            "memory_types": self.device.memory_types,
+            "cuda_context": self.clocks.context,
+            "clocks": self.clocks.read(),
+        }
+        print(f"memory: {self.device.memory_types}, CUDA context: {self.clocks.context}")
         print(f"{self.device.name}: copies {bandwidth:.0f} GB/s, read and written\n")
-        print("| call | T | rows of x | error | us | GB/s | of copy | setting |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+        print(
+            "| call | T | rows of x | error | us | us, overlapping | us, empty | GB/s | of copy |"
+            " SM MHz | setting |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
         for shape, stages, batch in self._order():
             calls = [
                 c
@@ -189,45 +201,62 @@ class Bench:
             compiled = time.perf_counter() - start
             codes, scales = self._host[call.shape, spec.stages]
             error = check(spec, codes, scales, x, self.device.download(result, y))
-            if not error <= _ERROR:
+            if not error <= _ERROR and "read" not in call.knobs:
                 self.results["wrong"].append(asdict(call) | {"error": error})
                 print(f"WRONG: {call.shape} {call.batch} {call.setting}: error {error:.2e}")
                 return
-            seconds = self._time(call, given, copies, result)
+            machine_code = self.device.statistics(first[0])
+            times = self._time(call, given, copies, result)
+            clocks = self.clocks.read()
         except Exception as failure:  # of a driver: the others are still worth measuring
             self.results["wrong"].append(asdict(call) | {"failure": repr(failure)})
             print(f"FAILED: {call.shape} {call.batch} {call.setting}: {failure!r}")
             return
         finally:
             self.device.release(given, result)
+        seconds = times["waiting"]
         rate = (codes.nbytes + scales.nbytes) / seconds / 1e9
         row = {
             "shape": call.shape, "stages": spec.stages, "batch": call.batch, "error": error,
             "us": seconds * 1e6, "gb_per_s": rate, "of_copy": rate / bandwidth,
             "setting": call.setting, "first_launch_s": compiled,
+            "overlapping_us": times["overlapping"] * 1e6, "empty_us": times["empty"] * 1e6,
+            **clocks, "machine_code": machine_code,
         }  # fmt: skip
         self.results["rows"].append(row)
         self._save()
         print(
             f"| {call.shape} | {spec.stages} | {call.batch} | {error:.1e} | {row['us']:.1f} |"
-            f" {rate:.0f} | {row['of_copy']:.0%} | {call.setting} |",
+            f" {row['overlapping_us']:.1f} | {row['empty_us']:.1f} | {rate:.0f} |"
+            f" {row['of_copy']:.0%} | {row.get('sm_mhz', '-')} | {call.setting} |"
+            + " ".join(f"{k}={v}" for k, v in machine_code.items()),
             flush=True,
         )
 
-    def _time(self, call: Call, given: LocalBuffer, copies: list, result: LocalBuffer) -> float:
-        """Return the median seconds of a call, over command buffers of about 5 ms."""
+    def _time(
+        self, call: Call, given: LocalBuffer, copies: list, result: LocalBuffer
+    ) -> dict[str, float]:
+        """Return the seconds of a call: waiting for the one before it, overlapping it, and of none.
 
-        def once(count: int) -> float:
-            launches = [
+        A launch of one thread group stands for none.
+        """
+
+        def many(count: int) -> list[Launch]:
+            return [
                 launch
                 for i in range(count)
                 for launch in self._launches(call, given, copies[i % len(copies)], result)
             ]
-            return self.device.launch(launches) / count
 
-        estimate = once(4)
-        count = int(min(200, max(3, 5e-3 / max(estimate, 1e-7))))
-        return float(np.median([once(count) for _ in range(5)]))
+        estimate = self.device.launch(many(4), seconds=0.05) / 4
+        count = int(min(200, max(3, 4e-3 / max(estimate, 1e-7))))
+        launches = many(count)
+        empty = [replace(launch, grid=(1, 1, 1)) for launch in launches]
+        return {
+            "waiting": self.device.launch(launches, self.load) / count,
+            "overlapping": self.device.launch(launches, self.load / 3, overlap=True) / count,
+            "empty": self.device.launch(empty, self.load / 6) / count,
+        }
 
     def _launches(
         self, call: Call, given: LocalBuffer, weights: tuple, result: LocalBuffer
@@ -312,13 +341,14 @@ def main() -> None:
     runner.add_argument("folder", type=Path)
     runner.add_argument("-o", "--output", type=Path)
     runner.add_argument("--seconds", type=float, default=60)
+    runner.add_argument("--load", type=float, default=0.15, help="seconds of load for one time")
     arguments = parser.parse_args()
     if arguments.verb == "build":
         from benchmarks.vulkan_gpu_build import build
 
         build(arguments)
         return
-    bench = Bench(arguments.folder, arguments.seconds, arguments.output)
+    bench = Bench(arguments.folder, arguments.seconds, arguments.output, arguments.load)
     bench.run()
     if bench.results["wrong"]:
         sys.exit(f"{len(bench.results['wrong'])} calls are wrong or failed")

@@ -14,9 +14,11 @@ from unittest import mock
 
 import numpy as np
 import tvm
+from tvm.tirx.script import builder as T
 
 from benchmarks.vulkan_gpu import DECODE, PREFILL, SHAPES, Call
 from fairy_compile.codegen import spirv
+from fairy_compile.kernels.gpu_builder import build_function, launch, local, store, strided, when
 from fairy_compile.kernels.vulkan import VULKAN_KERNELS
 from fairy_compile.op import PhaseSpec
 from fairy_compile.targets import Target, load_target
@@ -27,24 +29,20 @@ from tests.emulation.vulkan_module import ShaderKernel
 ONE_ROW: list[dict[str, Any]] = [
     {},
     {"weights": "halves", "rows": 4, "group": 256},
-    {"weights": "halves", "rows": 4, "group": 256, "ahead": True},
-    {"weights": "blocks", "rows": 2, "group": 256},
-    {"weights": "blocks", "rows": 4, "group": 256},
+    {"weights": "halves", "rows": 8, "group": 256},
+    {"weights": "halves", "rows": 8, "group": 256, "ahead": True},
+    {"weights": "halves", "rows": 4, "group": 128, "threads": 64},
+    {"weights": "halves", "rows": 4, "group": 128, "threads": 128},
+    {"weights": "halves", "rows": 8, "group": 128, "threads": 128},
     {"weights": "blocks", "rows": 4, "group": 256, "ahead": True},
-    {"weights": "blocks", "rows": 2, "group": 512, "ahead": True},
-    {"weights": "blocks", "rows": 4, "group": 512},
+    {"weights": "blocks", "rows": 8, "group": 256},
     {"weights": "blocks", "rows": 8, "group": 512},
-    {"weights": "blocks", "rows": 4, "group": 256, "copies": 1},
-    {"weights": "blocks", "rows": 4, "group": 256, "threads": 128},
-    {"weights": "blocks", "rows": 2, "group": 512, "threads": 64},
 ]
 """Settings for one row of x."""
 SOME_ROWS: list[dict[str, Any]] = [
     {},
     {"weights": "halves", "rows": 4, "group": 256, "tokens": 2},
     {"weights": "blocks", "rows": 4, "group": 256, "tokens": 2},
-    {"weights": "blocks", "rows": 2, "group": 256, "tokens": 4},
-    {"weights": "blocks", "rows": 2, "group": 256, "tokens": 8},
 ]
 """Settings for several."""
 PREFILL_SETTINGS: list[dict[str, Any]] = [
@@ -95,6 +93,11 @@ def build_shape(
     if reason:
         raise SystemExit(f"{name}: {reason}")
     calls = []
+    if only != "prefill":
+        call = Call(name, asdict(spec), 1, {"read": True})
+        library = compile_function(read_only(spec), target)
+        call.launches = [describe(*launch, archive) for launch in trace(library, spec, 1, True)]
+        calls.append(call)
     for kind, settings, batches in (
         ("single", ONE_ROW, (1,)),
         ("many", SOME_ROWS, DECODE[1:]),
@@ -117,6 +120,41 @@ def build_shape(
                 ]
                 calls.append(call)
     return calls
+
+
+def read_only(spec: PhaseSpec) -> Any:
+    """Return a kernel with the arguments of a call that only reads the codes, 64 bytes at a time.
+
+    What it takes is what memory takes; nothing that multiplies can take less.
+    """
+    arrays = KERNEL.layout.arrays(spec)
+    (rows, words), threads, groups, lanes, together = arrays["codes"].shape, 256, 132 * 8, 4, 4
+    pieces = rows * words // (lanes * together)
+
+    def body() -> None:
+        T.arg("x", T.buffer((1, spec.in_features), spec.dtype))
+        codes = T.arg("codes", T.buffer((rows * words,), "uint32"))
+        T.arg("scales", T.buffer(arrays["scales"].shape, "float32"))
+        y = T.arg("y", T.buffer((1, spec.out_features), spec.out_dtype))
+        with launch({"blockIdx.x": groups, "threadIdx.x": threads}) as (group, thread):
+            sums = local((lanes,), "uint32")
+            store(sums, T.ramp(0, 1, lanes), T.broadcast(T.uint32(0), lanes))
+            own = group * threads + thread
+            all_threads = groups * threads
+
+            def read(at: Any) -> None:
+                for i in range(together):
+                    # Neighbours read neighbouring words.
+                    first = (i * pieces + at) * lanes
+                    read = codes[T.ramp(first, 1, lanes)]
+                    store(sums, T.ramp(0, 1, lanes), sums[T.ramp(0, 1, lanes)] ^ read)
+
+            strided(pieces, own, all_threads, read)
+            total = sums[0] ^ sums[1] ^ sums[2] ^ sums[3]
+            with when(total == T.uint32(1)):  # so that nothing is left out
+                store(y, (0, 0), T.cast(total, spec.out_dtype))
+
+    return build_function("read_only", body).without_attr("global_symbol")
 
 
 def compile_function(function: Any, target: Target) -> Any:
@@ -147,12 +185,21 @@ def describe(
     }
 
 
-def trace(library: Any, spec: PhaseSpec, batch: int) -> list[tuple]:
-    """Return the launches of one call, as the host code makes them, without a device."""
+def trace(library: Any, spec: PhaseSpec, batch: int, flat: bool = False) -> list[tuple]:
+    """Return the launches of one call, as the host code makes them, without a device.
+
+    Args:
+        library: with the function ``main``.
+        spec: of the call.
+        batch: rows of x.
+        flat: codes are an array of one dimension.
+    """
     arrays = KERNEL.layout.arrays(spec)
+    codes, scales = arrays["codes"], arrays["scales"]
     sizes = [
         ((batch, spec.in_features), spec.dtype),
-        *((a.shape, a.dtype) for a in arrays.values()),
+        ((codes.shape[0] * codes.shape[1],) if flat else codes.shape, codes.dtype),
+        (scales.shape, scales.dtype),
         ((batch, spec.out_features), spec.out_dtype),
     ]
     launches: list[tuple] = []

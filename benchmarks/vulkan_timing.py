@@ -6,8 +6,10 @@ right for tests. Here weights lie in the device's memory and the device's own cl
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +44,40 @@ class Launch:
 class TimedDevice(VulkanDevice):
     """`VulkanDevice` with local memory and timestamps."""
 
+    wants_statistics = True
+
     def __init__(self) -> None:
         super().__init__()
         vk = self._vk
         limits = vk.vkGetPhysicalDeviceProperties(self._physical).limits
         self._tick = limits.timestampPeriod  # nanoseconds
-        memory = vk.vkGetPhysicalDeviceMemoryProperties(self._physical)
-        self._local_type = next(
-            i
-            for i in range(memory.memoryTypeCount)
-            if memory.memoryTypes[i].propertyFlags & vk.VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
-        )
+        self.memory_types = self._memory_types()
+        self._local_type = self._choose_local_type()
         self._staging: DeviceBuffer = self._host_buffer(_STAGING)
         info = vk.VkQueryPoolCreateInfo(queryType=vk.VK_QUERY_TYPE_TIMESTAMP, queryCount=2)
         self._queries = vk.vkCreateQueryPool(self._device, info, None)
 
     # ----------------------------------------------------------------- memory
+
+    def _memory_types(self) -> list[dict[str, Any]]:
+        """Return what kinds of memory there are, for the record."""
+        vk = self._vk
+        memory = vk.vkGetPhysicalDeviceMemoryProperties(self._physical)
+        types = [memory.memoryTypes[i] for i in range(memory.memoryTypeCount)]
+        return [
+            {
+                "heap": kind.heapIndex,
+                "heap_bytes": memory.memoryHeaps[kind.heapIndex].size,
+                "device_local": bool(kind.propertyFlags & vk.VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT),
+                "host_visible": bool(kind.propertyFlags & vk.VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT),
+            }
+            for kind in types
+        ]
+
+    def _choose_local_type(self) -> int:
+        """Return the first type that is the device's own, rather one the host cannot see."""
+        local = [i for i, kind in enumerate(self.memory_types) if kind["device_local"]]
+        return min(local, key=lambda i: self.memory_types[i]["host_visible"])
 
     def local(self, nbytes: int) -> LocalBuffer:
         """Return new memory of the device.
@@ -148,25 +168,30 @@ class TimedDevice(VulkanDevice):
 
     # ------------------------------------------------------------------ timing
 
-    def copy_rate(self, nbytes: int) -> float:
+    def copy_rate(self, nbytes: int, seconds: float = 0.5) -> float:
         """Return the bytes a second that copies on the device read and write together."""
         vk = self._vk
         source, target = self.local(nbytes), self.local(nbytes)
         region = vk.VkBufferCopy(srcOffset=0, dstOffset=0, size=nbytes)
-        best = float("inf")
-        for _ in range(4):
-            seconds = self._clock(
-                lambda c: vk.vkCmdCopyBuffer(c, source.handle, target.handle, 1, [region])
-            )
-            best = min(best, seconds)
+        found = self._clock(
+            lambda c: vk.vkCmdCopyBuffer(c, source.handle, target.handle, 1, [region]), seconds
+        )
         self.release(source, target)
-        return 2 * nbytes / best
+        return 2 * nbytes / found
 
-    def launch(self, launches: Sequence[Launch]) -> float:
-        """Run launches one after the other, each waiting for the one before.
+    def launch(
+        self, launches: Sequence[Launch], seconds: float = 0.0, overlap: bool = False
+    ) -> float:
+        """Run launches one after the other, again and again for ``seconds``, at least once.
+
+        Args:
+            launches: what to run.
+            seconds: for how long. Clocks rise only under load, and fall within a second without.
+            overlap: launches do not wait for those before them.
 
         Returns:
-            Seconds between the start of the first and the end of the last, by the device's clock.
+            Seconds between the start of the first launch and the end of the last, by the device's
+            clock: the median of the second half of the runs.
         """
         vk = self._vk
         barrier = vk.VkMemoryBarrier(
@@ -179,17 +204,18 @@ class TimedDevice(VulkanDevice):
         def record(command: Any) -> None:
             for descriptors, launch in zip(sets, launches, strict=True):
                 self._record(command, descriptors, launch)
-                vk.vkCmdPipelineBarrier(
-                    command, compute, compute, 0, 1, [barrier], 0, None, 0, None
-                )
+                if not overlap:
+                    vk.vkCmdPipelineBarrier(
+                        command, compute, compute, 0, 1, [barrier], 0, None, 0, None
+                    )
 
         try:
-            return self._clock(record)
+            return self._clock(record, seconds)
         finally:
             vk.vkDestroyDescriptorPool(self._device, pool, None)
 
-    def _clock(self, record: Any) -> float:
-        """Run the commands that ``record`` adds and return their seconds by the device's clock."""
+    def _clock(self, record: Callable[[Any], None], seconds: float = 0.0) -> float:
+        """Run the commands that ``record`` adds for ``seconds``; return the median of their own."""
         vk = self._vk
 
         def timed(command: Any) -> None:
@@ -200,12 +226,19 @@ class TimedDevice(VulkanDevice):
                 command, vk.VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, self._queries, 1
             )
 
-        self._run(timed)
         data = vk.ffi.new("uint64_t[2]")
         flags = vk.VK_QUERY_RESULT_64_BIT | vk.VK_QUERY_RESULT_WAIT_BIT
-        vk.vkGetQueryPoolResults(self._device, self._queries, 0, 2, 16, data, 8, flags)
-        start, end = struct.unpack("<2Q", bytes(vk.ffi.buffer(data)))
-        return (end - start) * self._tick * 1e-9
+        times: list[float] = []
+
+        def read() -> bool:
+            vk.vkGetQueryPoolResults(self._device, self._queries, 0, 2, 16, data, 8, flags)
+            start, end = struct.unpack("<2Q", bytes(vk.ffi.buffer(data)))
+            times.append((end - start) * self._tick * 1e-9)
+            return time.monotonic() < until
+
+        until = time.monotonic() + seconds
+        self._run(timed, read)
+        return float(np.median(times[len(times) // 2 :]))
 
     def _descriptor_sets(self, launches: Sequence[Launch]) -> tuple[Any, list[Any]]:
         vk = self._vk
@@ -240,6 +273,31 @@ class TimedDevice(VulkanDevice):
         vk.vkUpdateDescriptorSets(self._device, len(writes), writes, 0, None)
         return pool, sets
 
+    def statistics(self, launch: Launch) -> dict[str, int]:
+        """Return what the driver tells of a kernel's machine code, such as its registers."""
+        if not self.has_statistics:
+            return {}
+        vk, ffi = self._vk, self._vk.ffi
+        from vulkan._vulkan import lib
+
+        function = ffi.cast(
+            "PFN_vkGetPipelineExecutableStatisticsKHR",
+            lib.vkGetDeviceProcAddr(
+                self._device, ffi.new("char[]", b"vkGetPipelineExecutableStatisticsKHR")
+            ),
+        )
+        info = ffi.new("VkPipelineExecutableInfoKHR*")
+        info.sType = vk.VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INFO_KHR
+        info.pipeline = self._pipeline_of(launch).handle
+        count = ffi.new("uint32_t*")
+        if function == ffi.NULL or function(self._device, info, count, ffi.NULL):
+            return {}
+        found = ffi.new("VkPipelineExecutableStatisticKHR[]", count[0])
+        for i in range(count[0]):
+            found[i].sType = vk.VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_STATISTIC_KHR
+        function(self._device, info, count, found)
+        return {ffi.string(s.name).decode(): int(s.value.u64) for s in found}
+
     def _pipeline_of(self, launch: Launch) -> Any:
         if launch.kernel.uniform_buffer:
             raise NotImplementedError(f"{launch.kernel.name} takes its scalars in a buffer")
@@ -258,8 +316,8 @@ class TimedDevice(VulkanDevice):
             vk.vkCmdPushConstants(command, pipeline.layout, stage, 0, len(push), data)
         vk.vkCmdDispatch(command, *launch.grid)
 
-    def _run(self, record: Any) -> None:
-        """Record one command buffer, submit it and wait."""
+    def _run(self, record: Callable[[Any], None], again: Callable[[], bool] | None = None) -> None:
+        """Record one command buffer, submit it and wait, for as long as ``again()`` says."""
         vk = self._vk
         info = vk.VkCommandBufferAllocateInfo(commandPool=self._commands, commandBufferCount=1)
         commands = vk.vkAllocateCommandBuffers(self._device, info)
@@ -267,6 +325,55 @@ class TimedDevice(VulkanDevice):
         record(commands[0])
         vk.vkEndCommandBuffer(commands[0])
         submit = vk.VkSubmitInfo(commandBufferCount=1, pCommandBuffers=[commands[0]])
-        vk.vkQueueSubmit(self._queue, 1, [submit], vk.VK_NULL_HANDLE)
-        vk.vkQueueWaitIdle(self._queue)
+        while True:
+            vk.vkQueueSubmit(self._queue, 1, [submit], vk.VK_NULL_HANDLE)
+            vk.vkQueueWaitIdle(self._queue)
+            if again is None or not again():
+                break
         vk.vkFreeCommandBuffers(self._device, self._commands, 1, commands)
+
+
+class NvidiaClocks:
+    """Keeps the clocks of an NVIDIA GPU up, and reads them.
+
+    The driver raises clocks at once for a process with a CUDA context, but for Vulkan alone only
+    under a load of its own judgement. A context that does nothing makes times comparable with those
+    of CUDA. Without the libraries this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.context = self._open_context()
+        self._nvml = self._load("libnvidia-ml.so.1")
+        self._handle = ctypes.c_void_p()
+        if self._nvml is not None and (
+            self._nvml.nvmlInit_v2()
+            or self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._handle))
+        ):
+            self._nvml = None
+
+    @staticmethod
+    def _load(name: str) -> ctypes.CDLL | None:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            return None
+
+    def _open_context(self) -> bool:
+        cuda = self._load("libcuda.so.1")
+        context, device = ctypes.c_void_p(), ctypes.c_int()
+        return cuda is not None and not (
+            cuda.cuInit(0)
+            or cuda.cuDeviceGet(ctypes.byref(device), 0)
+            or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        )
+
+    def read(self) -> dict[str, int]:
+        """Return the clocks of multiprocessors and memory in MHz, where they can be read."""
+        found = {}
+        for name, number in (("sm_mhz", 1), ("memory_mhz", 2)):
+            value = ctypes.c_uint()
+            if self._nvml is not None and not self._nvml.nvmlDeviceGetClockInfo(
+                self._handle, number, ctypes.byref(value)
+            ):
+                found[name] = value.value
+        return found

