@@ -70,7 +70,7 @@ class CudaRig:
         kernels = read_cuda_module(data)
         source = for_shim(kernels[0].source.split(_PREAMBLE_END, 1)[1])
         signatures = dict(_SIGNATURE.findall(source))
-        parts = ['#include "cuda_shim.h"', source, _ENTRY]
+        parts = ['#include "cuda_shim_tvm.h"', source, _ENTRY]
         parts += [self._entry(kernel, signatures[kernel.name]) for kernel in kernels]
         code = "\n".join(parts)
         name = hashlib.sha256(f"{self.order}{code}".encode()).hexdigest()[:16]
