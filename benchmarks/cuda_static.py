@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fairy_compile.compiler.cuda_binary import find_tool
 from fairy_compile.kernels.cuda import CudaPlanes, Launch
+from fairy_compile.kernels.cuda_hopper import ARCH, CudaHopper
 from fairy_compile.op import PhaseSpec
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -34,6 +35,8 @@ MEMORY = {
     "sm_90": ("H200", 4800e9, 132, 1.75e9),
     "sm_100": ("B200", 8000e9, 148, 1.85e9),
 }
+# Blocks whose warps loop over columns; by default one takes a group each where there are few.
+LOOPS = {"row_tiles": 4, "warps": 8}
 _OPCODE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)(.*)$")
 
 
@@ -44,6 +47,7 @@ class Code:
     registers: int
     spilled: int
     shared: int
+    warnings: int  # of multiplications that the assembler could not let overlap
     loop: Counter[str]
 
     def count(self, prefix: str) -> int:
@@ -54,24 +58,29 @@ class Code:
 def compile_kernel(launch: Launch, dtype: str, arch: str, folder: Path) -> Code:
     """Compile a launch as a kernel of its own and read it."""
     source, binary = folder / "kernel.cu", folder / "kernel.cubin"
+    x, shared, pointer = f"const {dtype}* x", "", ""
+    if launch.arrange:
+        x, pointer = "const unsigned char* x", ", shared"
+        shared = "  extern __shared__ __align__(128) unsigned char shared[];\n"
     kernel = (
         f'\nextern "C" __global__ void __launch_bounds__({launch.threads}) kernel('
-        f"const {dtype}* x, const unsigned char* codes, const float* scales, {dtype}* y, "
-        f"int batch) {{\n"
-        f"  {launch.function}(x, codes, scales, y, batch);\n}}\n"
+        f"{x}, const unsigned char* codes, const float* scales, {dtype}* y, int batch) {{\n"
+        f"{shared}  {launch.function}(x, codes, scales, y, batch{pointer});\n}}\n"
     )
     source.write_text(launch.source + kernel, "utf-8")
     options = ["-cubin", f"-arch={arch}", "-O3", "-std=c++17", "--use_fast_math", "-Xptxas=-v"]
     command = [find_tool("nvcc"), *options, "-o", str(binary), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     log = done.stderr + done.stdout
+    warnings = [line for line in log.splitlines() if "Potential Performance Loss" in line]
     sass = subprocess.run(
         [find_tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True
     ).stdout
     return Code(
         registers=_number(r"Used (\d+) registers", log),
         spilled=_number(r"(\d+) bytes spill stores", log),
-        shared=_number(r"(\d+) bytes smem", log),
+        shared=_number(r"(\d+) bytes smem", log) + launch.shared,
+        warnings=len(warnings),
         loop=inner_loop(sass),
     )
 
@@ -140,7 +149,7 @@ def decode_rows(arch: str, folder: Path) -> list[str]:
     _, bandwidth, processors, clock = MEMORY[arch]
     needed = bandwidth / processors / clock
     for spec in specs():
-        (launch,) = kernel.launches(spec, "single", {})
+        (launch,) = kernel.launches(spec, "single", LOOPS)
         code = compile_kernel(launch, "__half", arch, folder)
         loads = _wide_loads(code)
         instructions = sum(code.loop.values())
@@ -173,6 +182,21 @@ def prefill_rows(arch: str, folder: Path) -> list[str]:
     return rows
 
 
+def hopper_rows(folder: Path) -> list[str]:
+    """Return the table rows of the kernels for many rows of x on Hopper."""
+    rows = []
+    for spec in specs()[:1] + specs()[2:5]:
+        launch = CudaHopper().launches(spec, "many", {})[-1]
+        code = compile_kernel(launch, "__half", ARCH, folder)
+        rows.append(
+            f"| {ARCH} | T={spec.stages} {spec.scale} | {launch.rows} | {launch.threads} |"
+            f" {code.registers} | {code.spilled} | {code.shared} | {code.warnings} |"
+            f" {_wide_loads(code)} | {code.count('HGMMA')} | {code.count('LDS')} |"
+            f" {sum(code.loop.values())} |"
+        )
+    return rows
+
+
 def _wide_loads(code: Code) -> int:
     """Return the 128-bit loads from global memory."""
     return sum(n for o, n in code.loop.items() if o.startswith("LDG.") and ".128" in o)
@@ -199,6 +223,12 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for arch in archs:
             print("\n".join(prefill_rows(arch, folder)), flush=True)
+        print(
+            "\n| arch | call | rows of x | threads | registers | spilled bytes | shared bytes |"
+            " serialised | 128-bit loads | HGMMA | LDS | instructions |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        print("\n".join(hopper_rows(folder)), flush=True)
 
 
 if __name__ == "__main__":

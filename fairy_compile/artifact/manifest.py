@@ -29,7 +29,7 @@ _SCHEMA = {
     "created": str,
     "source": {"kind": str, "name": str, "files": MapOf(str)},
     "quant": dict,
-    "target": {"name": str, "device": str, "tvm": str, "features": [str]},
+    "target": {"name": str, "device": str, "tvm": str, "features": [str], "archs?": [str]},
     "model": {"family": str, "sizes": dict},
     "files": MapOf({"bytes": int, "sha256": str}),
     "layers": [
@@ -88,12 +88,14 @@ class TargetInfo:
         device: TVM device name, ``cpu``; picks the function contract.
         tvm: the full TVM target as text.
         features: instruction-set features the library may use, in LLVM's names.
+        archs: GPU architectures the library has machine code for, e.g. ``sm_90a``; CUDA only.
     """
 
     name: str
     device: str
     tvm: str
     features: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,13 @@ def build(
         typer.Option("--max-batch", help="Most sequences at a time  [default: 4]"),
     ] = None,
     exempt: options.Exempt = None,
+    cuda_graphs: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Record decode steps as CUDA graphs  [default: of the target]",
+        ),
+    ] = None,
     model_lib: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -83,6 +90,7 @@ def build(
             prefill_chunk=prefill_chunk,
             max_batch=max_batch,
             exempt=tuple(exempt or ()),
+            cuda_graphs=cuda_graphs,
             model_lib=model_lib,
             debug_dump=debug_dump,
             progress=progress,

@@ -15,7 +15,7 @@ from fairy_compile.artifact.system_lib import (
     system_lib_prefix,
 )
 from fairy_compile.compiler.clock import Clock
-from fairy_compile.compiler.cuda_binary import check_nvcc
+from fairy_compile.compiler.cuda_graphs import plan_graphs
 from fairy_compile.compiler.export import check_linker, export_library
 from fairy_compile.compiler.gate import check_executable, check_objects
 from fairy_compile.compiler.graph import build_graph
@@ -72,6 +72,7 @@ def build(
     prefill_chunk: int | None = None,
     max_batch: int | None = None,
     exempt: Sequence[str] = (),
+    cuda_graphs: bool | None = None,
     model_lib: str | None = None,
     debug_dump: str | Path | None = None,
     progress: Progress | None = None,
@@ -103,8 +104,9 @@ def build(
         prefill_chunk: most tokens of one prefill call; default 256.
         max_batch: most sequences at a time; default 4. As the three above, of language models only.
         exempt: glob patterns of layers to leave dense.
-        model_lib: what a phone's app calls the library; default made of the output's name. Only
-            for targets whose library is linked into an app.
+        cuda_graphs: record decode steps as CUDA graphs; default what the target's file says.
+        model_lib: what a phone's app calls the library, where the target's is linked into one;
+            default made of the output's name.
         debug_dump: directory for the IR after every phase.
         progress: called as progress(what, done, total).
 
@@ -130,6 +132,7 @@ def build(
                 "--context": context,
                 "--prefill-chunk": prefill_chunk,
                 "--max-batch": max_batch,
+                "--cuda-graphs": cuda_graphs,
                 "--model-lib": model_lib,
             }
         )
@@ -169,6 +172,7 @@ def build(
         most = DEFAULT_MAX_BATCH if max_batch is None else max_batch
         sizes, notes = _sizes(for_target(decoder, compile_for), context, prefill_chunk, most)
         decoder = at_context(decoder, sizes.context)
+        graph_rows = plan_graphs(compile_for, cuda_graphs, sizes.max_batch, notes)
         if quant_note:
             notes.append(quant_note)
         if decoder.wide_activations and decoder.act_dtype == "float16":
@@ -179,8 +183,6 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
-        if compile_for.device == "cuda":
-            check_nvcc(compile_for)
     name = source.directory.resolve().name if Path(model).is_dir() else str(model)
     if source.quant is not None:
         notes.append("the checkpoint is packed: its own stages and scales were kept")
@@ -230,6 +232,7 @@ def build(
                 compile_for,
                 work.entry_points(),
                 symbol_prefix=system_lib_prefix(system_lib) if system_lib else None,
+                cuda_graphs=graph_rows,
                 debug_dump=Path(debug_dump) if debug_dump else None,
                 progress=progress,
             )

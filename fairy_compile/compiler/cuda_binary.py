@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fairy_compile.cudart import load_cudart, load_first
 from fairy_compile.errors import FairyError
 from fairy_compile.targets import Target
 
@@ -97,13 +98,16 @@ def check_nvcc(target: Target) -> str:
 def compile_fatbin(source: str, names: Sequence[str], nvcc: str) -> bytes:
     """Compile CUDA C++ for architectures, with PTX of the newest for later ones.
 
+    Sources for variants alone (``sm_90a``) may use what only those have, so they get no PTX.
+
     Raises:
         FairyError: nvcc failed.
     """
     numbers = [arch[3:] for arch in names]
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    newest = numbers[-1].rstrip("af")  # PTX of a variant such as 90a runs on that alone
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    if any(number.isdigit() for number in numbers):
+        newest = numbers[-1].rstrip("af")  # PTX of a variant such as 90a runs on that alone
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     with tempfile.TemporaryDirectory() as folder:
         written, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         written.write_text(source, "utf-8")
@@ -152,9 +156,9 @@ def _load_runtime() -> None:
 
     if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True):
         return
-    if not _load(["libcuda.so.1"]):
+    if not load_first(["libcuda.so.1"]):
         ctypes.CDLL(str(_driver_stand_in()), ctypes.RTLD_GLOBAL)
-    if not _load(_cudart_paths()):
+    if not load_cudart():
         raise FairyError(
             "CUDA builds need libcudart.so.13, which is not installed; install NVIDIA's CUDA "
             "toolkit 13, or: pip install nvidia-cuda-runtime"
@@ -162,32 +166,11 @@ def _load_runtime() -> None:
     import tvm
 
     folder = Path(tvm.__file__).parent / "lib"
-    if not _load([str(folder / "libtvm_runtime_cuda.so")]):
+    if not load_first([str(folder / "libtvm_runtime_cuda.so")]):
         raise FairyError(
             "TVM's CUDA runtime (libtvm_runtime_cuda.so) could not be loaded; CUDA libraries can "
             f"be built on Linux with the apache-tvm wheel, this is {sys.platform}"
         )
-
-
-def _load(paths: Sequence[str]) -> bool:
-    for path in paths:
-        try:
-            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        return True
-    return False
-
-
-def _cudart_paths() -> list[str]:
-    """Return places of the CUDA runtime that TVM's wheel is linked with."""
-    name = "libcudart.so.13"
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    found = [str(home / "lib64" / name), str(home / "lib" / name)]
-    spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations if spec else ():
-        found += [str(path) for path in Path(root).glob(f"*/lib/{name}")]
-    return [name, *found]
 
 
 def _driver_stand_in() -> Path:

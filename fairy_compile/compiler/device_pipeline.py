@@ -14,14 +14,19 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
+from fairy_compile.compiler.early_launches import request_early_launches, wait_for_inputs
 from fairy_compile.targets import Target
 
 METAL_PIPELINE = "fairy_metal"
+EARLY_PIPELINE = "fairy_cuda_early"
 _LANE = 2  # the argument of a shuffle that names a lane
 
 
 def tir_pipeline(target: Target) -> str:
     """Return the name of the lowering pipeline for a target's functions."""
+    if target.extra.get("early_launches", False):
+        compilation_pipeline.PIPELINE_MAP[EARLY_PIPELINE] = _early_pipeline
+        return EARLY_PIPELINE
     if target.device != "metal" or target.limits is None:
         return "default"
     simd_width = target.limits.simd_width
@@ -36,6 +41,15 @@ def tir_pipeline(target: Target) -> str:
 
     compilation_pipeline.PIPELINE_MAP[METAL_PIPELINE] = pipeline
     return METAL_PIPELINE
+
+
+def _early_pipeline() -> Any:
+    lower, finish_host, finish_device = compilation_pipeline.get_tir_pipeline("default")
+
+    def finish() -> Any:
+        return tvm.transform.Sequential([wait_for_inputs(), finish_device()])
+
+    return tvm.transform.Sequential([request_early_launches(), lower]), finish_host, finish
 
 
 def lanes_within(simd_width: int) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairy_compile.codegen import wasm
 from fairy_compile.codegen.zig import zig_command
+from fairy_compile.compiler.cuda_binary import check_nvcc
 from fairy_compile.errors import FairyError
 from fairy_compile.targets import Target
 
@@ -53,7 +54,9 @@ def export_library(
 
 
 def check_linker(target: Target) -> None:
-    """Raise `FairyError` if a library for ``target`` could not be linked on this machine."""
+    """Raise `FairyError` if this machine lacks what makes a library for ``target``."""
+    if target.device == "cuda":
+        check_nvcc(target)
     if target.library == "wasm":
         wasm.find_zig()
     elif target.linkers and target.library != "tar":

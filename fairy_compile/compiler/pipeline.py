@@ -16,7 +16,9 @@ import tvm
 from tvm import relax
 
 from fairy_compile.compiler.cuda_binary import machine_code
+from fairy_compile.compiler.cuda_graphs import bound_decode
 from fairy_compile.compiler.device_pipeline import tir_pipeline
+from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.loops import ScheduleLoops
 from fairy_compile.compiler.passes import (
     BindElementwise,
@@ -44,6 +46,7 @@ def phases(
     target: Target,
     symbol_prefix: str | None = None,
     graph: bool = False,
+    cuda_graphs: int | None = None,
 ) -> list[Phase]:
     """Return the phases in order.
 
@@ -52,16 +55,23 @@ def phases(
         target: what to compile for.
         symbol_prefix: of a system library, see `artifact.system_lib`; None for a shared one.
         graph: the module was imported and has operators that reduce and have no schedule of ours.
+        cuda_graphs: most rows of a decode step whose launches become CUDA graphs, see
+            `compiler.cuda_graphs`; None for none.
     """
     t = relax.transform
     legalise: tuple[Any, ...] = (t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant())
     schedule: tuple[Any, ...] = (ParallelizeElementwise(),)
     if graph:
         schedule = (ScheduleLoops(), *schedule)
+    if target.device == "cuda":
+        legalise = (FuseAddNorm(), *legalise)
     if target.limits:
         # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
         legalise = (*legalise, t.RewriteDataflowReshape())
         schedule = (BindElementwise(target.limits.max_threads), CheckBound())
+    before_planning, after_planning = (), ()
+    if cuda_graphs is not None:
+        before_planning, after_planning = (bound_decode(cuda_graphs),), (t.RewriteCUDAGraph(),)
     return [
         Phase("legalise operators", legalise),
         Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),
@@ -69,11 +79,13 @@ def phases(
         Phase(
             "plan memory",
             (
+                *before_planning,
                 t.RewriteDataflowReshape(),
                 t.ToNonDataflow(),
                 t.RemovePurityChecking(),
                 t.CallTIRRewrite(),
                 t.StaticPlanBlockMemory(),
+                *after_planning,
             ),
         ),
         Phase(
@@ -97,6 +109,7 @@ def compile_module(
     *,
     graph: bool = False,
     symbol_prefix: str | None = None,
+    cuda_graphs: int | None = None,
     debug_dump: Path | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -108,15 +121,17 @@ def compile_module(
         entry_points: names an engine calls; everything they do not reach is dropped.
         graph: see `phases`.
         symbol_prefix: of a system library, see `artifact.system_lib`; None for a shared one.
+        cuda_graphs: see `phases`.
         debug_dump: directory for one ``NN-phase.py`` per phase, or None.
         progress: called before each phase.
 
     Returns:
         The Relax VM executable.
     """
-    steps = phases(entry_points, target, symbol_prefix, graph)
+    steps = phases(entry_points, target, symbol_prefix, graph, cuda_graphs)
     tvm_target = target.to_tvm()
-    with tvm_target, tvm.transform.PassContext(opt_level=3):
+    options = {"relax.backend.use_cuda_graph": cuda_graphs is not None}
+    with tvm_target, tvm.transform.PassContext(opt_level=3, config=options):
         _dump(debug_dump, 0, "input", module)
         for i, phase in enumerate(steps):
             if progress:

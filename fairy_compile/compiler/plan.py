@@ -157,8 +157,8 @@ class Planner:
         """
         if self.target.is_gpu:
             raise UnsupportedError(
-                f"target {self.target.name} has no kernels for mixtures of experts; build for a "
-                "CPU target, e.g. --target cpu"
+                f"{name} is a mixture of {len(sources)} experts; target {self.target.name} has no "
+                "kernels for mixtures of experts, CPU targets have; build with --target cpu"
             )
         for layers in sources:
             for layer, rows in zip(layers, out_features, strict=True):

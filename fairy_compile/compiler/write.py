@@ -34,6 +34,7 @@ from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import dump_json, load_object
 from fairy_compile.artifact.tensor_cache import ITEMSIZE, TENSOR_CACHE
 from fairy_compile.compiler import params as parameters
+from fairy_compile.compiler.cuda_binary import archs
 from fairy_compile.compiler.export import library_name
 from fairy_compile.compiler.library import Param, Sizes, define, entry_points
 from fairy_compile.compiler.pipeline import Progress
@@ -242,6 +243,7 @@ def manifest_of(
             work.target.device,
             str(work.target.to_tvm()),
             tuple(sorted(work.target.features)),
+            archs(work.target) if work.target.device == "cuda" else (),
         ),
         model=model,
         files=describe_files(directory, names, known=written.files),

@@ -1,28 +1,25 @@
-"""Kernel families by name; a target lists the families it prefers, best first."""
+"""Kernel families by name; a target lists the families it prefers, best first.
+
+`FAMILIES` is loaded when it is asked for: kernels need TVM's compiler, layouts and references of
+packed weights do not.
+"""
 
 from __future__ import annotations
 
-from fairy_compile.kernels.arm import CODEBOOK_KERNELS as ARM_CODEBOOK
-from fairy_compile.kernels.base import PhaseKernel
-from fairy_compile.kernels.cuda import CUDA_PLANES, CUDA_WORDS
-from fairy_compile.kernels.generic import GenericKernel
-from fairy_compile.kernels.metal import METAL_KERNELS
-from fairy_compile.kernels.opencl import OPENCL_KERNELS
-from fairy_compile.kernels.vulkan import VULKAN_KERNELS
-from fairy_compile.kernels.webgpu import WEBGPU_KERNELS
-from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86_CODEBOOK
+from typing import TYPE_CHECKING, Any
 
-FAMILIES: dict[str, tuple[PhaseKernel, ...]] = {
-    "x86.codebook": X86_CODEBOOK,
-    "arm.codebook": ARM_CODEBOOK,
-    "cuda.planes": CUDA_PLANES,
-    "cuda.words": CUDA_WORDS,
-    "metal.words": METAL_KERNELS,
-    "opencl.words": OPENCL_KERNELS,
-    "vulkan.words": VULKAN_KERNELS,
-    "webgpu.words": WEBGPU_KERNELS,
-    "generic": (GenericKernel(),),
-}
-"""Family name -> its kernels, best first."""
+from fairy_compile.kernels.base import PhaseKernel
+
+if TYPE_CHECKING:
+    from fairy_compile.kernels.families import FAMILIES
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FAMILIES":
+        from fairy_compile.kernels.families import FAMILIES
+
+        return FAMILIES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["FAMILIES", "PhaseKernel"]

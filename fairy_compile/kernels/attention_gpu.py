@@ -1,19 +1,30 @@
-"""Merging partial attention on GPUs.
+"""Attention on GPUs: what TVM's kernels are checked for, and merging of partial attention.
 
-The other attention kernels of GPUs are TVM's. Its merge lets every thread of a head read the
-log-sum-exp that one of them writes, which only threads in lockstep get away with.
+Attention kernels of GPUs are TVM's, which are taken only for sizes they cover. Its merge is
+replaced: it lets every thread of a head read the log-sum-exp that one of them writes, which only
+threads in lockstep get away with.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.relax.frontend.nn.llm import kv_cache as upstream
 from tvm.tirx.script import builder as T
 
+from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels.gpu_builder import build_function, launch, load_float, local, store, when
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
+
+    from fairy_compile.targets import Limits
+
+HEAD_DIM_STEP = 8
+"""Heads have a multiple of this size: TVM's prefill reads past the end of others."""
 
 
 def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> PrimFunc:
@@ -52,3 +63,102 @@ def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> Prim
                 store(s, (token, head), T.log2(total) + peak)
 
     return build_function("merge_state", body).without_attr("global_symbol")
+
+
+def check_head_dim(head_dim: int, target: str) -> None:
+    """Raise UnsupportedError if TVM's kernels do not cover heads of this size."""
+    if head_dim % HEAD_DIM_STEP:
+        raise UnsupportedError(
+            f"attention heads have {head_dim} elements; on target {target} a multiple of "
+            f"{HEAD_DIM_STEP} is allowed; build with --target cpu"
+        )
+
+
+def check_decode(decode: PrimFunc, heads: int, kv_heads: int, head_dim: int, target: str) -> None:
+    """Raise UnsupportedError if threads of TVM's decode kernel leave out heads or elements.
+
+    It halves the heads of a thread group until they are few enough, dropping odd ones, and gives
+    each thread a number of elements that need not divide a head.
+    """
+    extents = thread_extents(decode)
+    covered = extents["blockIdx.y"] * extents["threadIdx.y"]
+    if covered != heads or head_dim % extents["threadIdx.x"]:
+        raise UnsupportedError(
+            f"no attention kernel of target {target} computes {heads // kv_heads} heads of "
+            f"{head_dim} elements that share a key; at most 8 heads of 128, or a power of two of "
+            "them, are allowed; build with --target cpu"
+        )
+
+
+def fit_prefill(
+    prefill: PrimFunc, ragged: bool, sizes: tuple[int, int, int, str], scaling: Any, limits: Limits
+) -> PrimFunc:
+    """Return a prefill kernel of TVM's that has its shared memory.
+
+    Args:
+        prefill: the one for the target.
+        ragged: whether keys are an array of their own, not pages of the cache.
+        sizes: kv_heads, heads, head_dim, dtype of keys.
+        scaling: rule of rotary embedding, as TVM wants it.
+        limits: of the target.
+
+    Raises:
+        UnsupportedError: no smaller tile fits either.
+    """
+    if shared_bytes(prefill) <= limits.shared_bytes:
+        return prefill
+    # TVM shrinks tiles for this kind of target only; the functions are the same for all.
+    keys = {
+        "kind": "metal",
+        "max_num_threads": limits.max_threads,
+        "max_threads_per_block": limits.max_threads,
+        "max_shared_memory_per_block": limits.shared_bytes,
+    }
+    kv_heads, heads, head_dim, dtype = sizes
+    target = tvm.target.Target(keys)
+    try:
+        if ragged:
+            return upstream._attention_prefill_ragged(
+                kv_heads, heads, head_dim, head_dim, dtype, scaling, target
+            )
+        return upstream._attention_prefill(kv_heads, heads, head_dim, dtype, False, scaling, target)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"attention over heads of {head_dim} elements in {dtype} needs "
+            f"{shared_bytes(prefill)} bytes of shared memory; the target has "
+            f"{limits.shared_bytes}; build without --act float, or for another --target"
+        ) from error
+
+
+def shared_bytes(function: PrimFunc) -> int:
+    """Return the bytes of shared memory a scheduled function declares.
+
+    TVM may let arrays share memory later, so that this is the most it can need.
+    """
+    total = 0
+
+    def visit(block: Any, visitor: Any) -> None:
+        nonlocal total
+        for buffer in block.alloc_buffers:
+            if buffer.scope() == "shared":
+                elements = 1
+                for size in buffer.ty.shape:
+                    elements *= int(size)
+                total += elements * tvm.runtime.DataType(buffer.ty.dtype).itemsize
+        visitor.default_visit(block)
+
+    tvm_ffi.structural_visit(function.body, [(tvm.s_tir.SBlock, visit)])
+    return total
+
+
+def thread_extents(function: PrimFunc) -> dict[str, int]:
+    """Return thread tag -> extent of a scheduled function; symbolic ones are left out."""
+    extents: dict[str, int] = {}
+
+    def visit(loop: Any, visitor: Any) -> None:
+        if loop.thread_binding is not None and isinstance(loop.extent, tirx.IntImm):
+            extents[str(loop.thread_binding.thread_tag)] = int(loop.extent)
+        visitor.default_visit(loop)
+
+    tvm_ffi.structural_visit(function.body, [(tirx.For, visit)])
+    return extents

@@ -51,10 +51,34 @@ def _launch_first(launches: Sequence[Launch], count: Any, pointers: list[Any]) -
 
 def _launch(launch: Launch, count: Any, pointers: list[Any]) -> None:
     passes = (count + launch.rows - 1) // launch.rows
+    if launch.arrange:
+        _launch_arranged(launch, passes, count, pointers)
+        return
     with (
         T.thread_binding(0, launch.blocks, "blockIdx.x"),
         T.thread_binding(0, passes, "blockIdx.y"),
         T.thread_binding(0, launch.threads, "threadIdx.x"),
     ):
         call = cuda_func_call(launch.function, *pointers, count, source_code=launch.source)
+        T.evaluate(call)
+
+
+def _launch_arranged(launch: Launch, passes: Any, count: Any, pointers: list[Any]) -> None:
+    arrange, (x, *others) = launch.arrange, pointers
+    image = T.alloc_buffer((passes * arrange.image_bytes,), "uint8", scope="global")
+    with (
+        T.thread_binding(0, arrange.blocks, "blockIdx.x"),
+        T.thread_binding(0, passes * (launch.rows // arrange.threads), "blockIdx.y"),
+        T.thread_binding(0, arrange.threads, "threadIdx.x"),
+    ):
+        call = cuda_func_call(arrange.function, x, image.data, count, source_code=launch.source)
+        T.evaluate(call)
+    with (
+        T.thread_binding(0, launch.blocks, "blockIdx.x"),
+        T.thread_binding(0, passes, "blockIdx.y"),
+        T.thread_binding(0, launch.threads, "threadIdx.x"),
+    ):
+        shared = T.alloc_buffer((launch.shared,), "uint8", scope="shared.dyn")
+        arguments = (image.data, *others, count, shared.data)
+        call = cuda_func_call(launch.function, *arguments, source_code=launch.source)
         T.evaluate(call)

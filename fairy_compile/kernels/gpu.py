@@ -7,13 +7,21 @@ for many. A backend says how threads add up their sums and which matrix units it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.gpu_builder import build_function, ceildiv, launch_if, reduce_group
-from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Reduce
+from fairy_compile.kernels.gpu_decode import DecodeShape, Lookup, Reduce
+from fairy_compile.kernels.gpu_halves import (
+    BLOCK_BYTES,
+    block_entries,
+    decode_kind,
+    supports,
+    supports_blocks,
+)
 from fairy_compile.kernels.gpu_layout import WordsLayout
 from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
 from fairy_compile.kernels.gpu_tile import GROUP, TileGemm
@@ -44,7 +52,13 @@ class GpuKernel:
         weights: while decoding, ``table`` looks them up in shared memory (with scales that do not
             change along a row; elsewhere the same as ``bits``), ``bits`` computes them from their
             bits; ``auto`` is what takes fewer operations on the device, by
-            `benchmarks/gpu_static.py`.
+            `benchmarks/gpu_static.py`. ``halves`` and ``blocks`` look up and multiply in float16,
+            see `gpu_halves`: with float16 activations, input features a multiple of 32, for
+            ``blocks`` also with tensor scales and T <= 2 (elsewhere ``blocks`` is the same as
+            ``halves``, and ``halves`` the same as ``table``).
+        copies: of the table of ``blocks``, fewer where shared memory is short.
+        group: threads of a group that decodes.
+        ahead: while decoding, load the words of the next turn before this turn's are used.
         switch: most rows of x that are served by decoding; more go to the tiled GEMM.
         tile_tokens: rows of x of a tile.
     """
@@ -53,9 +67,12 @@ class GpuKernel:
     decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
         "threads": ("auto", 16, 32, 64, 128),
-        "rows": (2, 1, 4),
+        "rows": (2, 1, 4, 8),
         "tokens": (4, 2, 1, 8),
-        "weights": ("auto", "table", "bits"),
+        "weights": ("auto", "table", "bits", "halves", "blocks"),
+        "copies": (16, 1, 8),
+        "group": (128, 256, 512),
+        "ahead": (False, True),
         "switch": (8, 0, 4, 16, 32),
         "tile_tokens": ("auto", 32, 64),
     }
@@ -125,11 +142,13 @@ class GpuKernel:
             weights = Weights(spec, *packed)
             tokens = 1 if batch == "single" else chosen["tokens"]
             shape = self._decode_shape(spec, target, tokens, chosen)
-            decode = Decode(weights, x, y, shape, self.reduction(shape, target))
+            kind = decode_kind(shape)
+            decode = kind(weights, x, y, shape, self.reduction(shape, target))
             if batch == "single":
                 decode.emit(rows)
                 return
-            gemm = self.tile_gemm(weights, y, self._tile_tokens(spec, chosen["tile_tokens"]))
+            tile_tokens = self._tile_tokens(spec, chosen["tile_tokens"])
+            gemm = self.tile_gemm(weights, y, tile_tokens, target, chosen)
             switch = chosen["switch"]
             if not switch:
                 gemm.emit(x, rows)
@@ -151,7 +170,13 @@ class GpuKernel:
 
         return reduce
 
-    def tile_gemm(self, weights: Weights, y: Buffer, tokens: int) -> TileGemm:
+    def reduce_bytes(self, shape: DecodeShape, target: Target) -> int:
+        """Return the shared memory that adding up a group's sums takes."""
+        return 2 * shape.rows * shape.tokens * shape.teams * shape.threads * 4
+
+    def tile_gemm(
+        self, weights: Weights, y: Buffer, tokens: int, target: Target, knobs: Mapping[str, Any]
+    ) -> TileGemm:
         """Return the launch for many rows of x."""
         return phase_tile_gemm(weights, y, tokens)
 
@@ -159,21 +184,32 @@ class GpuKernel:
         self, spec: PhaseSpec, target: Target, tokens: int, knobs: Mapping[str, Any]
     ) -> DecodeShape:
         rows, threads = knobs["rows"], knobs["threads"]
+        group = min(knobs["group"], target.limits.max_threads)
         if threads == "auto":
             threads = max(32, target.limits.simd_width)
-            groups = ceildiv(spec.n, rows * max(1, GROUP // 2 // threads))
+            groups = ceildiv(spec.n, rows * max(1, group // threads))
             if groups < _GROUPS and spec.m > 64 * 32:
                 threads = 128
-        tables = knobs["weights"] == "table" or (
-            knobs["weights"] == "auto" and self.device in _TABLE_DEVICES
+        shape = DecodeShape(
+            threads, max(1, group // threads), rows, tokens, ahead=bool(knobs["ahead"])
         )
-        return DecodeShape(
-            threads,
-            max(1, GROUP // 2 // threads),
-            rows,
-            tokens,
-            tables and spec.scale != "tile64",
-        )
+        lookup = self._lookup(spec, shape, knobs["weights"])
+        if lookup != "blocks":
+            return replace(shape, weights=lookup)
+        room = target.limits.shared_bytes - self.reduce_bytes(shape, target)
+        most = room // (BLOCK_BYTES * block_entries(spec))
+        copies = min(knobs["copies"], 1 << max(0, most.bit_length() - 1))
+        return replace(shape, weights=lookup, copies=copies)
+
+    def _lookup(self, spec: PhaseSpec, shape: DecodeShape, knob: str) -> Lookup:
+        """Return how a call gets its weights; see the knob ``weights``."""
+        if knob == "auto":
+            knob = "table" if self.device in _TABLE_DEVICES else "bits"
+        if knob == "blocks" and supports_blocks(spec, shape.group_rows):
+            return "blocks"
+        if knob in ("halves", "blocks") and supports(spec):
+            return "halves"
+        return "bits" if knob == "bits" or spec.scale == "tile64" else "table"
 
     @staticmethod
     def _tile_tokens(spec: PhaseSpec, knob: Any) -> int:

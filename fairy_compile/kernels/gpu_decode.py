@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tvm.tirx.script import builder as T
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Reduce = Callable[[Sequence[Any], Any, Any], Sequence[Any]]
 """reduce(values, thread of the team, team) -> their sums over the team, for its first thread."""
 
+Lookup = Literal["bits", "table", "halves", "blocks"]
+"""How a launch gets from codes to weights."""
+
 _CHUNK = 4
 
 
@@ -37,14 +40,24 @@ class DecodeShape:
         teams: of a thread group.
         rows: complex matrix rows of a team.
         tokens: rows of x of a thread group.
-        tables: look weights up in shared memory, see `gpu_tables`; else decode their bits.
+        weights: ``bits`` decodes every code, ``table`` looks them up, see `gpu_tables`; ``halves``
+            and ``blocks`` do so with products in float16, see `gpu_halves`.
+        ahead: load the words of the next turn before this turn's are used.
+        copies: of the table of ``blocks``.
     """
 
     threads: int
     teams: int
     rows: int
     tokens: int
-    tables: bool = False
+    weights: Lookup = "bits"
+    ahead: bool = False
+    copies: int = 1
+
+    @property
+    def group_rows(self) -> int:
+        """Complex matrix rows of a thread group."""
+        return self.teams * self.rows
 
 
 class Decode:
@@ -74,15 +87,8 @@ class Decode:
                 token if shape.tokens == 1 else T.bind(T.min(token + b, batch - 1))
                 for b in range(shape.tokens)
             ]
-            self.tables = None
-            if shape.tables:
-                self.tables = Tables(self.weights, shape.teams * shape.rows)
-                self.tables.fill(
-                    lambda r: T.min(block * (shape.teams * shape.rows) + r, spec.n - 1),
-                    team * shape.threads + thread,
-                    shape.teams * shape.threads,
-                )
-            self.first_table = team * shape.rows
+            self._begin(rows, thread)
+            self.prepare(block, team, thread, rows)
             sums = local((shape.rows * shape.tokens * 2,))
             for i in range(shape.rows * shape.tokens * 2):
                 store(sums, i, T.float32(0))
@@ -95,30 +101,64 @@ class Decode:
                     with when(first + r < spec.n):
                         self._write(first + r, token, batch, values, r)
 
+    def prepare(self, block: Expr, team: Expr, thread: Expr, rows: Sequence[Expr]) -> None:
+        """Emit what a thread group does before its first turn."""
+        shape, last = self.shape, self.spec.n - 1
+        self.tables = None
+        if shape.weights == "table":
+            self.tables = Tables(self.weights, shape.group_rows)
+            self.tables.fill(
+                lambda r: T.min(block * shape.group_rows + r, last),
+                team * shape.threads + thread,
+                shape.teams * shape.threads,
+            )
+        self.first_table = team * shape.rows
+
+    def finish(self, value: Any, r: int) -> Any:
+        """Return an output of row ``r`` of a team, given the sum over its threads."""
+        return value
+
     def _multiply(
         self, rows: Sequence[Expr], tokens: Sequence[Expr], thread: Expr, sums: Buffer
     ) -> None:
         shape, weights = self.shape, self.weights
-        planes = weights.planes
-        # Units that make up a load of 128 bits.
-        together = max(1, 4 // planes) if weights.units % max(1, 4 // planes) == 0 else 1
-        words = local((shape.rows * together * planes,), "uint32")
+        planes, together, steps = weights.planes, self._together, self._steps
+        words = local((shape.rows * together * planes,), "uint32") if shape.ahead else self._words
         scales = local((shape.rows * planes * 2,), "uint32")
-        if not weights.tiled and self.tables is None:
+        if not weights.tiled and shape.weights == "bits":
             for r, row in enumerate(rows):
                 weights.load_scales(scales, r * planes * 2, row, T.int32(0))
-        steps = weights.units // together
         with T.serial(0, ceildiv(steps, shape.threads)) as turn:
             step = T.bind(turn * shape.threads + thread)
             with when(step < steps):
-                for r, row in enumerate(rows):
-                    self._load_words(words, r * together * planes, row, step, together * planes)
+                if shape.ahead:
+                    for i in range(shape.rows * together * planes):
+                        store(words, i, self._words[i])
+                    self._load_step(rows, T.min(step + shape.threads, steps - 1))
+                else:
+                    self._load_step(rows, step)
                 for v in range(together):
                     unit = T.bind(step * together + v)
                     if weights.tiled:
                         for r, row in enumerate(rows):
                             weights.load_scales(scales, r * planes * 2, row, unit)
-                    self._unit(words, v, together, scales, unit, tokens, sums)
+                    self.multiply_unit(words, v, together, scales, unit, tokens, sums)
+
+    def _begin(self, rows: Sequence[Expr], thread: Expr) -> None:
+        """Cut rows into steps; load the first one's words if they are loaded ahead."""
+        weights, planes = self.weights, self.weights.planes
+        # Units that make up a load of 128 bits.
+        most = max(1, 4 // planes)
+        self._together = most if weights.units % most == 0 else 1
+        self._steps = weights.units // self._together
+        self._words = local((len(rows) * self._together * planes,), "uint32")
+        if self.shape.ahead:
+            self._load_step(rows, T.min(thread, self._steps - 1))
+
+    def _load_step(self, rows: Sequence[Expr], step: Expr) -> None:
+        count = self._together * self.weights.planes
+        for r, row in enumerate(rows):
+            self._load_words(self._words, r * count, row, step, count)
 
     def _load_words(self, words: Buffer, at: int, row: Expr, step: Expr, count: int) -> None:
         lanes = next(lanes for lanes in (4, 2, 1) if count % lanes == 0)
@@ -133,7 +173,7 @@ class Decode:
                     self.weights.codes[row, T.ramp(source, 1, lanes)],
                 )
 
-    def _unit(
+    def multiply_unit(
         self,
         words: Buffer,
         v: int,
@@ -208,11 +248,12 @@ class Decode:
         features = self.weights.feature(row)
         for b in range(shape.tokens):
             at = (r * shape.tokens + b) * 2
+            results = [self.finish(value, r) for value in values[at : at + 2]]
             if shape.tokens == 1:
-                self._write_token(token, features, values[at : at + 2])
+                self._write_token(token, features, results)
             else:
                 with when(token + b < batch):
-                    self._write_token(token + b, features, values[at : at + 2])
+                    self._write_token(token + b, features, results)
 
     def _write_token(self, token: Any, features: Sequence[Expr], values: Sequence[Any]) -> None:
         for feature, value in zip(features, values, strict=True):

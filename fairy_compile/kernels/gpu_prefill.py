@@ -6,6 +6,7 @@ of 16 complex columns, real halves first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
@@ -25,7 +26,7 @@ _COLUMNS = ROWS * UNIT // GROUP
 
 
 def phase_tile_gemm(
-    weights: Weights, y: Buffer, tokens: int, kind: type[TileGemm] = TileGemm
+    weights: Weights, y: Buffer, tokens: int, kind: Callable[..., TileGemm] = TileGemm
 ) -> TileGemm:
     """Return the launch of a phase GEMM by a ``kind`` of tile; ``y`` is (batch, 2n)."""
     return kind(

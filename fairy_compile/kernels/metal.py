@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
@@ -10,10 +10,11 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels.gpu import GpuKernel
 from fairy_compile.kernels.gpu_builder import local, store
 from fairy_compile.kernels.gpu_decode import DecodeShape, Reduce
+from fairy_compile.kernels.gpu_matrix_tile import matrix_tile
 from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
 from fairy_compile.kernels.gpu_tile import OUTPUTS, TileGemm
 from fairy_compile.kernels.gpu_weights import Weights
-from fairy_compile.kernels.metal_tile import SimdgroupTileGemm
+from fairy_compile.kernels.metal_tile import SimdgroupUnits
 from fairy_compile.op import PhaseSpec
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ class MetalKernel(GpuKernel):
         tokens = self._tile_tokens(spec, "auto")
         return super().shared_bytes(spec, target) + 4 * OUTPUTS * tokens
 
-    def tile_gemm(self, weights: Weights, y: Buffer, tokens: int) -> TileGemm:
+    def tile_gemm(
+        self, weights: Weights, y: Buffer, tokens: int, target: Target, knobs: Mapping[str, Any]
+    ) -> TileGemm:
         """Return the launch for many rows of x."""
-        return phase_tile_gemm(weights, y, tokens, SimdgroupTileGemm)
+        return phase_tile_gemm(weights, y, tokens, matrix_tile(SimdgroupUnits()))
 
 
 METAL_KERNELS = (MetalKernel(),)

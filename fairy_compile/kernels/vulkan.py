@@ -7,7 +7,7 @@ shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
@@ -15,6 +15,11 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels.gpu import GpuKernel
 from fairy_compile.kernels.gpu_builder import local, shared, store, when
 from fairy_compile.kernels.gpu_decode import DecodeShape, Reduce
+from fairy_compile.kernels.gpu_matrix_tile import SUBGROUP, matrix_tile
+from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
+from fairy_compile.kernels.gpu_tile import TileGemm
+from fairy_compile.kernels.gpu_weights import Weights
+from fairy_compile.kernels.vulkan_tile import CooperativeUnits
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer
@@ -23,7 +28,14 @@ if TYPE_CHECKING:
 
 
 class VulkanKernel(GpuKernel):
-    """`GpuKernel` whose subgroups add up without memory."""
+    """`GpuKernel` whose subgroups add up without memory, and multiply matrices.
+
+    Knobs:
+        matrices: many rows of x of float16 are multiplied by cooperative matrices, where the target
+            has the feature ``cooperative_matrix`` and subgroups of 32.
+    """
+
+    knobs: Mapping[str, Sequence[Any]] = {**GpuKernel.knobs, "matrices": (False, True)}
 
     def __init__(self) -> None:
         super().__init__("vulkan")
@@ -34,7 +46,7 @@ class VulkanKernel(GpuKernel):
         Subgroups are made of neighbours along threadIdx.x, of which a team has a multiple.
         """
         width = target.limits.simd_width
-        if not target.has("subgroups") or shape.threads % width:
+        if not self._by_subgroup(shape, target):
             return super().reduction(shape, target)
 
         def reduce(values: Sequence[Any], thread: Any, team: Any) -> Sequence[Any]:
@@ -48,6 +60,26 @@ class VulkanKernel(GpuKernel):
             return [totals[i] for i in range(len(values))]
 
         return reduce
+
+    def reduce_bytes(self, shape: DecodeShape, target: Target) -> int:
+        """See `GpuKernel.reduce_bytes`."""
+        every = super().reduce_bytes(shape, target)
+        return every // target.limits.simd_width if self._by_subgroup(shape, target) else every
+
+    def tile_gemm(
+        self, weights: Weights, y: Buffer, tokens: int, target: Target, knobs: Mapping[str, Any]
+    ) -> TileGemm:
+        """See `GpuKernel.tile_gemm`."""
+        has_units = target.has("cooperative_matrix") and target.limits.simd_width == SUBGROUP
+        if knobs["matrices"] and has_units and weights.spec.dtype == "float16":
+            gemm = phase_tile_gemm(weights, y, tokens, matrix_tile(CooperativeUnits()))
+            if gemm.shared_bytes <= target.limits.shared_bytes:
+                return gemm
+        return super().tile_gemm(weights, y, tokens, target, knobs)
+
+    @staticmethod
+    def _by_subgroup(shape: DecodeShape, target: Target) -> bool:
+        return target.has("subgroups") and shape.threads % target.limits.simd_width == 0
 
 
 def _add_subgroups(

@@ -24,6 +24,21 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What a family's checkpoints call the parts of a mixture of experts, below the layer.
+
+    Attributes:
+        block: the mixture.
+        gate, up, down: parts of an expert.
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Sizes and switches of a Llama-style decoder.
 
@@ -41,8 +56,9 @@ class DecoderConfig:
 
     Layers with ``sparse_layers[layer]``, or all if that is empty, have ``experts`` feed-forward
     layers of ``expert_size``, of which a token takes ``experts_per_token``, with weights that sum
-    to 1 if ``normalize_experts``. ``wide_activations`` says that published models of the family
-    were trained in bfloat16 and have hidden states beyond float16's 65504.
+    to 1 if ``normalize_experts``; ``expert_names`` is None without any. ``wide_activations`` says
+    that published models of the family were trained in bfloat16 and have hidden states beyond
+    float16's 65504.
     """
 
     model_type: str
@@ -76,6 +92,7 @@ class DecoderConfig:
     expert_size: int = 0
     sparse_layers: tuple[bool, ...] = ()
     normalize_experts: bool = True
+    expert_names: ExpertNames | None = None
     wide_activations: bool = False
 
     def is_local(self, layer: int) -> bool:

@@ -9,7 +9,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from fairy_compile.kernels import elementwise_gpu
+from fairy_compile.kernels import cuda_norm, elementwise_gpu
 from fairy_compile.kernels.attention_cpu import vector_unit
 from fairy_compile.kernels.base import Activation, Batch
 from fairy_compile.kernels.elementwise_cpu import (
@@ -59,6 +59,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, target: Target) -> Tensor:
     size = int(x.shape[-1])
 
     def build(batch: Batch) -> tirx.PrimFunc:
+        if target.device == "cuda" and cuda_norm.serves(size, x.dtype):
+            return cuda_norm.build_rms_norm(size, eps, x.dtype, batch)
         if target.is_gpu:
             return elementwise_gpu.build_rms_norm(size, eps, x.dtype, batch)
         return build_rms_norm(size, eps, vector_unit(target), batch)

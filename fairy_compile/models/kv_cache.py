@@ -1,10 +1,11 @@
 """The paged KV cache of a model: how it is created, and attention over it.
 
 The cache is the runtime's (`vm.builtin.paged_attention_kv_cache_create`), which manages sequences
-and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs and those of
-TVM's `TIRPagedKVCache` on GPUs. It demands one dtype for pages and for everything that goes in and
-comes out, so a float16 cache means that queries and outputs are rounded to float16 as well.
-Arithmetic in between is float32.
+and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs. On GPUs
+they are those of TVM's `TIRPagedKVCache`, and on CUDA `kernels.cuda_attention` where that serves.
+The cache demands one dtype for pages and for everything that goes in and comes out, so a float16
+cache means that queries and outputs are rounded to float16 as well. Arithmetic in between is
+float32.
 
 Rotary embedding happens in the cache, which knows one rule. Where layers differ, and on GPUs where
 the rule is none of TVM's, it happens before, at the positions the cache tells.
@@ -32,7 +33,8 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels.attention_gpu import build_merge
+from fairy_compile.kernels import attention_gpu, cuda_attention, cuda_attention_prefill
+from fairy_compile.kernels.cuda_attention import CacheShape
 from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
@@ -229,11 +231,13 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     """
     if config.attention_softcap is not None:
         raise UnsupportedError(
-            f"{config.model_type} caps its attention scores, which the attention kernels of target "
-            f"{target.name} cannot; build for a CPU target, e.g. --target cpu"
+            f"{config.model_type} caps its attention scores (at {config.attention_softcap:g}); "
+            f"attention kernels of target {target.name} cannot, those of CPU targets can; build "
+            "with --target cpu"
         )
     if config.window is not None:
         raise ValueError(f"context {config.context} is beyond the window of {config.window}")
+    attention_gpu.check_head_dim(config.head_dim, target.name)
     rope = config.rope
     scaling = {}
     if rope.kind == "llama3":
@@ -275,14 +279,41 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     functions[_APPEND_LATENT] = relax.prim_value(0)
     for index in _UNUSED_KERNELS:
         functions[index] = relax.Tuple([])
-    threads = target.limits.max_threads if target.limits else 256
-    merge = build_merge(config.num_heads, config.head_dim, config.kv_dtype, threads)
+    limits = target.limits
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    own = _cuda_kernels(config) if target.device == "cuda" else {}
+    if _DECODE not in own:
+        decode = bb.get()[functions[_DECODE].fields[1]]
+        attention_gpu.check_decode(decode, heads, kv_heads, head_dim, target.name)
+    shape = (kv_heads, heads, head_dim, config.kv_dtype)
+    for index in sorted({_RAGGED, _PAGED} - own.keys()):
+        var = functions[index].fields[1]
+        ragged = index == _RAGGED
+        fitting = attention_gpu.fit_prefill(bb.get()[var], ragged, shape, scaling, limits)
+        bb.update_func(var, fitting)
+    for index, kernel in own.items():
+        added = bb.add_func(kernel, str(kernel.attrs["global_symbol"]))
+        functions[index] = relax.Tuple([tvm.ir.StringImm("tirx"), added])
+    merge = attention_gpu.build_merge(heads, head_dim, config.kv_dtype, limits.max_threads)
     functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
     return functions
 
 
+def _cuda_kernels(config: DecoderConfig) -> dict[int, tirx.PrimFunc]:
+    """Return our own kernels for CUDA: place among the functions -> kernel."""
+    shape = CacheShape(config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype)
+    own = {}
+    if cuda_attention.serves(shape):
+        own[_DECODE] = cuda_attention.build_decode(shape)
+    if cuda_attention_prefill.serves(shape):
+        own[_RAGGED] = cuda_attention_prefill.build_ragged_prefill(shape)
+        own[_PAGED] = cuda_attention_prefill.build_paged_prefill(shape)
+    return own
+
+
 # Places among the functions, in the order of `_functions`.
 _APPEND_LATENT = 1
+_RAGGED, _PAGED, _DECODE = 2, 3, 4
 _UNUSED_KERNELS = (5, 6, 7, 8)
 _MERGE = 10
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fairy_compile.models import decoder, moe
-from fairy_compile.models.config import DecoderConfig, parse_decoder
+from fairy_compile.models import moe
+from fairy_compile.models.config import DecoderConfig, ExpertNames, parse_decoder
 
 MODEL_TYPE = "mixtral"
+Network = moe.Network
+_NAMES = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
 _DEFAULTS = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
@@ -22,29 +24,9 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
     config = _DEFAULTS | dict(config)
     sizes = moe.mixture_sizes(config, "num_local_experts")
     return parse_decoder(
-        config, local=lambda layer: True, expert_size=config["intermediate_size"], **sizes
+        config,
+        local=lambda layer: True,
+        expert_size=config["intermediate_size"],
+        expert_names=_NAMES,
+        **sizes,
     )
-
-
-class SparseMLP(moe.SparseMLP):
-    """A mixture with the names of this family."""
-
-    names = moe.ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
-
-
-class DecoderLayer(moe.DecoderLayer):
-    """A layer with this mixture."""
-
-    sparse_type = SparseMLP
-
-
-class Decoder(decoder.Decoder):
-    """The decoder with layers of this family."""
-
-    layer_type = DecoderLayer
-
-
-class Network(decoder.CausalLM):
-    """The language model."""
-
-    decoder_type = Decoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import te, tirx
@@ -14,7 +13,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 from fairy_compile.errors import ModelFileError
 from fairy_compile.kernels import experts_cpu
 from fairy_compile.models import decoder
-from fairy_compile.models.config import DecoderConfig
+from fairy_compile.models.config import DecoderConfig, ExpertNames
 from fairy_compile.models.elementwise import gate_product
 from fairy_compile.models.linear import (
     LinearPlanner,
@@ -25,21 +24,6 @@ from fairy_compile.models.linear import (
 )
 from fairy_compile.models.shapes import product
 from fairy_compile.models.values import positive_int
-
-
-@dataclass(frozen=True)
-class ExpertNames:
-    """What a family's checkpoints call the parts of a mixture, below the layer.
-
-    Attributes:
-        block: the mixture.
-        gate, up, down: parts of an expert.
-    """
-
-    block: str
-    gate: str
-    up: str
-    down: str
 
 
 def mixture_sizes(config: Mapping[str, Any], *count_keys: str) -> dict[str, Any]:
@@ -59,6 +43,12 @@ def mixture_sizes(config: Mapping[str, Any], *count_keys: str) -> dict[str, Any]
             f"config.json sends a token to {chosen} experts (num_experts_per_tok) of {experts}"
         )
     return {"experts": experts, "experts_per_token": chosen}
+
+
+def _names(config: DecoderConfig) -> ExpertNames:
+    if config.expert_names is None:
+        raise ValueError(f"family {config.model_type} has experts without names")
+    return config.expert_names
 
 
 class PlannedExperts(PlannedLinear):
@@ -94,13 +84,11 @@ class SparseMLP(nn.Module):
     parameters follow the checkpoint, but for ``experts``, whose weights are together.
     """
 
-    names: ExpertNames
-
     def __init__(
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
         self.config, self.target = config, target
-        hidden, inner, names = config.hidden_size, config.expert_size, self.names
+        hidden, inner, names = config.hidden_size, config.expert_size, _names(config)
         own = [f"{prefix}.experts.{e}" for e in range(config.experts)]
         self.gate = make_linear(
             planner.linear(f"{prefix}.gate", [f"{prefix}.gate"], hidden, [config.experts]), target
@@ -195,8 +183,6 @@ def _combine(outputs: te.Tensor, places: te.Tensor, weights: te.Tensor) -> te.Te
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, dense or a mixture, with residual connections."""
 
-    sparse_type: type[SparseMLP]
-
     def __init__(
         self, prefix: str, config: DecoderConfig, planner: LinearPlanner, target: Any
     ) -> None:
@@ -206,12 +192,24 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = decoder.RMSNorm(size, eps, target)
         layer = int(prefix.rpartition(".")[2])
         sparse = config.is_sparse(layer)
-        block = self.sparse_type.names.block if sparse else "mlp"
+        block = _names(config).block if sparse else "mlp"
         self.block_name = block
-        kind = self.sparse_type if sparse else decoder.MLP
+        kind = SparseMLP if sparse else decoder.MLP
         setattr(self, block, kind(f"{prefix}.{block}", config, planner, target))
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
         """Run one layer over x (batch, tokens, hidden)."""
         x = x + self.self_attn(self.input_layernorm(x), cache, layer)
         return x + getattr(self, self.block_name)(self.post_attention_layernorm(x))
+
+
+class Decoder(decoder.Decoder):
+    """The decoder with layers that may be mixtures."""
+
+    layer_type = DecoderLayer
+
+
+class Network(decoder.CausalLM):
+    """The language model of a family with mixtures of experts."""
+
+    decoder_type = Decoder

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairy_compile.errors import ModelFileError
-from fairy_compile.models import decoder, moe
-from fairy_compile.models.config import DecoderConfig, parse_decoder
+from fairy_compile.models import moe
+from fairy_compile.models.config import DecoderConfig, ExpertNames, parse_decoder
 from fairy_compile.models.values import positive_int
 
 MODEL_TYPE = "qwen3_moe"
+Network = moe.Network
+_NAMES = ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj")
 
 
 def parse(config: Mapping[str, Any]) -> DecoderConfig:
@@ -35,33 +37,10 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
         expert_size=positive_int(config, "moe_intermediate_size", 768),
         sparse_layers=sparse,
         normalize_experts=bool(config.get("norm_topk_prob", False)),
+        expert_names=_NAMES,
         **sizes,
     )
 
 
 def _step(config: Mapping[str, Any]) -> int:
     return positive_int(config, "decoder_sparse_step", 1)
-
-
-class SparseMLP(moe.SparseMLP):
-    """A mixture with the names of this family."""
-
-    names = moe.ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj")
-
-
-class DecoderLayer(moe.DecoderLayer):
-    """A layer with this mixture."""
-
-    sparse_type = SparseMLP
-
-
-class Decoder(decoder.Decoder):
-    """The decoder with layers of this family."""
-
-    layer_type = DecoderLayer
-
-
-class Network(decoder.CausalLM):
-    """The language model."""
-
-    decoder_type = Decoder

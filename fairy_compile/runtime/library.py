@@ -17,6 +17,7 @@ from typing import Any
 
 from fairy_compile.artifact.contract import EXACT_DECODE
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError
+from fairy_compile.runtime.sidecars import load_sidecars
 from fairy_compile.runtime.weights import load_host_weights
 
 RELAX_FUNCTIONS = (
@@ -218,6 +219,7 @@ def open_device(name: str) -> Any:
     """
     import tvm
 
+    load_sidecars()
     try:
         device = tvm.runtime.device(name)
     except (ValueError, TypeError, RuntimeError) as error:

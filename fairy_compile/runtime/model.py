@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fairy_compile.artifact import Manifest, check_loaded_metadata, verify
+from fairy_compile.artifact.cuda_archs import runs_on
 from fairy_compile.artifact.graph_contract import GRAPH
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime import stats
@@ -18,6 +19,7 @@ from fairy_compile.runtime.chat_template import ChatTemplate, Message
 from fairy_compile.runtime.engine import Engine
 from fairy_compile.runtime.generation import Generation
 from fairy_compile.runtime.graph_model import GraphModel
+from fairy_compile.runtime.library import open_device
 from fairy_compile.runtime.sampler import Sampler, SamplingParams
 from fairy_compile.runtime.text import TextStream, Tokenizer
 
@@ -67,6 +69,7 @@ def load(
     report = verify(directory)
     directory, manifest = Path(directory), report.manifest
     _check_features(manifest)
+    _check_arch(manifest, device)
     warnings = [*report.warnings, *_permit_amx(manifest)]
     common["device"] = device or manifest.target.device
     model = GraphModel(directory, directory / manifest.library, **common, warnings=warnings)
@@ -112,6 +115,7 @@ def load_language_model(
             f"it from Python: fairy_compile.load({str(directory)!r}).run(inputs)"
         )
     _check_features(manifest)
+    _check_arch(manifest, device)
     engine = Engine(
         directory,
         directory / manifest.library,
@@ -136,12 +140,30 @@ def _permit_amx(manifest: Manifest) -> list[str]:
     return [refusal] if refusal else []
 
 
+def _check_arch(manifest: Manifest, name: str | None) -> None:
+    """Refuse a CUDA library that has no code for a GPU, before the driver does without a word."""
+    archs = manifest.target.archs
+    if not archs:
+        return
+    device = open_device(name or manifest.target.device)
+    if device.type != "cuda" or runs_on(archs, str(device.compute_version)):
+        return
+    raise UnsupportedError(
+        f"this artifact was built for target {manifest.target.name} and holds machine code for "
+        f"{', '.join(archs)}; this GPU ({device.device_name}) has compute capability "
+        f"{device.compute_version}; build the model again with --target cuda, which serves GPUs "
+        "from sm_80 (Ampere) on"
+    )
+
+
 def _check_features(manifest: Manifest) -> None:
     """Refuse a CPU library whose instructions this machine lacks, before one of them runs."""
     from fairy_compile.targets import host_features
 
+    if manifest.target.device != "cpu":
+        return
     missing = set(manifest.target.features) - host_features()
-    if manifest.target.device == "cpu" and missing:
+    if missing:
         raise UnsupportedError(
             f"this artifact was built for target {manifest.target.name}, whose instructions this "
             f"machine lacks: {', '.join(sorted(missing))}; build the model here with --target cpu"

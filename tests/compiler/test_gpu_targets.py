@@ -79,14 +79,15 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("gemma2", r"caps its attention scores.*--target cpu"),
-        ("mixtral", r"no kernels for mixtures of experts.*--target cpu"),
+        ("gemma2", r"gemma2 caps its attention scores \(at 2\); .* target {}.*--target cpu"),
+        ("mixtral", r"is a mixture of 5 experts; target {} has no kernels.*--target cpu"),
     ],
 )
 def test_what_gpus_lack_is_refused_with_what_helps(tmp_path: Path, family: str, words: str) -> None:
     model = save_model(tmp_path / "model", family)
-    with pytest.raises(UnsupportedError, match=words):
-        fc.build(model, target="opencl", dry_run=True)
+    for name in ("cuda", "metal", "opencl", "vulkan", "webgpu"):
+        with pytest.raises(UnsupportedError, match=words.format(name)):
+            fc.build(model, target=name, dry_run=True)
 
 
 def test_contexts_of_gpus_end_at_the_sliding_window(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-_PRIMITIVES = re.compile("#ifndef FAIRY_PRIMITIVES.*?#endif  // FAIRY_PRIMITIVES", re.DOTALL)
+_PRIMITIVES = re.compile("#ifndef (FAIRY_(?:HOPPER_)?PRIMITIVES)\n.*?#endif  // \\1", re.DOTALL)
 
 
 def missing_tools() -> str | None:
@@ -42,18 +42,31 @@ class Emulator:
         self.order = list(self.functions)
         self.out_dtype = y
         x, y = CUDA_TYPES[x], CUDA_TYPES[y]
-        parts = [(HERE / "cuda_shim.h").read_text("utf-8")]
+        shims = ("cuda_shim.h", "cuda_shim_hopper.h")
+        parts = [(HERE / shim).read_text("utf-8") for shim in shims]
         parts += [for_shim(launch.source) for launch in self.functions.values()]
-        parts.append("static void* pointers[4];\nstatic int rows;")
+        parts.append("static void *pointers[4], *image;\nstatic int rows;")
+        table = []
         for name in self.order:
+            launch = self.functions[name]
+            given, shared, arrange = f"(const {x}*)pointers[0]", "", "0, 0, 0, nullptr"
+            if own := launch.arrange:
+                given = "(const unsigned char*)image"
+                shared = ", (unsigned char*)emulated::shared_bytes"
+                parts.append(
+                    f"static void {own.function}_run() {{ {own.function}((const {x}*)pointers[0], "
+                    "(unsigned char*)image, rows); }"
+                )
+                arrange = f"{own.blocks}, {own.threads}, {own.image_bytes}, {own.function}_run"
             parts.append(
-                f"static void run_{name}() {{ {name}((const {x}*)pointers[0], "
-                f"(const unsigned char*)pointers[1], (const float*)pointers[2], ({y}*)pointers[3],"
-                " rows); }"
+                f"static void run_{name}() {{ {name}({given}, (const unsigned char*)pointers[1], "
+                f"(const float*)pointers[2], ({y}*)pointers[3], rows{shared}); }}"
             )
-        table = ", ".join(f"{{{self.functions[n].threads}, run_{n}}}" for n in self.order)
+            table.append(f"{{{launch.threads}, {launch.rows}, run_{name}, {arrange}}}")
         parts.append(
-            f"struct Launch {{ unsigned threads; void (*run)(); }} launches[] = {{{table}}};"
+            "struct Launch { unsigned threads, rows; void (*run)(); unsigned arrange_blocks, "
+            "arrange_threads; size_t image_bytes; void (*arrange)(); } launches[] = "
+            f"{{{', '.join(table)}}};"
         )
         parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
         source, self.program = folder / "emulated.cpp", folder / "emulated"

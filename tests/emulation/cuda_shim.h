@@ -5,8 +5,8 @@
 // of the block or of its warp, or at an instruction that all lanes of a warp execute together. Those
 // are executed once all 32 lanes have arrived at the same one. Threads that wait for others that will
 // never come are an error. Shared memory starts as 0xff, i.e. NaN, for every
-// block, and asynchronous copies arrive as late as they may, so that a missing wait or barrier shows
-// in some order.
+// block, and asynchronous copies arrive as late as they may, or bulk copies at any time where warps do
+// not keep pace, so that a missing wait or barrier shows in some order.
 #pragma once
 #include <ucontext.h>
 
@@ -58,8 +58,9 @@ static Index threadIdx, blockIdx;
 namespace emulated {
 
 constexpr int kWarp = 32;
-enum class Wait { nothing, block, warp, over };
+enum class Wait { nothing, block, warp, condition, over };
 typedef void (*Together)(void* const (&operands)[kWarp]);
+typedef bool (*Condition)(void* operands);
 
 struct Copy {
   void* to;
@@ -73,6 +74,7 @@ struct Thread {
   Wait wait;
   int line;  // of the instruction it waits at
   Together together;
+  Condition condition;
   void* operands;
   std::vector<std::vector<Copy>> committed;
   std::vector<Copy> open;
@@ -100,6 +102,14 @@ static void wait(Wait what, int line, Together together = nullptr, void* operand
   swapcontext(&self.context, &scheduler);
 }
 
+static void wait_until(Condition condition, void* operands) {
+  threads[current].condition = condition;
+  wait(Wait::condition, 0, nullptr, operands);
+}
+
+// Makes something happen that threads may wait for, if anything is left; set by cuda_shim_hopper.h.
+static bool (*deliver)();
+
 static void start() {
   body();
   threads[current].wait = Wait::over, threads[current].line = 0;
@@ -114,6 +124,10 @@ static void release(int first, int count) {
   for (int i = first; i < first + count; ++i) threads[i].wait = Wait::nothing;
 }
 
+// Whether warps that could go on are held back now and then, so that they do not keep pace.
+static bool uneven;
+static std::mt19937 chance;
+
 // Lets waiting threads go on whose companions have all arrived; false if there are none.
 static bool advance() {
   const int count = threads.size();
@@ -121,6 +135,7 @@ static bool advance() {
   for (int first = 0; first < count; first += kWarp) {
     const int lanes = std::min(kWarp, count - first);
     if (all(first, lanes, Wait::warp)) {
+      if (uneven && any && chance() % 4) continue;
       void* operands[kWarp] = {};
       for (int lane = 0; lane < lanes; ++lane) operands[lane] = threads[first + lane].operands;
       if (threads[first].together) threads[first].together(operands);
@@ -133,15 +148,18 @@ static bool advance() {
     release(0, count);
     any = true;
   }
-  return any;
+  for (Thread& t : threads)
+    if (t.wait == Wait::condition && t.condition(t.operands)) t.wait = Wait::nothing, any = true;
+  if (uneven && deliver && chance() % 4 == 0) any |= deliver();
+  return any || (deliver && deliver());
 }
 
-// What the rig puts in place of `__shared__`: the static shared memory of a block.
-alignas(128) static char shared_bytes[48 << 10];
+// Shared memory of a block: what the rig puts in place of `__shared__`, or dynamic.
+alignas(128) static char shared_bytes[227 << 10];
 
 template <class Shared>
 Shared& shared_memory() {
-  static_assert(sizeof(Shared) <= sizeof shared_bytes, "a block has 48 KB");
+  static_assert(sizeof(Shared) <= 48 << 10, "a block has 48 KB");
   return *(Shared*)shared_bytes;
 }
 
@@ -171,7 +189,7 @@ static void run_block(const std::vector<int>& order, Index block) {
 }
 
 // Runs a grid and returns what went wrong, if anything did. Order 0 of threads is by rising index, 1
-// by falling, others are random.
+// by falling, others are random, with warps that do not keep pace.
 static const char* run_grid(Index grid, Index block, int order, void (*kernel)()) {
   const size_t count = block.x * block.y * block.z;
   body = kernel;
@@ -181,6 +199,8 @@ static const char* run_grid(Index grid, Index block, int order, void (*kernel)()
   std::iota(by.begin(), by.end(), 0);
   if (order == 1) std::reverse(by.begin(), by.end());
   if (order > 1) std::shuffle(by.begin(), by.end(), std::mt19937(order));
+  uneven = order > 1;
+  chance.seed(order);
   for (unsigned i = 0; i < grid.x * grid.y * grid.z && error.empty(); ++i) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     run_block(by, block);
@@ -193,6 +213,7 @@ static const char* run_grid(Index grid, Index block, int order, void (*kernel)()
 static void __syncthreads() { emulated::wait(emulated::Wait::block, 0); }
 static void __syncwarp(int line = __builtin_LINE()) { emulated::wait(emulated::Wait::warp, line); }
 static float __fmul_rn(float a, float b) { return a * b; }
+static float __fadd_rn(float a, float b) { return a + b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static int __float2int_rn(float x) { return (int)nearbyintf(x); }
 static float __int2float_rn(int x) { return (float)x; }
@@ -217,6 +238,9 @@ inline void store(__nv_bfloat16* to, float x) {
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline uint4 load_once(const uint4* from) { return *from; }
+inline void prefetch(const void* from) { (void)*(volatile const char*)from; }  // inside of arrays
+inline void launch_dependents() {}
+inline void wait_for_inputs() {}
 
 // Bytes (r, e) and halves of fragments, by the tables of the PTX ISA: lane 4 g + t, register r and
 // element e of `per` in a register. A: row g + 8 (r % 2), column per t + 4 per (r / 2) + e.
@@ -319,10 +343,23 @@ T shuffle_xor(T value, int lanes, int line = __builtin_LINE()) {
   return exchange.other;
 }
 
+inline Word float_bits(float x) {
+  Word bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+inline int add_bytes(Word bytes, int before) {
+  for (int i = 0; i < 4; ++i) before += element<int8_t>(bytes, i);
+  return before;
+}
 inline Word shared_address(const void* at) { return (const char*)at - emulated::shared_bytes; }
 
 inline uint2 load_shared(Word address, int offset) {
   return *(const uint2*)(emulated::shared_bytes + address + offset);
+}
+
+inline Word load_shared_word(Word address, int offset) {
+  return *(const Word*)(emulated::shared_bytes + address + offset);
 }
 
 inline void copy_async(void* to, const void* from, bool inside) {

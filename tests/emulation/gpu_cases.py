@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+from fairy_compile.compiler.device_pipeline import tir_pipeline
 from fairy_compile.kernels.base import PhaseKernel
 from fairy_compile.op import PhaseSpec, phase_gemm_reference
 from fairy_compile.phase import PhaseTensor
@@ -42,15 +43,25 @@ def compile_functions(functions: Mapping[str, Any], target: Target, directory: P
     """Return a loaded library of scheduled functions."""
     named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
     path = directory / f"{next(_NUMBERS)}.so"  # the loader remembers libraries by path
-    tvm.tirx.build(tvm.IRModule(named), target=target.to_tvm()).export_library(str(path))
+    options = {"target": target.to_tvm(), "pipeline": tir_pipeline(target)}
+    tvm.tirx.build(tvm.IRModule(named), **options).export_library(str(path))
     return tvm.runtime.load_module(str(path))
 
 
-def call(library: Any, name: str, target: Target, arrays: Sequence[np.ndarray]) -> list[Any]:
-    """Call a function on copies of ``arrays`` on the device, and return all of them after it."""
+def call(
+    library: Any,
+    name: str,
+    target: Target,
+    arrays: Sequence[np.ndarray],
+    scalars: Sequence[int | float] = (),
+) -> list[Any]:
+    """Call a function on copies of ``arrays`` on the device, and return all of them after it.
+
+    ``scalars`` follow the arrays.
+    """
     device = tvm.runtime.device(target.device)
     tensors = [tvm.runtime.tensor(array, device) for array in arrays]
-    library[name](*tensors)
+    library[name](*tensors, *scalars)
     return [tensor.numpy() for tensor in tensors]
 
 

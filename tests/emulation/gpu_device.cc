@@ -37,6 +37,9 @@ class HostMemoryGpu final : public DeviceAPI {
       case kDeviceName:
         *result = ffi::String("simulated");
         break;
+      case kComputeVersion:  // of a CUDA device, one that every library for CUDA has code for
+        *result = ffi::String("9.0");
+        break;
       case kTotalGlobalMemory:
         *result = int64_t{8} << 30;
         break;

@@ -144,8 +144,15 @@ def translate(source: str) -> str:
 
 def check_threadgroup_memory(kernel: Kernel) -> None:
     """Raise if a kernel wants more memory than an Apple GPU's threadgroup has."""
-    used = sum(_SIZES.get(t, 16) * int(n) for _, t, _, n in _SHARED.findall(kernel.source))
+    used = sum(_bytes_of(t) * int(n) for _, t, _, n in _SHARED.findall(kernel.source))
     assert used <= _THREADGROUP_BYTES, f"{kernel.name} takes {used} bytes of threadgroup memory"
+
+
+def _bytes_of(name: str) -> int:
+    """Return the size of a type, e.g. ``half4``; vectors of three take the place of four."""
+    scalar = name.rstrip("234")
+    lanes = int(name.removeprefix(scalar) or 1)
+    return _SIZES[scalar] * (4 if lanes == 3 else lanes)
 
 
 def barriers(source: str) -> int:

@@ -1,5 +1,5 @@
 // Main program of emulated launches: arrays from standard input to standard output. The rig puts the
-// kernels and a table of them in front: struct Launch {name, threads, run} and launches[].
+// kernels and a table of them in front: struct Launch and launches[].
 //
 // Input: int64 launch, blocks x, blocks y, order, rows, then the sizes in bytes of x, codes, scales
 // and y, then x, codes and scales. Output: y. Every array ends where a page ends that may not be
@@ -32,7 +32,14 @@ int main() {
   for (int i = 0; i < 4; ++i) pointers[i] = arrays[i];
   rows = head[4];
   const Index grid = {(unsigned)head[1], (unsigned)head[2], 1};
-  const char* error = emulated::run_grid(grid, {launch.threads, 1, 1}, head[3], launch.run);
+  const char* error = nullptr;
+  if (launch.arrange) {
+    image = guarded(launch.image_bytes * grid.y);
+    memset(image, 0xff, launch.image_bytes * grid.y);
+    const Index before = {launch.arrange_blocks, launch.rows / launch.arrange_threads * grid.y, 1};
+    error = emulated::run_grid(before, {launch.arrange_threads, 1, 1}, head[3], launch.arrange);
+  }
+  if (!error) error = emulated::run_grid(grid, {launch.threads, 1, 1}, head[3], launch.run);
   if (error) {
     fprintf(stderr, "%s\n", error);
     return 3;

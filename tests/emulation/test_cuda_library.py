@@ -10,7 +10,7 @@ import pytest
 
 import fairy_compile as fc
 from fairy_compile.compiler import cuda_binary, pipeline
-from tests.emulation import cuda_library, cuda_rig, metal_rig
+from tests.emulation import cuda_graphs, cuda_library, cuda_rig, metal_rig
 from tests.emulation.gpu_targets import use_linux_host
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
@@ -58,6 +58,41 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: st
         assert relative_error(np.array(logits), want) <= TOLERANCE[act]
         if act == "float":
             assert _greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+
+
+def test_graphs_give_the_same_when_they_are_replayed(rig, patch, tmp_path) -> None:
+    """Batches of one size replay what the first of them recorded, whoever is in them."""
+    recorder = cuda_graphs.install()
+    use_linux_host(patch, tmp_path / "targets", "cuda")
+    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
+    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    source, out = tmp_path / "model", tmp_path / "out"
+    save_model(source, "llama")
+    sizes = {"context": 64, "prefill_chunk": 32, "max_batch": 4}
+    fc.build(source, target="cuda", act="float", output=out, cuda_graphs=True, **sizes)
+    oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
+    with fc.load(out) as model:
+        engine = model.engine
+        assert _greedy(model, TOKENS[:5], 8) == oracle.greedy(TOKENS[:5], 8)
+        # Before the first attention, after each, and what the head does once for a prefill.
+        assert recorder.recorded >= SIZES["num_hidden_layers"] + 1
+        texts = [TOKENS[i : i + 4] for i in range(3)]
+        recorded = None
+        for order in ([0, 1, 2], [2, 0, 1], [1, 0], [2, 1]):
+            ids = {i: engine.add_sequence() for i in order}
+            engine.prefill_many({ids[i]: texts[i] for i in order})
+            for step in range(2):
+                logits = engine.decode([ids[i] for i in order], [TOKENS[9 + i] for i in order])
+                want = [
+                    oracle.logits([*texts[i], *[TOKENS[9 + i]] * (step + 1)])[-1] for i in order
+                ]
+                assert relative_error(logits, np.array(want)) <= TOLERANCE["float"]
+            if order == [2, 0, 1]:
+                assert recorder.recorded == recorded
+            recorded = recorder.recorded
+            for sequence in ids.values():
+                engine.remove_sequence(sequence)
+        assert recorder.replayed > recorder.recorded
 
 
 def _greedy(model, prompt: list[int], count: int) -> list[int]:

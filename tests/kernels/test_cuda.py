@@ -52,10 +52,18 @@ def test_launches_cover_every_number_of_rows(act, terms, stages, switch):
     assert launches[: len(decodes)] == decodes
 
 
+def test_blocks_share_row_tiles_evenly():
+    """Every multiprocessor of an H200 has one block or two, all with the same number of tiles."""
+    for tiles, per_block in ((128, 1), (256, 2), (688, 6), (1792, 14), (2376, 9)):
+        grid = KERNEL.launches(replace(HALF, parts=(tiles * 16,), m=2048), "single", {})[0]
+        assert grid.blocks == -(-tiles // per_block) <= 2 * 132
+
+
 def test_few_rows_split_columns_over_more_warps():
     few = KERNEL.launches(replace(HALF, parts=(2048,), m=2048), "single", {})[0]
     many = KERNEL.launches(replace(HALF, parts=(38016,), m=2048), "single", {})[0]
-    assert (few.blocks, many.blocks) == (2048 // 16, 38016 // 16 // 4)
+    assert few.threads == 16 * 32  # all 16 groups of columns at once
+    assert many.threads == 9 * 2 * 32
 
 
 @pytest.mark.parametrize("batch", ["single", "many"])

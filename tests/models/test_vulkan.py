@@ -8,6 +8,7 @@ import pytest
 import fairy_compile as fc
 from tests.emulation.vulkan_device import missing_driver, missing_validator, validate
 from tests.emulation.vulkan_module import kernels_in
+from tests.tiny_ifairy import Published, save_ifairy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 37).tolist()
@@ -97,3 +98,45 @@ def test_generates_the_same_tokens(build):
             seen.append(int(np.argmax(logits)))
             logits = engine.decode([sequence], [seen[-1]])[0]
     assert seen == expected[-8:]
+
+
+@pytest.fixture(scope="module")
+def build_ifairy(tmp_path_factory):
+    """Return build(kv_dtype) -> (artifact, source) of a model whose heads are those GPUs have."""
+    root = tmp_path_factory.mktemp("ifairy")
+
+    def make(kv_dtype: str):
+        source, out = root / "model", root / kv_dtype
+        if not source.exists():
+            save_ifairy(source)
+        if not out.exists():
+            sizes = {"context": 128, "prefill_chunk": 32}
+            fc.build(source, target="vulkan", act="float", kv_dtype=kv_dtype, output=out, **sizes)
+        return out, source
+
+    return make
+
+
+IFAIRY_CASES = ["float32", pytest.param("float16", marks=slow)]
+
+
+@pytest.mark.parametrize("kv_dtype", IFAIRY_CASES)
+def test_every_ifairy_kernel_is_valid(build_ifairy, kv_dtype):
+    artifact, _ = build_ifairy(kv_dtype)
+    kernels = kernels_in((artifact / "model.so").read_bytes())
+    assert len(kernels) > 30
+    for kernel in kernels.values():
+        validate(kernel.code)
+
+
+@pytest.mark.parametrize("kv_dtype", IFAIRY_CASES)
+def test_ifairy_logits_equal_the_published_formulas(build_ifairy, kv_dtype):
+    artifact, source = build_ifairy(kv_dtype)
+    expected = Published(source, int8=False).logits(TOKENS)
+    with fc.load(artifact) as model:
+        assert str(model.engine.device).startswith("vulkan")
+        seen = model.logits(TOKENS)
+    if kv_dtype == "float32":
+        assert relative_error(seen, expected) <= FLOAT32_TOLERANCE
+    else:
+        np.testing.assert_allclose(seen, expected, rtol=0, atol=FLOAT16_TOLERANCE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fairy_compile.codegen.spirv import matrices
 from fairy_compile.codegen.spirv.dtypes import UINT32, DType, Kind, dtype_of
 from fairy_compile.codegen.spirv.enums import (
     BuiltIn,
@@ -15,6 +16,7 @@ from fairy_compile.codegen.spirv.enums import (
     Extension,
     Glsl,
     GroupOperation,
+    MemoryModel,
     MemorySemantics,
     Op,
     PackedVectorFormat,
@@ -78,6 +80,8 @@ def emit_effect(ex: Expressions, call: Any) -> None:
     name = call.op.name.split(".", 1)[1]
     if name == "tvm_storage_sync":
         _barrier(ex, call)
+    elif name in matrices.OPERATORS:
+        matrices.emit(ex, name, call)
     elif name == "thread_return":
         ex.function.leave(None)
     elif name in ("break_loop", "continue_loop"):
@@ -92,6 +96,8 @@ def _barrier(ex: Expressions, call: Any) -> None:
     if kind not in _BARRIERS:
         raise ex.error.unsupported(f"synchronisation of {kind!r} memory")
     scope, semantics = _BARRIERS[kind]
+    if ex.module.memory_model is MemoryModel.Vulkan:
+        semantics |= MemorySemantics.MakeAvailable | MemorySemantics.MakeVisible
     if kind == "warp":
         ex.module.target.subgroup(SubgroupFeature.Basic, "a subgroup barrier", ex.error)
         ex.module.use_capability(Capability.GroupNonUniform)

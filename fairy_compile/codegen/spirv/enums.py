@@ -129,6 +129,10 @@ class Op(IntEnum):
     SDot = 4450
     UDot = 4451
     SUDot = 4452
+    TypeCooperativeMatrixKHR = 4456
+    CooperativeMatrixLoadKHR = 4457
+    CooperativeMatrixStoreKHR = 4458
+    CooperativeMatrixMulAddKHR = 4459
 
 
 class Glsl(IntEnum):
@@ -179,8 +183,10 @@ class Capability(IntEnum):
     GroupNonUniformShuffleRelative = 66
     StorageBuffer16BitAccess = 4433
     StorageBuffer8BitAccess = 4448
+    VulkanMemoryModel = 5345
     DotProductInput4x8BitPacked = 6018
     DotProduct = 6019
+    CooperativeMatrixKHR = 6022
 
 
 class Extension:
@@ -190,6 +196,8 @@ class Extension:
     STORAGE_8BIT = "SPV_KHR_8bit_storage"
     STORAGE_16BIT = "SPV_KHR_16bit_storage"
     INTEGER_DOT_PRODUCT = "SPV_KHR_integer_dot_product"
+    VULKAN_MEMORY_MODEL = "SPV_KHR_vulkan_memory_model"
+    COOPERATIVE_MATRIX = "SPV_KHR_cooperative_matrix"
 
 
 class StorageClass(IntEnum):
@@ -235,6 +243,7 @@ class MemoryModel(IntEnum):
     """Memory model of a module."""
 
     GLSL450 = 1
+    Vulkan = 3
 
 
 class ExecutionModel(IntEnum):
@@ -263,6 +272,8 @@ class MemorySemantics(IntFlag):
     UniformMemory = 0x40
     SubgroupMemory = 0x80
     WorkgroupMemory = 0x100
+    MakeAvailable = 0x2000
+    MakeVisible = 0x4000
 
 
 class GroupOperation(IntEnum):
@@ -294,12 +305,28 @@ class MemoryAccess(IntFlag):
     """Modes of a load or store."""
 
     Volatile = 1
+    NonPrivatePointer = 0x20
 
 
 class PackedVectorFormat(IntEnum):
     """How a dot product reads a 32-bit word as a vector."""
 
     PackedVectorFormat4x8Bit = 0
+
+
+class CooperativeMatrixUse(IntEnum):
+    """What a cooperative matrix is in a product A B + C."""
+
+    MatrixA = 0
+    MatrixB = 1
+    MatrixAccumulator = 2
+
+
+class CooperativeMatrixLayout(IntEnum):
+    """How a cooperative matrix lies in memory."""
+
+    RowMajor = 0
+    ColumnMajor = 1
 
 
 class SubgroupFeature(IntFlag):

@@ -11,6 +11,7 @@ from fairy_compile.codegen.spirv import calls
 from fairy_compile.codegen.spirv.dtypes import UINT32, dtype_of
 from fairy_compile.codegen.spirv.enums import BuiltIn, Decoration, Op, StorageClass
 from fairy_compile.codegen.spirv.function import FunctionBuilder
+from fairy_compile.codegen.spirv.matrices import Matrices
 from fairy_compile.codegen.spirv.memory import Buffer, Memory
 from fairy_compile.codegen.spirv.values import ARITHMETIC, COMPARISONS, Arithmetic, Value
 
@@ -20,7 +21,7 @@ class Expressions:
 
     Attributes:
         function, module: where instructions and declarations go.
-        arithmetic, memory: what the instructions are made with.
+        arithmetic, memory, matrices: what the instructions are made with.
         variables: values of TIR variables in scope.
         buffers: buffers in scope, by TIR buffer or by the parameter that points to it.
         error: makes errors that name the kernel.
@@ -32,6 +33,7 @@ class Expressions:
         self.error = function.module.error
         self.arithmetic = Arithmetic(function)
         self.memory = Memory(function, self.arithmetic)
+        self.matrices = Matrices(self)
         self.variables: dict[Any, Value] = {}
         self.buffers: dict[Any, Buffer] = {}
         self._built_ins: dict[BuiltIn, int] = {}

@@ -11,6 +11,7 @@ from fairy_compile.codegen.spirv.dtypes import DType, dtype_of, is_pointer, pars
 from fairy_compile.codegen.spirv.enums import Op
 from fairy_compile.codegen.spirv.expressions import Expressions
 from fairy_compile.codegen.spirv.function import FunctionBuilder
+from fairy_compile.codegen.spirv.matrices import uses_matrices
 from fairy_compile.codegen.spirv.memory import uses_uniform_buffer
 from fairy_compile.codegen.spirv.module import ModuleBuilder
 from fairy_compile.codegen.spirv.statements import Statements
@@ -66,6 +67,8 @@ def compile_function(function: Any, target: VulkanTarget) -> Kernel:
     name = str(function.attrs["global_symbol"])
     error = KernelError(name)
     module = ModuleBuilder(target, error)
+    if uses_matrices(function.body):
+        module.use_vulkan_memory_model()
     builder = FunctionBuilder(module)
     expressions = Expressions(builder)
     arguments = _declare_arguments(function.params, expressions)

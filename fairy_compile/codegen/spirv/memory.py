@@ -17,7 +17,13 @@ from fairy_compile.codegen.spirv.dtypes import (
     DType,
     Kind,
 )
-from fairy_compile.codegen.spirv.enums import Decoration, MemoryAccess, Op, StorageClass
+from fairy_compile.codegen.spirv.enums import (
+    Decoration,
+    MemoryAccess,
+    MemoryModel,
+    Op,
+    StorageClass,
+)
 from fairy_compile.codegen.spirv.function import FunctionBuilder
 from fairy_compile.codegen.spirv.values import Arithmetic, Value
 
@@ -190,12 +196,33 @@ class Memory:
         for i, cell in enumerate(cells):
             index, offset = divmod(i, buffer.cells)
             chain = self._chain(buffer, indices[index], offset)
-            self._function.emit_void(Op.Store, chain, cell.id, *_access(buffer))
+            self._function.emit_void(Op.Store, chain, cell.id, *self._access(buffer))
+
+    def shared_pointer(self, buffer: Buffer, index: Value) -> int:
+        """Return the pointer to an element that an instruction reads or writes by itself.
+
+        Raises:
+            UnsupportedError: an element is no scalar.
+        """
+        if buffer.element.lanes > 1:
+            raise self._module.error.unsupported(
+                f"a pointer into buffer {buffer.name} of vectors, {buffer.element},"
+            )
+        return self._chain(buffer, index, 0)
+
+    def _access(self, buffer: Buffer) -> tuple[int, ...]:
+        """Return the operand that tells how memory is accessed, if one is needed."""
+        access = MemoryAccess.Volatile if buffer.volatile else 0
+        # Vulkan's memory model takes memory for a thread's own unless told otherwise.
+        shared = buffer.storage_class in (StorageClass.Workgroup, StorageClass.StorageBuffer)
+        if shared and self._module.memory_model is MemoryModel.Vulkan:
+            access |= MemoryAccess.NonPrivatePointer
+        return (int(access),) if access else ()
 
     def _load_cell(self, buffer: Buffer, index: Value, offset: int) -> Value:
         chain = self._chain(buffer, index, offset)
         cell_type = self._module.type(buffer.cell)
-        loaded = self._function.emit_impure(Op.Load, cell_type, chain, *_access(buffer))
+        loaded = self._function.emit_impure(Op.Load, cell_type, chain, *self._access(buffer))
         return Value(buffer.cell, (loaded,))
 
     def _chain(self, buffer: Buffer, index: Value, offset: int) -> int:
@@ -230,7 +257,3 @@ class Memory:
 def uses_uniform_buffer(scalars: int) -> bool:
     """Tell whether so many scalar arguments travel in a uniform buffer."""
     return scalars > MAX_PUSH_CONSTANT_SCALARS
-
-
-def _access(buffer: Buffer) -> tuple[int, ...]:
-    return (MemoryAccess.Volatile,) if buffer.volatile else ()

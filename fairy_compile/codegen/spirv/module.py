@@ -22,6 +22,7 @@ from fairy_compile.codegen.spirv.enums import (
     SPIRV_1_6,
     AddressingModel,
     Capability,
+    CooperativeMatrixUse,
     Decoration,
     ExecutionMode,
     ExecutionModel,
@@ -29,6 +30,7 @@ from fairy_compile.codegen.spirv.enums import (
     FunctionControl,
     MemoryModel,
     Op,
+    Scope,
     StorageClass,
 )
 from fairy_compile.codegen.spirv.target import KernelError, VulkanTarget
@@ -36,12 +38,14 @@ from fairy_compile.codegen.spirv.target import KernelError, VulkanTarget
 WORD_MASK = 0xFFFFFFFF
 Words = list[int]
 
-# SPIR-V versions in whose core an extension is, where it need not be declared.
+# SPIR-V versions in whose core an extension is, where it need not be declared; None: in no one's.
 _CORE_SINCE = {
     Extension.STORAGE_BUFFER: SPIRV_1_3,
     Extension.STORAGE_16BIT: SPIRV_1_3,
     Extension.STORAGE_8BIT: SPIRV_1_5,
     Extension.INTEGER_DOT_PRODUCT: SPIRV_1_6,
+    Extension.VULKAN_MEMORY_MODEL: SPIRV_1_5,
+    Extension.COOPERATIVE_MATRIX: None,
 }
 
 
@@ -64,11 +68,13 @@ class ModuleBuilder:
     Attributes:
         target: what the module may use.
         error: makes errors that name the kernel.
+        memory_model: of the module.
     """
 
     def __init__(self, target: VulkanTarget, error: KernelError):
         self.target = target
         self.error = error
+        self.memory_model = MemoryModel.GLSL450
         self._last_id = 0
         self._capabilities = {Capability.Shader}
         self._extensions: set[str] = set()
@@ -93,8 +99,19 @@ class ModuleBuilder:
 
     def use_extension(self, name: str) -> None:
         """Declare an extension, unless it is part of the module's SPIR-V version."""
-        if self.target.spirv_version < _CORE_SINCE[name]:
+        since = _CORE_SINCE[name]
+        if since is None or self.target.spirv_version < since:
             self._extensions.add(name)
+
+    def use_vulkan_memory_model(self) -> None:
+        """Choose Vulkan's memory model; call it before memory is accessed.
+
+        Accesses of memory that threads share must then say so, see `Memory`, and barriers what they
+        make available and visible.
+        """
+        self.memory_model = MemoryModel.Vulkan
+        self.use_capability(Capability.VulkanMemoryModel)
+        self.use_extension(Extension.VULKAN_MEMORY_MODEL)
 
     def use_arithmetic(self, dtype: DType) -> None:
         """Declare what values of ``dtype`` need to be more than loaded, stored and converted.
@@ -154,6 +171,13 @@ class ModuleBuilder:
     def pointer_type(self, storage_class: StorageClass, pointee: int) -> int:
         """Return the id of a pointer to the type ``pointee``."""
         return self._declare(Op.TypePointer, storage_class, pointee)
+
+    def cooperative_matrix_type(
+        self, component: DType, rows: int, columns: int, use: CooperativeMatrixUse
+    ) -> int:
+        """Return the id of a matrix that the threads of a subgroup hold together."""
+        shape = [self.constant(n, UINT32) for n in (Scope.Subgroup, rows, columns, use)]
+        return self._declare(Op.TypeCooperativeMatrixKHR, self.type(component), *shape)
 
     def array_type(self, element: int, length: int) -> int:
         """Return the id of an array of constant length, without a layout in memory."""
@@ -245,7 +269,7 @@ class ModuleBuilder:
         for extension in sorted(self._extensions):
             append_instruction(out, Op.Extension, *string_words(extension))
         append_instruction(out, Op.ExtInstImport, self.glsl_import, *string_words(GLSL_STD_450))
-        append_instruction(out, Op.MemoryModel, AddressingModel.Logical, MemoryModel.GLSL450)
+        append_instruction(out, Op.MemoryModel, AddressingModel.Logical, self.memory_model)
         append_instruction(
             out,
             Op.EntryPoint,

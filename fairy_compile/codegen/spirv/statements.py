@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.ir import Call
 
-from fairy_compile.codegen.spirv import calls
+from fairy_compile.codegen.spirv import calls, matrices
 from fairy_compile.codegen.spirv.dtypes import UINT32, dtype_of, parse_dtype
 from fairy_compile.codegen.spirv.enums import BuiltIn, LoopControl, Op
 from fairy_compile.codegen.spirv.expressions import Expressions
@@ -88,6 +88,9 @@ class Statements:
 
     def _allocate(self, node: Any) -> None:
         buffer, scope = node.buffer, str(node.buffer.scope())
+        if scope == matrices.SCOPE:
+            self._expressions.matrices.declare(buffer)
+            return
         element = parse_dtype(str(buffer.dtype))
         (extent,) = buffer.shape
         if not isinstance(extent, tirx.IntImm):

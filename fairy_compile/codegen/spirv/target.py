@@ -127,6 +127,17 @@ class VulkanTarget:
         if not self.has("supports_integer_dot_product"):
             raise error.unsupported(what, "supports_integer_dot_product")
 
+    def cooperative_matrix(self, what: str, error: KernelError) -> None:
+        """Check that the target has cooperative matrices.
+
+        Raises:
+            UnsupportedError: it lacks them, or its SPIR-V is older than 1.6, which Vulkan asks for.
+        """
+        if not self.has("supports_cooperative_matrix"):
+            raise error.unsupported(what, "supports_cooperative_matrix")
+        if self.spirv_version < SPIRV_1_6:
+            raise error.unsupported(what, "max_spirv_version of at least 0x10600 (67072)")
+
     def check_sizes(
         self, local_size: tuple[int, int, int], shared_bytes: int, buffers: int, error: KernelError
     ) -> None:

@@ -1,8 +1,8 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
-`decode.cuh` and `prefill.cuh` are templates over a struct of constants; `render` writes the struct
-of one call and a device function that runs it. A PrimFunc launches the grid and calls the function,
-see `kernels.cuda`.
+`decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `render`
+writes the struct of one call and a device function that runs it. A PrimFunc launches the grid and
+calls the function, see `kernels.cuda`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,29 @@ from typing import Literal
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout
 from fairy_compile.op import PhaseSpec
 
-Program = Literal["decode", "prefill"]
+Program = Literal["decode", "prefill", "hopper"]
 
 CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 _CLASSES: dict[Program, str] = {"decode": "Decode", "prefill": "Prefill"}
+_FILES: dict[Program, tuple[str, ...]] = {
+    "decode": ("primitives.cuh", "decode.cuh"),
+    "prefill": ("primitives.cuh", "prefill.cuh"),
+    "hopper": ("primitives.cuh", "hopper_primitives.cuh", "hopper.cuh"),
+}
+WAIT_THEMSELVES = (
+    *(f"{program}_" for program in _FILES),
+    "arrange_",
+    "rms_norm_",
+    "add_rms_norm_",
+)
+"""Prefixes of the functions that wait for the kernel before where they need its results, so that
+they may be launched before it is over."""
 
 
 @cache
 def library_source(program: Program) -> str:
     """Return the template of ``program`` and what it includes."""
-    files = ("primitives.cuh", f"{program}.cuh")
+    files = _FILES[program]
     return "\n".join(Path(__file__).with_name(file).read_text("utf-8") for file in files)
 
 
@@ -40,7 +53,9 @@ def render(
     Args:
         program: which template.
         name: of the function ``void name(const X* x, const unsigned char* codes, const float*
-            scales, Y* y, int batch)``.
+            scales, Y* y, int batch)``. Program ``hopper`` defines two: ``arrange_name(const X* x,
+            unsigned char* image, int batch)`` and ``name(const unsigned char* image, const unsigned
+            char* codes, const float* scales, Y* y, int batch, unsigned char* shared)``.
         spec: the call.
         layout: of ``codes`` and ``scales``.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
@@ -59,13 +74,34 @@ def render(
     x, y = (CUDA_TYPES[dtype] for dtype in (spec.dtype, spec.out_dtype))
     lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
     return f"""{library_source(program)}
+#ifndef FAIRY_{name}
+#define FAIRY_{name}
 struct {name}_call {{
   typedef {x} X;
   typedef {y} Y;
 {chr(10).join(lines)}
 {_feature_function(spec, layout)}
 }};
+{_functions(program, name, x, y)}
+#endif  // FAIRY_{name}
+"""
 
+
+def _functions(program: Program, name: str, x: str, y: str) -> str:
+    if program == "hopper":
+        return f"""
+__device__ __forceinline__ void arrange_{name}(const {x}* x, unsigned char* image,
+                                               int batch) {{
+  fairy::ArrangeX<{name}_call>::run(x, (uint4*)image, batch);
+}}
+
+__device__ __forceinline__ void {name}(const unsigned char* image, const unsigned char* codes,
+                                       const float* scales, {y}* y, int batch,
+                                       unsigned char* shared) {{
+  fairy::Hopper<{name}_call>::run((const uint4*)image, codes, scales, y, batch, shared);
+}}
+"""
+    return f"""
 __device__ __forceinline__ void {name}(const {x}* x, const unsigned char* codes,
                                        const float* scales, {y}* y, int batch) {{
   fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, y, batch);

@@ -33,6 +33,12 @@ struct Decode {
   // Blocks of 32 columns whose planes lie at the same bits of a byte share sums.
   static constexpr int kCycle = kPlanes % 8 == 0 ? 1 : kPlanes % 4 == 0 ? 2 : 4;
 
+  // Pairs of planes whose sums are in registers at a time: fewer make room for more warps.
+  static constexpr int kPasses =
+      kCycle == 1 && kPairs % Call::kPasses == 0 ? Call::kPasses : 1;
+  static constexpr int kPassPairs = kPairs / kPasses;
+  static constexpr int kPassPlanes = kPlanes / kPasses;
+
   static constexpr bool kTwoDigits = Call::kLevels > 127;
   static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
   static constexpr bool kOneHalf = kSlots == 2;                 // of x in a lane's sums
@@ -40,11 +46,19 @@ struct Decode {
   static constexpr int kOperands = Call::kOperands;             // operands B of a pass
   static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
-  static constexpr int kChunk = kGroups < 32 / kOperands ? kGroups : 32 / kOperands;
+  static constexpr int kGroupBytes = kOperands * (1024 + 48);     // of shared memory
+  static constexpr int kMost = (47 << 10) / kGroupBytes;          // groups in it at a time
+  static constexpr int kChunks = (kGroups + kMost - 1) / kMost;
+  static constexpr int kChunk = (kGroups + kChunks - 1) / kChunks;
+
+  static constexpr int kTogether =  // groups that a warp quantises at once
+      kOperands > 1 || kChunk >= 2 * Call::kWarps ? 2 : 1;
+  static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
   // Activations of a chunk of groups, as operands B.
   struct Chunk {
-    Word values[kChunk * 4][kOperands][8][8];  // block, operand, column of B, 4 columns of x
+    // Block, operand, column of B ^ block in its group (so that banks differ), 4 columns of x.
+    Word values[kChunk * 4][kOperands][8][8];
     float scale[kChunk][kRows * 2];            // of a group: (row, half)
     int sums[kChunk][2][kRows * 2];            // of 64 columns
   };
@@ -60,6 +74,7 @@ struct Decode {
   };
   typedef Sums Outputs[kOperands][2][kHalves];  // operand, row g or g + 8, half of x
   typedef float Scales[kPairs][2][kScaleRows];
+  typedef int PassSums[kCycle * kPassPlanes][kOperands][4];  // of bits: block of a cycle and plane
 
   static __device__ void run(const X* x, const unsigned char* codes, const float* scales, Y* y,
                              int batch) {
@@ -69,15 +84,23 @@ struct Decode {
     const int slice = warp / Call::kTileWarps, first_row = blockIdx.y * kRows;
     const bool active = tile < Call::kRowTiles;
 
-    // Codes are asked for before the activations are quantised: that hides most of its time.
+    // Codes are asked for before the activations are quantised, and before the kernel that computes
+    // them is over: that hides most of its time.
     const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
     int group = slice;
-    uint4 next[kFragments];
-    if (active && group < kGroups) load(next, own, group);
+    uint4 fragments[kFragments];
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f)
+      if (active && group < kGroups) load(fragments[f], own, group, f);
+#pragma unroll
+    for (int ahead = 0; ahead < Call::kPrefetch; ++ahead)
+      if (active) fetch(own, group + (1 + ahead) * kSlices, lane);
+    launch_dependents();
 
     Scales scale;
     if (active && !kTileScales) load_scales(scale, scales, tile, 0, lane);
     Outputs outputs = {};
+    wait_for_inputs();
     for (int first = 0; first < kGroups; first += kChunk) {
       const int end = first + kChunk < kGroups ? first + kChunk : kGroups;
       if (first > 0) __syncthreads();
@@ -85,14 +108,12 @@ struct Decode {
       __syncthreads();
       if (!active) continue;
       for (; group < end; group += kSlices) {
-        uint4 now[kFragments];
-#pragma unroll
-        for (int f = 0; f < kFragments; ++f) now[f] = next[f];
-        if (group + kSlices < kGroups) load(next, own, group + kSlices);
+        const int next = group + kSlices;
+        if (Call::kPrefetch > 0) fetch(own, next + Call::kPrefetch * kSlices, lane);
 #pragma unroll
         for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
           if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
-          multiply(outputs, now, shared.chunk, group - first, flush, scale, lane);
+          multiply(outputs, fragments, own, next, shared.chunk, group - first, flush, scale, lane);
         }
       }
     }
@@ -103,11 +124,14 @@ struct Decode {
   }
 
  private:
-  static __device__ __forceinline__ void load(uint4 (&codes)[kFragments], const uint4* own,
-                                              int group) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f)
-      codes[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  static __device__ __forceinline__ void load(uint4& fragment, const uint4* own, int group, int f) {
+    fragment = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  }
+
+  // Asks for a group to be brought to the L2 cache, which has more room than registers.
+  static __device__ __forceinline__ void fetch(const uint4* own, int group, int lane) {
+    const uint4* line = own - lane + (size_t)group * (kFragments * 32) + lane * 8;
+    if (group < kGroups && lane < kLines) prefetch(line);
   }
 
   // Sums of a pair of planes carry a factor, which its scales take back.
@@ -130,47 +154,89 @@ struct Decode {
   }
 
   // Quantises groups [first, end) of the pass's rows as op.quantize_activations does: a warp takes
-  // a group of one half of one row, a lane four columns of it.
+  // a group, a lane four columns of it. It takes both halves of several groups at once, since each
+  // waits for what lanes tell each other. What belongs to rows beyond the last is not written, and
+  // reaches no output.
   static __device__ __forceinline__ void quantize(Chunk& chunk, const X* x, int batch,
                                                   int first_row, int first, int end, int warp,
                                                   int lane) {
-    for (int task = warp; task < (end - first) * kRows * 2; task += Call::kWarps) {
-      const int group = task / (kRows * 2), row_half = task % (kRows * 2);
-      const int row = first_row + row_half / 2, half = row_half % 2;
-      float value[4] = {};
-      if (row < batch)
-        load_columns(value, x + ((size_t)row * 2 + half) * Call::kColumns,
-                     (first + group) * 128 + 4 * lane);
-      float peak = 0;
+    const int rows = batch - first_row < kRows ? batch - first_row : kRows;
+    for (int task = warp; task < rows * kChunk; task += Call::kWarps * kTogether) {
+      float value[kTogether * 2][4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) peak = fmaxf(peak, fabsf(value[i]));
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) peak = fmaxf(peak, shuffle_xor(peak, lanes));
-      const float inverse = peak > 0 ? __fdiv_rn((float)Call::kLevels, peak) : 0.0f;
-
-      Word high = 0, low = 0;
-      int sum = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int q = __float2int_rn(__fmul_rn(value[i], inverse));
-        sum += q;
-        low |= (Word)(q & 255) << (8 * i);
-        high |= (Word)(((q + 128) >> 8) & 255) << (8 * i);
+      for (int n = 0; n < kTogether * 2; ++n) {
+        const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
+        const X* from = x + ((size_t)(first_row + row) * 2 + n % 2) * Call::kColumns;
+        if (row < rows && group < end - first)
+          load_columns(value[n], from, (first + group) * 128 + 4 * lane);
       }
+      Quantized quantized[kTogether * 2];
 #pragma unroll
-      for (int lanes = 8; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
-
-      const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
-      Word(&values)[8][8] = chunk.values[group * 4 + lane / 8][operand];
-      if (kTwoDigits) {
-        values[2 * column][lane % 8] = high;
-        values[2 * column + 1][lane % 8] = low;
-      } else {
-        values[kOneHalf ? 2 * column : column][lane % 8] = low;
+      for (int n = 0; n < kTogether * 2; ++n) quantized[n].peak = peak(value[n]);
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+#pragma unroll
+        for (int n = 0; n < kTogether * 2; ++n)
+          quantized[n].peak = fmaxf(quantized[n].peak, shuffle_xor(quantized[n].peak, lanes));
+#pragma unroll
+      for (int n = 0; n < kTogether * 2; ++n) round_all(quantized[n], value[n]);
+#pragma unroll
+      for (int lanes = 8; lanes > 0; lanes /= 2)
+#pragma unroll
+        for (int n = 0; n < kTogether * 2; ++n)
+          quantized[n].sum += shuffle_xor(quantized[n].sum, lanes);
+#pragma unroll
+      for (int n = 0; n < kTogether * 2; ++n) {
+        const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
+        if (row < rows && group < end - first)
+          keep(chunk, group, row * 2 + n % 2, quantized[n], lane);
       }
-      if (lane == 0) chunk.scale[group][row_half] = __fmul_rn(peak, 1.0f / Call::kLevels);
-      if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = sum;
     }
+  }
+
+  // Four columns of a group: digits in bytes, their sum (of 64 columns in the end), the largest
+  // absolute value of the group.
+  struct Quantized {
+    Word high, low;
+    int sum;
+    float peak;
+  };
+
+  static __device__ __forceinline__ float peak(const float (&value)[4]) {
+    return fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])), fmaxf(fabsf(value[2]), fabsf(value[3])));
+  }
+
+  static __device__ __forceinline__ void round_all(Quantized& to, const float (&value)[4]) {
+    const float inverse = to.peak > 0 ? __fdiv_rn((float)Call::kLevels, to.peak) : 0.0f;
+    // Adding 1.5 2^23 rounds to an integer, whose low 16 bits are the low bits of the float.
+    Word q[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      q[i] = float_bits(__fadd_rn(__fmul_rn(value[i], inverse), 12582912.0f));
+    to.low = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
+    to.high = 0;
+    to.sum = add_bytes(to.low, 0);
+    if (kTwoDigits) {
+      to.high = pick_bytes(pick_bytes(q[0] + 128, q[1] + 128, 0x0051),
+                           pick_bytes(q[2] + 128, q[3] + 128, 0x0051), 0x5410);
+      to.sum += 256 * add_bytes(to.high, 0);
+    }
+  }
+
+  static __device__ __forceinline__ void keep(Chunk& chunk, int group, int row_half,
+                                              const Quantized& quantized, int lane) {
+    const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
+    const int block = lane / 8, word = lane % 8;
+    Word(&values)[8][8] = chunk.values[group * 4 + block][operand];
+    if (kTwoDigits) {
+      values[2 * column ^ block][word] = quantized.high;
+      values[(2 * column + 1) ^ block][word] = quantized.low;
+    } else {
+      values[(kOneHalf ? 2 * column : column) ^ block][word] = quantized.low;
+    }
+    if (lane == 0)
+      chunk.scale[group][row_half] = __fmul_rn(quantized.peak, 1.0f / Call::kLevels);
+    if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = quantized.sum;
   }
 
   static __device__ __forceinline__ void load_columns(float (&value)[4], const X* from, int column) {
@@ -189,57 +255,67 @@ struct Decode {
     }
   }
 
-  // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`.
-  static __device__ __forceinline__ void multiply(Outputs& outputs, const uint4 (&codes)[kFragments],
-                                                  const Chunk& chunk, int group, int flush,
-                                                  const Scales& scale, int lane) {
-    int sums[kCycle * kPlanes][kOperands][4] = {};
+  // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`. Fragments
+  // are replaced by those of group `next` as soon as their last block is done.
+  static __device__ __forceinline__ void multiply(Outputs& outputs, uint4 (&codes)[kFragments],
+                                                  const uint4* own, int next, const Chunk& chunk,
+                                                  int group, int flush, const Scales& scale,
+                                                  int lane) {
 #pragma unroll
-    for (int b = 0; b < kFlushBlocks; ++b) {
-      const int block = flush * kFlushBlocks + b;
-      uint2 operand[kOperands];
+    for (int pass = 0; pass < kPasses; ++pass) {
+      PassSums sums = {};
+#pragma unroll
+      for (int b = 0; b < kFlushBlocks; ++b) {
+        const int block = flush * kFlushBlocks + b;
+        uint2 operand[kOperands];
+#pragma unroll
+        for (int n = 0; n < kOperands; ++n)
+          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane ^ 4 * block];
+#pragma unroll
+        for (int plane = 0; plane < kPassPlanes; ++plane) {
+          const int bit = block * kPlanes + pass * kPassPlanes + plane;
+          const uint4 bytes = codes[bit / 8];
+          const Word mask = 0x01010101u << (bit % 8);
+          const Word a[4] = {bytes.x & mask, bytes.y & mask, bytes.z & mask, bytes.w & mask};
+#pragma unroll
+          for (int n = 0; n < kOperands; ++n) {
+            int(&sum)[4] = sums[block % kCycle * kPassPlanes + plane][n];
+            multiply_bytes(sum, a, operand[n], sum);
+          }
+        }
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f)
+          if (pass + 1 == kPasses && (8 * f + 7) / kPlanes == block && next < kGroups)
+            load(codes[f], own, next, f);
+      }
 #pragma unroll
       for (int n = 0; n < kOperands; ++n)
-        operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane];
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        const int bit = block * kPlanes + plane;
-        const uint4 bytes = codes[bit / 8];
-        const Word mask = 0x01010101u << (bit % 8);
-        const Word a[4] = {bytes.x & mask, bytes.y & mask, bytes.z & mask, bytes.w & mask};
+        for (int half = 0; half < kHalves; ++half) {
+          // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
+          const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
+          const float x_scale = chunk.scale[group][row_half];
+          int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
+          if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
 #pragma unroll
-        for (int n = 0; n < kOperands; ++n) {
-          int(&sum)[4] = sums[block % kCycle * kPlanes + plane][n];
-          multiply_bytes(sum, a, operand[n], sum);
+          for (int r = 0; r < 2; ++r)
+            flush_sums(outputs[n][r][half], sums, pass, n, r, half, flush, x_sum, x_scale, scale);
         }
-      }
     }
-#pragma unroll
-    for (int n = 0; n < kOperands; ++n)
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
-        const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
-        const float x_scale = chunk.scale[group][row_half];
-        int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
-        if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          flush_sums(outputs[n][r][half], sums, n, r, half, flush, x_sum, x_scale, scale);
-      }
   }
 
-  static __device__ __forceinline__ void flush_sums(
-      Sums& out, const int (&sums)[kCycle * kPlanes][kOperands][4], int n, int r, int half,
-      int flush, int x_sum, float x_scale, const Scales& scale) {
+  static __device__ __forceinline__ void flush_sums(Sums& out, const PassSums& sums, int pass, int n,
+                                                    int r, int half, int flush, int x_sum,
+                                                    float x_scale, const Scales& scale) {
     float re[2] = {}, im[2] = {};
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int own = 0; own < kPassPairs; ++own) {
+      const int pair = pass * kPassPairs + own;
       int both = 0, difference = 0;  // sum (bp + bq) x and sum (bq - bp) x, times the factor
 #pragma unroll
       for (int b = 0; b < kCycle && b < kFlushBlocks; ++b) {
-        const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPlanes + 2 * pair;
-        const int align = factor(pair) / 2 >> plane % 8;
+        const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPassPlanes + 2 * own;
+        const int align = factor(pair) / 2 >> (c * kPlanes + 2 * pair) % 8;
         const int q = 2 * join_digits(sums[plane][n], r, half);
         const int p = join_digits(sums[plane + 1][n], r, half);
         both += (q + p) * align;

@@ -57,6 +57,8 @@ struct Prefill {
     for (int f = 0; f < kFragments; ++f)
       if (active) fragments[f] = load_once(own + f * 32);
     if (active && !kTileScales) fill_table(table, scales, tile, 0, lane);
+    launch_dependents();
+    wait_for_inputs();
 #pragma unroll
     for (int block = 0; block < kBuffers - 1; ++block) {
       if (block < kBlocks) copy_x(shared.x[block], x, batch, first_row, block);

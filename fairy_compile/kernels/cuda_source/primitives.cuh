@@ -33,6 +33,26 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
   return v;
 }
 
+// Asks for the 128 bytes at an address to be brought to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// The next kernel may be launched, if it is one that waits for its inputs. What it reads before that
+// must be constant. Kernels launched the usual way start when this one is over.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernels before are over, if this one was launched before that.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // sums = a b + before; a is unsigned bytes, b signed ones.
 __device__ __forceinline__ void multiply_bytes(int (&sums)[4], const Word (&a)[4], uint2 b,
                                                const int (&before)[4]) {
@@ -76,6 +96,13 @@ __device__ __forceinline__ Word add_halves(Word a, Word b) {
   return sum;
 }
 
+__device__ __forceinline__ Word float_bits(float x) { return __float_as_uint(x); }
+
+// The sum of four signed bytes and another integer.
+__device__ __forceinline__ int add_bytes(Word bytes, int before) {
+  return __dp4a((int)bytes, 0x01010101, before);
+}
+
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
@@ -91,6 +118,12 @@ __device__ __forceinline__ uint2 load_shared(Word address, int offset) {
                : "=r"(v.x), "=r"(v.y)
                : "r"(address + offset)
                : "memory");
+  return v;
+}
+
+__device__ __forceinline__ Word load_shared_word(Word address, int offset) {
+  Word v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address + offset) : "memory");
   return v;
 }
 

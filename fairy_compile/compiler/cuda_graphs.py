@@ -1,0 +1,74 @@
+"""Decode steps as CUDA graphs: launches that were recorded once cost the CPU a single call.
+
+TVM's `RewriteCUDAGraph` finds runs of kernels whose memory and sizes are the same at every call,
+and moves each into a function that its runtime records at the first call and replays afterwards.
+Attention breaks the runs, since its arguments grow with the text: a decoder of L layers has L + 1
+runs a step, and what is before the first attention reads the engine's own buffer, so that its
+kernels are launched one by one.
+
+A function with a symbolic number of rows is recorded once for every number it is called with. That
+takes memory of one size whatever the number is, so the largest is said beforehand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from fairy_compile.errors import FairyError
+from fairy_compile.targets import Target
+
+DECODE = ("batch_decode", "batch_decode_exact")
+ROWS = "batch_size"
+"""Name of the symbolic number of rows of the functions in `DECODE`."""
+
+
+def bound_decode(most_rows: int) -> Any:
+    """Return a pass that lets functions that decode batches be recorded.
+
+    Args:
+        most_rows: of a call; memory is planned for as many.
+    """
+
+    @tvm.transform.module_pass(opt_level=0, name="BoundDecode")
+    def run(module: tvm.IRModule, _: Any) -> tvm.IRModule:
+        bounded = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
+        for var, func in module.functions_items():
+            if isinstance(func, relax.Function) and var.name_hint in DECODE:
+                bounded[var] = func.with_attrs(
+                    {
+                        "tir_var_upper_bound": {ROWS: most_rows},
+                        "relax.rewrite_cuda_graph.capture_symbolic_vars": [ROWS],
+                    }
+                )
+        return bounded
+
+    return run
+
+
+def plan_graphs(target: Target, asked: bool | None, most_rows: int, notes: list[str]) -> int | None:
+    """Return the most rows of a decode step that becomes CUDA graphs, or None for no graphs.
+
+    Args:
+        target: whose file says ``cuda_graphs = true`` where they are the default.
+        asked: what a build asks for; None leaves it to the target.
+        most_rows: most sequences of the model.
+        notes: what a report says is added here.
+
+    Raises:
+        FairyError: graphs were asked for on a target that has none.
+    """
+    if asked and target.device != "cuda":
+        raise FairyError(
+            f"--cuda-graphs: target {target.name} runs on {target.device}; allowed for cuda only, "
+            "so leave it out"
+        )
+    wanted = target.extra.get("cuda_graphs", False) if asked is None else asked
+    if target.device != "cuda" or not wanted:
+        return None
+    notes.append(
+        f"decode steps are CUDA graphs, one for each number of sequences up to {most_rows}"
+    )
+    return most_rows

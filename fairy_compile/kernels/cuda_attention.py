@@ -1,0 +1,174 @@
+"""Decode attention on CUDA: one query row a sequence and head, contexts cut into parts.
+
+TVM's kernel gives a head to one block: with 32 heads, three quarters of a large GPU wait, and a
+block walks the context 32 keys at a time, each step behind barriers. Here a context is cut into as
+many parts as there are blocks to spare, and a second launch merges them; short contexts take one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairy_compile.kernels import cuda_source
+from fairy_compile.kernels.cuda_source import CUDA_TYPES
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+PAGE = 16
+_WARPS = 8
+# A part of a context is at least this many pages: as many keys as a block asks for at once.
+_PART_PAGES = 16
+_MOST_PARTS = 32
+_BLOCKS = 264  # two for each multiprocessor of the largest GPU we know
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of attention over a cache.
+
+    Attributes:
+        heads, kv_heads: query heads, and those of keys and values.
+        head_dim: elements of a head.
+        dtype: of the cache, queries and outputs: ``float16`` or ``float32``.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def group(self) -> int:
+        """Query heads of a block: those that share keys, four at most."""
+        shared = self.heads // self.kv_heads
+        return max(n for n in (1, 2, 3, 4) if shared % n == 0)
+
+
+def serves(shape: CacheShape) -> bool:
+    """Tell whether a key is a power of two of 128-bit units, 32 at most."""
+    if shape.dtype not in ("float16", "float32"):
+        return False
+    lanes, rest = divmod(shape.head_dim, 4 if shape.dtype == "float32" else 8)
+    return rest == 0 and 0 < lanes <= 32 and lanes & (lanes - 1) == 0
+
+
+def render(shape: CacheShape) -> tuple[str, str]:
+    """Return (name, CUDA C++) of a device function and of ``combine_`` name; see attention.cuh."""
+    x = CUDA_TYPES[shape.dtype]
+    folder = Path(cuda_source.__file__).parent
+    files = ("primitives.cuh", "attention.cuh")
+    library = "\n".join((folder / file).read_text("utf-8") for file in files)
+    name = f"attention_{shape.heads}_{shape.kv_heads}_{shape.head_dim}_{shape.dtype}"
+    constants = {
+        "kHeads": shape.heads,
+        "kKvHeads": shape.kv_heads,
+        "kHeadDim": shape.head_dim,
+        "kGroup": shape.group,
+        "kWarps": _WARPS,
+        "kTogether": 4 if shape.group < 4 else 2,
+    }
+    lines = "\n".join(f"  static constexpr int {key} = {n};" for key, n in constants.items())
+    source = f"""{library}
+#ifndef FAIRY_{name}
+#define FAIRY_{name}
+struct {name}_call {{
+  typedef {x} X;
+{lines}
+}};
+
+__device__ __forceinline__ void {name}(const {x}* q, const {x}* pages, const int* indptr,
+                                       const int* page_values, const int* last_page, {x}* output,
+                                       float* lse, float* partial, float* partial_lse, float scale,
+                                       int parts) {{
+  fairy::DecodeAttention<{name}_call>::run(q, pages, indptr, page_values, last_page, output, lse,
+                                           partial, partial_lse, scale, parts);
+}}
+
+__device__ __forceinline__ void combine_{name}(const float* partial, const float* partial_lse,
+                                               {x}* output, float* lse, int parts) {{
+  fairy::Combine<{name}_call>::run(partial, partial_lse, output, lse, parts);
+}}
+#endif  // FAIRY_{name}
+"""
+    return name, source
+
+
+def build_decode(shape: CacheShape) -> PrimFunc:
+    """Return ``batch_decode_paged_kv`` as the runtime's KV cache calls it.
+
+    Arguments: q (b, heads, head_dim), pages (p, 2, kv_heads, 16, head_dim), page_indptr int32
+    (b + 1,), page_values int32, last_page_len int32 (b,), k_rope_pos_offset int32 (b,),
+    q_rope_position int32 (b,), output like q, lse float32 (b, heads) in units of log2, rotary_mode,
+    rope_scale, rope_theta, sm_scale. Rotary embedding inside the kernel (rotary_mode 1) is refused.
+    """
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script import builder as T
+
+    from fairy_compile.kernels.attention_cpu_decode import index_buffer, rope_and_scale_args
+
+    name, source = render(shape)
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        batch, count = T.int32(), T.int32()
+        rows = (batch, shape.heads, shape.head_dim)
+        q = T.arg("q", T.buffer(rows, shape.dtype))
+        page = (2, shape.kv_heads, PAGE, shape.head_dim)
+        pages = T.arg("pages", T.buffer((T.int32(), *page), shape.dtype))
+        indptr = T.arg("page_indptr", index_buffer(batch + 1))
+        page_values = T.arg("page_values", index_buffer(count))
+        last_page = T.arg("last_page_len", index_buffer(batch))
+        for unused in ("k_rope_pos_offset", "q_rope_position"):
+            T.arg(unused, index_buffer(batch))
+        output = T.arg("output", T.buffer(rows, shape.dtype))
+        lse = T.arg("lse", T.buffer((batch, shape.heads), "float32"))
+        scale = rope_and_scale_args() * T.float32(_LOG2_E)
+        given = [
+            q.data,
+            pages.data,
+            *(T.address_of(b[0]) for b in (indptr, page_values, last_page)),
+        ]
+        parts = T.bind(_parts(shape, batch, count))
+        room = batch * shape.heads * parts
+        partial = T.alloc_buffer((room * shape.head_dim,), "float32", scope="global")
+        partial_lse = T.alloc_buffer((room,), "float32", scope="global")
+        results = [output.data, lse.data]
+        partials = [partial.data, partial_lse.data]
+        _launch(
+            name,
+            source,
+            {"blockIdx.x": parts, "blockIdx.y": shape.heads // shape.group, "blockIdx.z": batch},
+            [*given, *results, *partials, scale, parts],
+        )
+        with T.If(parts > 1), T.Then():
+            extents = {"blockIdx.x": shape.heads, "blockIdx.y": batch}
+            _launch(f"combine_{name}", source, extents, [*partials, *results, parts])
+    return ir.get()
+
+
+def _parts(shape: CacheShape, batch: Any, pages: Any) -> Any:
+    """Return how many parts each context is cut into; no context has more than all pages."""
+    from tvm.tirx.script import builder as T
+
+    blocks = batch * (shape.heads // shape.group)
+    wanted = T.min(
+        T.truncdiv(pages + (_PART_PAGES - 1), T.int32(_PART_PAGES)),
+        T.truncdiv(T.int32(_BLOCKS) + blocks - 1, blocks),
+    )
+    return T.max(T.min(wanted, T.int32(_MOST_PARTS)), T.int32(1))
+
+
+def _launch(name: str, source: str, extents: dict[str, Any], arguments: list[Any]) -> None:
+    from contextlib import ExitStack
+
+    from tvm.backend.cuda.op import cuda_func_call
+    from tvm.tirx.script import builder as T
+
+    with ExitStack() as stack:
+        for tag, extent in {**extents, "threadIdx.x": 32 * _WARPS}.items():
+            stack.enter_context(T.thread_binding(0, extent, tag))
+        T.evaluate(cuda_func_call(name, *arguments, source_code=source))

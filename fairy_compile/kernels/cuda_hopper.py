@@ -1,0 +1,89 @@
+"""CUDA phase GEMM on Hopper: `cuda.planes`, with warpgroup tensor cores for many rows of x.
+
+`cuda_source/hopper.cuh` says how. Its instructions exist on sm_90a alone (H100, H200, GH200), so it
+serves targets that are compiled for nothing else. Numbers are those of `cuda.planes`: prefill
+rounds x and the entries of the real matrix to float16 and adds in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fairy_compile.kernels.cuda import Arrange, CudaPlanes, Launch
+from fairy_compile.kernels.cuda_layout import BLOCK, TILE_ROWS
+from fairy_compile.op import PhaseSpec
+
+if TYPE_CHECKING:
+    from fairy_compile.targets import Target
+
+ARCH = "sm_90a"
+
+_SHARED_BYTES = 227 * 1024  # of a block on Hopper, barriers included
+_BARRIER_BYTES = 1024
+_WARPS = 8
+_TILES = 4  # row tiles of a block
+_ARRANGE_THREADS = 128
+
+
+class CudaHopper(CudaPlanes):
+    """The kernel of every call on Hopper; implements `PhaseKernel`.
+
+    Knobs, beside those of `CudaPlanes`:
+        wide: least rows of x that warpgroup instructions serve.
+        wide_tokens: rows of x of their block.
+        wide_buffers: blocks of 32 complex columns of x in shared memory; fewer where it is short.
+    """
+
+    name = "cuda.hopper"
+    knobs: Mapping[str, Sequence[Any]] = {
+        **CudaPlanes.knobs,
+        "wide": (129, 65, 257, 513),
+        "wide_tokens": (256, 128),
+        "wide_buffers": (4, 3, 5, 6),
+    }
+
+    def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
+        """See `PhaseKernel.unsupported`."""
+        from fairy_compile.compiler.cuda_binary import archs
+
+        reason = super().unsupported(spec, target)
+        if reason is None and archs(target) != (ARCH,):
+            compiled = ", ".join(archs(target))
+            return f"it is for {ARCH} alone; target {target.name} is compiled for {compiled}"
+        return reason
+
+    def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
+        """Return prefill for few and for any number of rows."""
+        narrow = super()._prefills(spec, chosen)
+        narrow[-1] = replace(narrow[-1], most=chosen["wide"] - 1)
+        return [*narrow, self._wide(spec, chosen)]
+
+    def _wide(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> Launch:
+        tokens, buffers = chosen["wide_tokens"], chosen["wide_buffers"]
+        table_rows = TILE_ROWS if spec.scale == "row" else 1
+        tables = _WARPS * table_rows * spec.stages * 4 * 4 ** len(spec.terms)
+        block_bytes = 2 * BLOCK * 2 * tokens  # both halves of x, float16
+        room = _SHARED_BYTES - _BARRIER_BYTES - tables
+        buffers = min(buffers, room // block_bytes)
+        constants = {
+            "kTokens": tokens,
+            "kBuffers": buffers,
+            "kHalfX": int(spec.dtype == "float16"),
+            "kThreads": _ARRANGE_THREADS,
+        }
+        launch = self._launch("hopper", spec, constants, _TILES, tokens, _WARPS, None)
+        blocks = math.ceil(spec.m / BLOCK)
+        arrange = Arrange(
+            function=f"arrange_{launch.function}",
+            blocks=2 * blocks,
+            threads=_ARRANGE_THREADS,
+            image_bytes=blocks * block_bytes,
+        )
+        shared = buffers * block_bytes + tables + _BARRIER_BYTES
+        return replace(launch, shared=shared, arrange=arrange)
+
+
+CUDA_HOPPER = (CudaHopper(),)

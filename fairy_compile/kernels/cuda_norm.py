@@ -1,0 +1,101 @@
+"""Norms of rows on CUDA, and the sum before them in the same launch.
+
+A decode step has a hundred of these; each moves a few kilobytes, so that what counts is the time
+from launch to end. A thread holds what it reads in registers, and a row takes one barrier.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairy_compile.kernels import cuda_source
+from fairy_compile.kernels.base import Batch
+from fairy_compile.kernels.cuda_source import CUDA_TYPES
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+NORM = "fairy.rms_norm"
+"""Attribute of `build_rms_norm`'s functions, true: `compiler.fuse_norms` may add the sum before."""
+_MOST_THREADS = 1024
+_BYTES = 16  # of one access
+
+
+def serves(size: int, dtype: str) -> bool:
+    """Tell whether rows of ``size`` numbers can be read 128 bits at a time."""
+    return dtype in CUDA_TYPES and size % (_BYTES // _width(dtype)) == 0
+
+
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def threads_of(size: int, dtype: str) -> int:
+    """Return the threads of a block."""
+    units = size // (_BYTES // _width(dtype))
+    return min(_MOST_THREADS, -(-units // 32) * 32)
+
+
+def render(size: int, eps: float, dtype: str, *, add: bool) -> tuple[str, str]:
+    """Return (name, CUDA C++) of a device function.
+
+    Its arguments are ``X* x, X* other, float* weight, X* sum, X* y``; ``other`` and ``sum`` are
+    used with ``add`` only.
+    """
+    x = CUDA_TYPES[dtype]
+    folder = Path(cuda_source.__file__).parent
+    library = "\n".join(
+        (folder / file).read_text("utf-8") for file in ("primitives.cuh", "norm.cuh")
+    )
+    name = f"{'add_' if add else ''}rms_norm_{size}_{dtype}_{f'{eps:.3e}'.replace('-', 'm')}"
+    name = name.replace(".", "_").replace("+", "p")
+    source = f"""{library}
+struct {name}_call {{
+  typedef {x} X;
+  static constexpr int kSize = {size};
+  static constexpr int kThreads = {threads_of(size, dtype)};
+  static constexpr bool kAdd = {int(add)};
+  static __device__ __forceinline__ float eps() {{ return {eps!r}f; }}
+}};
+
+__device__ __forceinline__ void {name}(const {x}* x, const {x}* other, const float* weight,
+                                       {x}* sum, {x}* y) {{
+  fairy::Norm<{name}_call>::run(x, other, weight, sum, y);
+}}
+"""
+    return name, source
+
+
+def build_rms_norm(
+    size: int, eps: float, dtype: str, batch: Batch, *, add: bool = False
+) -> PrimFunc:
+    """Return ``rms_norm``: y = x / sqrt(mean(x²) + eps) * weight, row by row.
+
+    Zhang and Sennrich, arXiv 1910.07467, equation 4. Arguments: x ``dtype`` (b, size), weight
+    float32 (size,), y ``dtype`` (b, size). With ``add``: x, other, weight, sum, y, where sum = x +
+    other, rounded to ``dtype``, takes the place of x in the equation.
+    """
+    from tvm.backend.cuda.op import cuda_func_call
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script import builder as T
+
+    name, source = render(size, eps, dtype, add=add)
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        if not add:
+            T.func_attr({NORM: True, "size": size, "eps": eps, "dtype": dtype, "batch": batch})
+        rows = 1 if batch == "single" else T.int32()
+        x = T.arg("x", T.buffer((rows, size), dtype))
+        other = T.arg("other", T.buffer((rows, size), dtype)) if add else x
+        weight = T.arg("weight", T.buffer((size,), "float32"))
+        total = T.arg("sum", T.buffer((rows, size), dtype)) if add else None
+        y = T.arg("y", T.buffer((rows, size), dtype))
+        pointers = [b.data for b in (x, other, weight, total if add else y, y)]
+        with (
+            T.thread_binding(0, rows, "blockIdx.x"),
+            T.thread_binding(0, threads_of(size, dtype), "threadIdx.x"),
+        ):
+            T.evaluate(cuda_func_call(name, *pointers, source_code=source))
+        T.func_name(f"{name}_{batch}")
+    return ir.get()

@@ -1,0 +1,326 @@
+// Phase GEMM for many rows of x on Hopper: as prefill.cuh, with warpgroup matrix instructions.
+// `Call` holds the constants of one call, see kernels/cuda_source/__init__.py.
+//
+// A block computes 4 row tiles (64 complex rows, 128 real outputs) for `kTokens` rows of x in two
+// warpgroups. Warps 0 and 1 of a warpgroup decode the real outputs of its two row tiles, warps 2 and
+// 3 the imaginary ones, so that a warp looks up 4 bytes of a table for a weight, not 8, and every
+// decoded weight meets 256 rows of x. While one block of 32 columns is multiplied, the next is
+// decoded. One thread asks for x, several blocks ahead.
+//
+// `ArrangeX` runs before: it writes x as float16 in the order that operand B has in shared memory, so
+// that a block of columns is one bulk copy. A lane decodes columns 8 t .. 8 t + 7 (t = lane % 4) of a
+// block, which as operand A are rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of two steps of 16; rows of x
+// follow. The image of x, bytes:
+//
+//     image[token block][block][half of x][step][line][token][2 t + c] = x[8 t + 4 step + 2 line + c]
+#ifndef FAIRY_HOPPER
+#define FAIRY_HOPPER
+
+namespace fairy {
+
+template <class Call>
+struct HopperImage {
+  static constexpr int kTokens = Call::kTokens;
+  static constexpr int kBlocks = (Call::kColumns + 31) / 32;
+  static constexpr int kLines = 8;                           // of core matrices: half, step, line
+  static constexpr int kLine = kTokens;                      // vectors of 16 bytes
+  static constexpr int kVectors = kLines * kLine;            // of a block of columns
+};
+
+template <class Call>
+struct ArrangeX {
+  typedef typename Call::X X;
+  typedef HopperImage<Call> Image;
+
+  // A thread writes 32 columns of one half of one row; blockIdx.x counts (block, half).
+  static __device__ void run(const X* x, uint4* image, int batch) {
+    const int half = blockIdx.x % 2, block = blockIdx.x / 2;
+    const int own = blockIdx.y * Call::kThreads + threadIdx.x, token = own % Image::kTokens;
+    uint4* to = image + ((size_t)(own / Image::kTokens) * Image::kBlocks + block) * Image::kVectors +
+                half * 4 * Image::kLine + token;
+    Word pairs[16];
+    launch_dependents();
+    wait_for_inputs();
+    read(pairs, x + ((size_t)own * 2 + half) * Call::kColumns, own < batch, block * 32);
+#pragma unroll
+    for (int line = 0; line < 4; ++line)
+      to[line * Image::kLine] = {pairs[line], pairs[4 + line], pairs[8 + line], pairs[12 + line]};
+  }
+
+ private:
+  static __device__ __forceinline__ void read(Word (&pairs)[16], const X* row, bool inside,
+                                              int column) {
+    if constexpr (sizeof(X) == 2 && Call::kHalfX && Call::kColumns % 32 == 0) {
+      const uint4* from = (const uint4*)(row + column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4 eight = inside ? from[i] : uint4{};
+        pairs[4 * i] = eight.x, pairs[4 * i + 1] = eight.y;
+        pairs[4 * i + 2] = eight.z, pairs[4 * i + 3] = eight.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        float value[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int at = column + 2 * i + c;
+          value[c] = inside && at < Call::kColumns ? to_float(row[at]) : 0.0f;
+        }
+        pairs[i] = pack_halves(value[0], value[1]);
+      }
+    }
+  }
+};
+
+template <class Call>
+struct Hopper {
+  typedef typename Call::Y Y;
+  typedef HopperImage<Call> Image;
+
+  static constexpr int kTerms = Call::kTerms;
+  static constexpr int kStages = Call::kStages;
+  static constexpr int kPairs = kStages * kTerms;
+  static constexpr int kPlanes = 2 * kPairs;
+  static constexpr int kFragments = kPlanes / 2;
+  static constexpr int kGroups = (Call::kColumns + 127) / 128;
+  static constexpr int kBlocks = Image::kBlocks;
+  static constexpr bool kTileScales = Call::kColumnTiles > 1;
+  static constexpr int kTableRows = Call::kScaleRows;  // 16 with a scale for every row, else 1
+  static constexpr int kDigitBits = 2 * kTerms;
+  static constexpr int kEntries = 1 << kDigitBits;
+  static constexpr int kTokens = Call::kTokens;
+  static constexpr int kParts = kTokens / 128;  // multiplications of a step
+  static constexpr int kBuffers = Call::kBuffers;
+  static constexpr int kBehind = 2;  // blocks until a buffer is filled again: others' time to finish
+  static constexpr int kGroupsOfWarps = 2;
+  static constexpr int kWarps = 4 * kGroupsOfWarps;  // that multiply
+  static constexpr int kTiles = 2 * kGroupsOfWarps;  // row tiles of a block
+  static constexpr int kOutputs = 32 * kTiles;       // real ones
+  static constexpr int kPitch = kOutputs + 2;        // of a row of outputs
+
+  struct alignas(128) Stages {
+    uint4 x[kBuffers][Image::kVectors];
+  };
+  struct Shared {
+    union {
+      Stages stages;
+      float y[kTokens / 2][kPitch];
+    };
+    alignas(128) Word table[kWarps][kTableRows][kStages][kEntries];
+    Barrier full[kBuffers], empty[kBuffers];
+  };
+  typedef Word Operands[4][4];  // step, register; steps 0 and 1 are of Re x
+  typedef float Sums[kParts][16][4];
+
+  static __device__ void run(const uint4* image, const unsigned char* codes, const float* scales,
+                             Y* y, int batch, unsigned char* bytes) {
+    Shared& shared = *(Shared*)bytes;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_tile = blockIdx.x * kTiles;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kBuffers; ++i) {
+        init_barrier(&shared.full[i], 1);
+        init_barrier(&shared.empty[i], kWarps);
+      }
+      publish_barriers();
+    }
+    __syncthreads();
+    image += (size_t)blockIdx.y * kBlocks * Image::kVectors;
+    launch_dependents();
+    wait_for_inputs();
+    if (threadIdx.x == 0)
+      for (int block = 0; block < kBuffers && block < kBlocks; ++block) fill(shared, image, block, block);
+    // Row tiles beyond the last are multiplied like the last and not stored.
+    const int own = first_tile + warp / 4 * 2 + warp % 2;
+    const int tile = own < Call::kRowTiles ? own : Call::kRowTiles - 1;
+    Sums sums = {};
+    multiply_all(sums, shared, image, codes, scales, tile, warp, lane);
+    store_all(shared, sums, y, batch, first_tile, warp, lane);
+  }
+
+ private:
+  // A buffer and the parity of the phase in which its barrier is.
+  struct Turn {
+    int buffer, parity;
+
+    __device__ __forceinline__ void advance() {
+      if (++buffer == kBuffers) buffer = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ int before() const { return buffer == 0 ? kBuffers - 1 : buffer - 1; }
+  };
+
+  // Asks for a block of x.
+  static __device__ __forceinline__ void fill(Shared& shared, const uint4* image, int block,
+                                              int buffer) {
+    copy_bulk(shared.stages.x[buffer], image + (size_t)block * Image::kVectors,
+              Image::kVectors * 16, &shared.full[buffer]);
+  }
+
+  static __device__ __forceinline__ void multiply_all(Sums& sums, Shared& shared,
+                                                      const uint4* image,
+                                                      const unsigned char* codes,
+                                                      const float* scales, int tile, int warp,
+                                                      int lane) {
+    const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
+    const int half = warp % 4 / 2;  // of y
+    Word(&table)[kTableRows][kStages][kEntries] = shared.table[warp];
+    uint4 fragments[kFragments];
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) fragments[f] = load_once(own + f * 32);
+    if (!kTileScales) fill_table(table, scales, tile, 0, half, lane);
+
+    // A quarter of the next block is decoded after each of the four steps, whose multiplications
+    // run meanwhile. Steps are in the order in which quarters complete them.
+    Operands operands[2];
+    if (kTileScales) fill_table(table, scales, tile, 0, half, lane);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) decode(operands[0], shared_address(&table), fragments, 0, r, lane);
+    if (kGroups > 1) refill(fragments, own, 1, 0);
+    const Word first_operand = operand_at(&shared.stages);
+    Turn turn = {}, refilled = {};
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const int block = group * 4 + b, next = (b + 1) % 4;
+        if (block >= kBlocks) break;
+        if (kTileScales && next % 2 == 0 && block + 1 < kBlocks)
+          fill_table(table, scales, tile, (block + 1) / 2, half, lane);
+        wait_barrier(&shared.full[turn.buffer], turn.parity);
+        const Word at = first_operand + turn.buffer * Image::kVectors;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int step = i % 2 * 2 + i / 2;
+          begin_multiplications();
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+            multiply_group<kTokens / 8>(sums[part], operands[b % 2][step],
+                                        at + 2 * step * Image::kLine + part * 128);
+          commit_multiplications();
+          // The operands that are decoded now were those of three steps ago and before.
+          wait_multiplications<3>();
+          decode(operands[next % 2], shared_address(&table), fragments, next, i, lane);
+          if (i != 2) continue;
+          if (block > 0 && lane == 0) arrive(&shared.empty[turn.before()]);
+          if (threadIdx.x == 0 && block >= kBehind && block - kBehind + kBuffers < kBlocks) {
+            wait_barrier(&shared.empty[refilled.buffer], refilled.parity);
+            fill(shared, image, block - kBehind + kBuffers, refilled.buffer);
+            refilled.advance();
+          }
+        }
+        if ((block + 1) / 4 + 1 < kGroups) refill(fragments, own, (block + 1) / 4 + 1, next);
+        turn.advance();
+      }
+    }
+    wait_multiplications<0>();
+  }
+
+  // Loads those fragments of a group whose last block in the group before was `block`.
+  static __device__ __forceinline__ void refill(uint4 (&fragments)[kFragments], const uint4* own,
+                                                int group, int block) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f)
+      if ((8 * f + 7) / kPlanes == block)
+        fragments[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
+  }
+
+  // Computes a warp's own tables, (what Re x, what Im x is multiplied by) for one half of y.
+  static __device__ __forceinline__ void fill_table(Word (&table)[kTableRows][kStages][kEntries],
+                                                    const float* scales, int tile, int column_tile,
+                                                    int half, int lane) {
+    const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
+                                    kTableRows;
+    __syncwarp();
+    for (int i = lane; i < kTableRows * kStages * kEntries; i += 32) {
+      const int digit = i % kEntries, stage = i / kEntries % kStages;
+      const int row = i / (kEntries * kStages);
+      float re[2], im[2];
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+        const int q = 1 - 2 * (digit >> (2 * term) & 1), p = 1 - 2 * (digit >> (2 * term + 1) & 1);
+        const float* scale = own + (stage * kTerms + term) * 2 * kTableRows + row;
+        re[term] = scale[0] * (float)((p + q) / 2);
+        im[term] = scale[kTableRows] * (float)((p - q) / 2);
+      }
+      const float u_re = kTerms == 2 ? re[0] : 0, u_im = kTerms == 2 ? im[0] : 0;
+      const float w_re = re[kTerms - 1], w_im = im[kTerms - 1];
+      table[row][stage][digit] = half == 0 ? pack_halves(u_re + w_re, w_im - u_im)
+                                           : pack_halves(u_im + w_im, u_re - w_re);
+    }
+    __syncwarp();
+  }
+
+  // Looks up a quarter of a lane's weights of a block: register r of the codes holds row
+  // g + 8 (r % 2), columns 8 t + 4 (r / 2) + 0 .. 3.
+  static __device__ __forceinline__ void decode(Operands& operands, Word tables,
+                                                const uint4 (&codes)[kFragments], int block, int r,
+                                                int lane) {
+    const int row = kTableRows > 1 ? lane / 4 + 8 * (r % 2) : 0;
+    const Word row_tables = tables + row * (kStages * kEntries * 4);
+    Word entries[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) entries[e] = look_up(row_tables, codes, block, r, e);
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      operands[r / 2][r % 2 + e] = pick_bytes(entries[e], entries[e + 1], 0x5410);
+      operands[2 + r / 2][r % 2 + e] = pick_bytes(entries[e], entries[e + 1], 0x7632);
+    }
+  }
+
+  // Sums the entries of a weight's digits. Tables of a stage lie at multiples of their size, so that
+  // an address is put together by bits.
+  static __device__ __forceinline__ Word look_up(Word row_tables, const uint4 (&codes)[kFragments],
+                                                 int block, int r, int e) {
+    Word sum = 0;
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      const int bit = block * kPlanes + stage * kDigitBits;
+      const uint4 bytes = codes[bit / 8];
+      const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
+      const int shift = 8 * e + bit % 8 - 2;  // an entry has 4 bytes
+      const Word digit = shift < 0 ? word << -shift : word >> shift;
+      const Word at = mask_or(digit, (kEntries - 1) << 2, row_tables);
+      const Word entry = load_shared_word(at, stage * (kEntries * 4));
+      sum = stage == 0 ? entry : add_halves(sum, entry);
+    }
+    return sum;
+  }
+
+  // Stores outputs through shared memory, half of the rows of x at a time, so that neighbouring
+  // threads store neighbouring features.
+  static __device__ __forceinline__ void store_all(Shared& shared, const Sums& sums, Y* y, int batch,
+                                                   int first_tile, int warp, int lane) {
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) {
+      __syncthreads();
+      // Warp (half of y, tile of its warpgroup) -> column of outputs: half, tile, row.
+      const int column = warp % 4 / 2 * (kOutputs / 2) + (warp / 4 * 2 + warp % 2) * 16 + lane / 4;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int core = 0; core < 16; ++core) {
+          const int token = part * 128 + core * 8;
+          if (token / (kTokens / 2) != turn) continue;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            shared.y[token % (kTokens / 2) + lane % 4 * 2 + i % 2][column + 8 * (i / 2)] =
+                sums[part][core][i];
+        }
+      __syncthreads();
+      const int first = blockIdx.y * kTokens + turn * (kTokens / 2);
+      for (int i = threadIdx.x; i < kTokens / 2 * kOutputs; i += kWarps * 32) {
+        const int token = i / kOutputs, column = i % kOutputs;
+        const int half = column / (kOutputs / 2), row = column % (kOutputs / 2);
+        const int tile = first_tile + row / 16;
+        if (first + token >= batch || tile >= Call::kRowTiles) continue;
+        const int feature = Call::feature(tile, row % 16, half);
+        if (feature >= 0) store(y + (size_t)(first + token) * Call::kFeatures + feature,
+                                shared.y[token][column]);
+      }
+    }
+  }
+};
+
+}  // namespace fairy
+#endif  // FAIRY_HOPPER

@@ -1,0 +1,117 @@
+"""The kernels for Hopper on emulated warpgroup tensor cores, against the NumPy reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairy_compile.kernels.cuda import Launch
+from fairy_compile.kernels.cuda_hopper import CudaHopper
+from fairy_compile.op import PhaseSpec, phase_gemm_reference
+from tests.emulation.cuda_rig import Emulator, missing_tools
+from tests.emulation.test_cuda_emulated import ALL, QUICK, tolerance
+from tests.kernels.cases import make_parts, make_spec, make_x
+
+pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
+
+KERNEL = CudaHopper()
+NARROW = {"wide_tokens": 128, "wide_buffers": 3}
+
+
+def wide(spec: PhaseSpec, dtype: str, **knobs) -> Launch:
+    launch = KERNEL.launches(replace(spec, dtype=dtype, out_dtype=dtype), "many", knobs)[-1]
+    assert launch.arrange is not None
+    return launch
+
+
+def check(emulated: Emulator, launch: Launch, spec: PhaseSpec, x: np.ndarray, order=0) -> None:
+    parts = make_parts(spec)
+    arrays = KERNEL.layout.pack(parts, spec)
+    got = emulated.run(launch, x, *arrays.values(), spec.out_features, order).astype(np.float64)
+    full = x.astype(np.float32)
+    want = phase_gemm_reference(full, parts, "float")
+    allowed = tolerance(spec, parts, full, prefill=True)
+    if x.dtype == np.float16:
+        allowed = allowed + 2.0**-11 * np.abs(want)
+    else:
+        # x is rounded to float16, too: 2^-11 of S, as for an entry of the real matrix.
+        allowed = allowed * (2 * spec.stages + 1) / (2 * spec.stages)
+    worst = np.max(np.abs(got - want) - allowed)
+    assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> Emulator:
+    launches = [wide(spec, "float16", **NARROW) for spec in QUICK]
+    return Emulator(launches, tmp_path_factory.mktemp("narrow"), "float16", "float16")
+
+
+@pytest.mark.parametrize("spec", QUICK, ids=PhaseSpec.describe)
+def test_rows_of_one_block_and_of_two(narrow, spec):
+    for batch in (1, 128, 131):
+        check(narrow, wide(spec, "float16", **NARROW), spec, make_x(spec, batch).astype(np.float16))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_threads_in_another_order(narrow, order):
+    for spec in QUICK[:3]:
+        x = make_x(spec, 9).astype(np.float16)
+        check(narrow, wide(spec, "float16", **NARROW), spec, x, order)
+
+
+def test_blocks_of_256_rows(tmp_path):
+    """With more blocks of columns than buffers, and less than all of the last."""
+    spec = make_spec(parts=(70,), m=264, act="int16")
+    launch = wide(spec, "float16")
+    emulated = Emulator([launch], tmp_path, "float16", "float16")
+    check(emulated, launch, spec, make_x(spec, 150).astype(np.float16))
+
+
+def test_float32_activations(tmp_path):
+    spec = QUICK[0]
+    launch = wide(spec, "float32", **NARROW)
+    check(Emulator([launch], tmp_path, "float32", "float32"), launch, spec, make_x(spec, 5))
+
+
+@pytest.mark.parametrize(
+    ("removed", "kept"),
+    [
+        ("wait_barrier(&shared.full[turn.buffer], turn.parity);", ""),
+        ("wait_barrier(&shared.empty[refilled.buffer], refilled.parity);", ""),
+        ("wait_multiplications<3>();", "wait_multiplications<7>();"),
+        ("wait_multiplications<0>();", ""),
+        ("__syncthreads();\n      // Warp", "// Warp"),
+        (
+            "__syncwarp();\n    for (int i = lane; i < kTableRows",
+            "for (int i = lane; i < kTableRows",
+        ),
+    ],
+    ids=["x is there", "x is done with", "operands", "sums", "outputs", "tables"],
+)
+def test_missing_synchronisation_is_noticed(tmp_path, removed, kept):
+    # Scales for every tile, so that tables change; more blocks of columns than buffers.
+    spec = make_spec(parts=(70,), m=264, scale="tile64", act="int16")
+    launch = wide(spec, "float16", **NARROW)
+    assert removed in launch.source
+    broken = replace(launch, source=launch.source.replace(removed, kept))
+    x = make_x(spec, 8).astype(np.float16)
+    check(Emulator([launch], tmp_path, "float16", "float16"), launch, spec, x)
+    emulated = Emulator([broken], tmp_path, "float16", "float16")
+    noticed = 0
+    for order in range(6):
+        try:
+            check(emulated, broken, spec, x, order)
+        except (AssertionError, RuntimeError):
+            noticed += 1
+    assert noticed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ALL, ids=PhaseSpec.describe)
+def test_every_form(tmp_path: Path, spec: PhaseSpec):
+    launch = wide(spec, "float16")
+    emulated = Emulator([launch], tmp_path, "float16", "float16")
+    check(emulated, launch, spec, make_x(spec, 17).astype(np.float16))
