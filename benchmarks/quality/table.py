@@ -144,9 +144,11 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    sides = (("free-", "fp", "without training"), ("qat-", "control", "trained for its codes"))
-    for axis, (prefix, base, words) in zip(axes, sides, strict=True):
+    sides = [("free-", "fp", "without training"), ("qat-", "control", "trained for its codes")]
+    sides = [side for side in sides if any(name.startswith(side[0]) for name in results.runs)]
+    size = (5.5 * len(sides), 4.5)
+    figure, axes = pyplot.subplots(1, len(sides), figsize=size, sharey=True, squeeze=False)
+    for axis, (prefix, base, words) in zip(axes[0], sides, strict=True):
         names = [n for n in TITLES if n.startswith(prefix) and n in results.runs]
         for name in (n for n in names if BASES.get(n, base) in results.runs):
             gaps, bits = results.gaps(name, BASES.get(name, base)), results.bits(name)
@@ -157,10 +159,10 @@ def plot(results: Results, path: Path) -> None:
             axis.annotate(label, (bits, statistics.mean(gaps)), place, fontsize=7,
                           textcoords="offset points", color=colour)  # fmt: skip
         axis.set(title=words, xlabel="bits a weight", yscale="log")
-        axis.set_xlim(0.5, 8.5)
+        axis.set_xlim(0.5, 8.5 if prefix == "free-" else 3.5)
         axis.margins(y=0.1)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("loss gap, nats a token")
+    axes[0, 0].set_ylabel("loss gap, nats a token")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
