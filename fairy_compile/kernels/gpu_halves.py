@@ -89,7 +89,7 @@ class _HalfDecode(Decode):
         return buffer[T.ramp(number * _PAIR, 1, _PAIR)]
 
     def _accumulate(self, sums: Buffer, number: int, a: Expr, b: Expr, fresh: bool) -> None:
-        # Asked for as one operation: drivers do not join products and sums of float16 by themselves.
+        # Asked for as one operation, since a driver need not join a product and a sum of float16.
         value = a * b if fresh else T.fma(a, b, self._pair(sums, number))
         store(sums, T.ramp(number * _PAIR, 1, _PAIR), value)
 
