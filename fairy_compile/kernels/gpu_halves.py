@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer
 
 _PAIR, _BLOCK = 2, 4  # float16 of an entry
-_VECTOR = 8  # columns of x that are loaded together, 128 bits
+_VECTOR = 4  # columns of x that are loaded together; as 8, TVM would load them one by one
 _ENTRIES = 16  # of a table of ``halves``
 BLOCK_BYTES = 8
 _EXPONENT, _MANTISSA_BITS = 0x7F800000, 23
@@ -71,21 +71,26 @@ class _HalfDecode(Decode):
 
     def _load_pairs(self, pairs: Buffer, tokens: Sequence[Expr], unit: Expr, first: int) -> None:
         """Load `_VECTOR` columns of all tokens as pairs (re x, im x)."""
+        loaded = local((2 * _VECTOR,), "float16")
         for b, token in enumerate(tokens):
-            halves = [
-                T.bind(self.x[token, T.ramp(half * self.spec.m + unit * UNIT + first, 1, _VECTOR)])
-                for half in range(2)
-            ]
+            for half in range(2):
+                column = half * self.spec.m + unit * UNIT + first
+                store(
+                    loaded,
+                    T.ramp(half * _VECTOR, 1, _VECTOR),
+                    self.x[token, T.ramp(column, 1, _VECTOR)],
+                )
             for c in range(_VECTOR):
-                pair = Shuffle(halves, [c, _VECTOR + c])
+                pair = Shuffle([loaded[c], loaded[_VECTOR + c]], [0, 1])
                 store(pairs, T.ramp((b * _VECTOR + c) * _PAIR, 1, _PAIR), pair)
 
     @staticmethod
     def _pair(buffer: Buffer, number: int) -> Expr:
         return buffer[T.ramp(number * _PAIR, 1, _PAIR)]
 
-    def _accumulate(self, sums: Buffer, number: int, product: Expr, fresh: bool) -> None:
-        value = product if fresh else self._pair(sums, number) + product
+    def _accumulate(self, sums: Buffer, number: int, a: Expr, b: Expr, fresh: bool) -> None:
+        # Asked for as one operation, since a driver need not join a product and a sum of float16.
+        value = a * b if fresh else T.fma(a, b, self._pair(sums, number))
         store(sums, T.ramp(number * _PAIR, 1, _PAIR), value)
 
     def _flush(self, unit_sums: Buffer, sums: Buffer) -> None:
@@ -153,9 +158,9 @@ class HalvesDecode(_HalfDecode):
                     for b in range(shape.tokens):
                         out, column = (r * shape.tokens + b) * 2, b * _VECTOR + c
                         fresh = first + c == 0
-                        self._accumulate(unit_sums, out, total * self._pair(pairs, column), fresh)
-                        product = difference * self._pair(turned, column)
-                        self._accumulate(unit_sums, out + 1, product, fresh)
+                        self._accumulate(unit_sums, out, total, self._pair(pairs, column), fresh)
+                        turned_pair = self._pair(turned, column)
+                        self._accumulate(unit_sums, out + 1, difference, turned_pair, fresh)
         self._flush(unit_sums, sums)
 
     def _turn(self, pairs: Buffer, turned: Buffer) -> None:
@@ -174,14 +179,20 @@ class HalvesDecode(_HalfDecode):
             width = 2 * stages
             word, inside = divmod(column, 32 // width)
             bits = words[at + term * self.spec.stages + first + word]
-            index = _extract(bits, width * inside, (1 << width) - 1, _PAIR)
-            base = ((self._first + r) * self._slots + slot) * (_ENTRIES * _PAIR)
-            found = self._table[T.ramp(base + index, 1, _PAIR)]
+            index = _extract(bits, width * inside, (1 << width) - 1, 1)
+            base = ((self._first + r) * self._slots + slot) * _ENTRIES
+            # The number of a pair, in a form that TVM leaves as it is: so it sees whole pairs.
+            entry = T.cast(T.cast(base, "uint32") + index, "int32")
+            found = self._table[T.ramp(entry * _PAIR, 1, _PAIR)]
             by_term[term] = found if by_term[term] is None else by_term[term] + found
-        values = [T.bind(value) for value in by_term]
-        if len(values) == 1:
-            return values[0], values[0]
-        return values[0] + values[1], values[0] - values[1]
+        # Not bound to names, which TVM replaces by what they stand for, loads and all.
+        values = local((len(by_term) * _PAIR,), "float16")
+        for i, value in enumerate(by_term):
+            store(values, T.ramp(i * _PAIR, 1, _PAIR), value)
+        first = self._pair(values, 0)
+        if len(by_term) == 1:
+            return first, first
+        return first + self._pair(values, 1), first - self._pair(values, 1)
 
 
 class BlocksDecode(_HalfDecode):
@@ -192,7 +203,7 @@ class BlocksDecode(_HalfDecode):
         shape, weights = self.shape, self.weights
         entries, copies = block_entries(self.spec), shape.copies
         self._table = shared((entries * copies * _BLOCK,), "float16")
-        self._copy = T.bind(T.bitwise_and(thread, copies - 1))
+        self._copy = T.bind(T.cast(T.bitwise_and(thread, copies - 1), "uint32"))
         row = T.bind(T.min(block * shape.group_rows, self.spec.n - 1))
         self._powers = [power_of_two(weights, row)] * shape.rows
         scale_row = T.bind(weights.scale_row(row))
@@ -243,9 +254,9 @@ class BlocksDecode(_HalfDecode):
                     for half in range(2):
                         row = Shuffle([found], [2 * half, 2 * half + 1])
                         for b in range(shape.tokens):
-                            product = row * self._pair(pairs, b * _VECTOR + c)
+                            pair = self._pair(pairs, b * _VECTOR + c)
                             out = (r * shape.tokens + b) * 2 + half
-                            self._accumulate(unit_sums, out, product, first + c == 0)
+                            self._accumulate(unit_sums, out, row, pair, first + c == 0)
         self._flush(unit_sums, sums)
 
     def _indices(self, words: Buffer, at: int) -> list[tuple[Expr, int]]:
@@ -270,7 +281,9 @@ class BlocksDecode(_HalfDecode):
     def _look_up(self, word: Expr, bit: int) -> Expr:
         copies = self.shape.copies
         index = _extract(word, bit, block_entries(self.spec) - 1, copies)
-        return self._table[T.ramp((index + self._copy) * _BLOCK, 1, _BLOCK)]
+        # An or, which GPUs do together with the and before it.
+        index = T.cast(T.bitwise_or(index, self._copy), "int32")
+        return self._table[T.ramp(index * _BLOCK, 1, _BLOCK)]
 
 
 def decode_kind(shape: DecodeShape) -> type[Decode]:
@@ -284,7 +297,7 @@ def _extract(word: Expr, bit: int, mask: int, times: int) -> Expr:
     up = times.bit_length() - 1 - bit
     by = T.uint32(abs(up))
     moved = word if up == 0 else T.shift_left(word, by) if up > 0 else T.shift_right(word, by)
-    return T.cast(T.bitwise_and(moved, T.uint32(mask * times)), "int32")
+    return T.bitwise_and(moved, T.uint32(mask * times))
 
 
 def _store_vector(buffer: Buffer, number: Expr, values: Sequence[Any]) -> None:

@@ -216,6 +216,7 @@ class Decoration(IntEnum):
 
     Block = 2
     ArrayStride = 6
+    Aliased = 20
     BuiltIn = 11
     Binding = 33
     DescriptorSet = 34

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
+from tvm.sym import Analyzer
 
 from fairy_compile.codegen.spirv import calls
-from fairy_compile.codegen.spirv.dtypes import UINT32, dtype_of
+from fairy_compile.codegen.spirv.dtypes import INT32, UINT32, dtype_of
 from fairy_compile.codegen.spirv.enums import BuiltIn, Decoration, Op, StorageClass
 from fairy_compile.codegen.spirv.function import FunctionBuilder
 from fairy_compile.codegen.spirv.matrices import Matrices
@@ -24,6 +25,7 @@ class Expressions:
         arithmetic, memory, matrices: what the instructions are made with.
         variables: values of TIR variables in scope.
         buffers: buffers in scope, by TIR buffer or by the parameter that points to it.
+        analyzer: knows what bound variables stand for.
         error: makes errors that name the kernel.
     """
 
@@ -36,6 +38,7 @@ class Expressions:
         self.matrices = Matrices(self)
         self.variables: dict[Any, Value] = {}
         self.buffers: dict[Any, Buffer] = {}
+        self.analyzer = Analyzer()
         self._built_ins: dict[BuiltIn, int] = {}
         self._visitors: dict[str, Callable[[Any], Value]] = {
             "Var": self._variable,
@@ -63,6 +66,8 @@ class Expressions:
         """
         name = type(node).__name__
         try:
+            if name == "Div" and _undoes(node):
+                return self.value(node.a.a)
             if name in ARITHMETIC or name in COMPARISONS:
                 return self.arithmetic.binary(name, self.value(node.a), self.value(node.b))
             visitor = self._visitors.get(name)
@@ -139,4 +144,45 @@ class Expressions:
         if getattr(node, "predicate", None) is not None:
             raise self.error.unsupported(f"a predicated load, {node},")
         (index,) = node.indices
-        return self.memory.load(self.buffer(node.source), self.lanes(index), dtype_of(node))
+        buffer, dtype = self.buffer(node.source), dtype_of(node)
+        width = self._vector_width(buffer, index)
+        if width == 1:
+            return self.memory.load(buffer, self.lanes(index), dtype)
+        base = self.value(index.base)
+        by = self.arithmetic.constant(width.bit_length() - 1, base.dtype)
+        first = self.arithmetic.binary("RShift", base, by)  # exact, and never negative
+        places = [
+            self.arithmetic.binary("Add", first, self.arithmetic.constant(i, base.dtype))
+            if i
+            else first
+            for i in range(dtype.lanes // width)
+        ]
+        return self.memory.load(self.memory.vector_view(buffer, width), places, dtype)
+
+    def _vector_width(self, buffer: Buffer, index: Any) -> int:
+        """Return the lanes that a load from a storage buffer can take at once: 4, 2 or 1."""
+        plain = buffer.storage_class is StorageClass.StorageBuffer and buffer.element.lanes == 1
+        if not plain or not isinstance(index, tirx.Ramp):
+            return 1
+        if not isinstance(index.stride, tirx.IntImm) or int(index.stride) != 1:
+            return 1
+        found = self.analyzer.modular_set(index.base)
+        for width in (4, 2):
+            if all(int(n) % width == 0 for n in (dtype_of(index).lanes, found.coeff, found.base)):
+                return width
+        return 1
+
+
+def _undoes(node: Any) -> bool:
+    """Tell whether a quotient is of a product with the same constant, as vectorised indices are.
+
+    TIR's wide integers do not overflow, so it is the other factor.
+    """
+    product, divisor = node.a, node.b
+    return (
+        type(product).__name__ == "Mul"
+        and isinstance(divisor, tirx.IntImm)
+        and isinstance(product.b, tirx.IntImm)
+        and int(divisor) == int(product.b) != 0
+        and dtype_of(node) == INT32
+    )

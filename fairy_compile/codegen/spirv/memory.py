@@ -79,6 +79,8 @@ class Memory:
 
     def __init__(self, function: FunctionBuilder, arithmetic: Arithmetic):
         self.shared_bytes = 0
+        self._bindings: dict[int, int] = {}
+        self._views: dict[tuple[int, int], Buffer] = {}
         self._function = function
         self._module = function.module
         self._arithmetic = arithmetic
@@ -94,7 +96,24 @@ class Memory:
         stride = cell.lane_bytes * cell.lanes
         block = self._module.block_type([self._module.type(cell)], [0], array_stride=stride)
         pointer = self._bound_variable(StorageClass.StorageBuffer, block, name, binding)
+        self._bindings[pointer] = binding
         return Buffer(name, pointer, StorageClass.StorageBuffer, element, cell)
+
+    def vector_view(self, buffer: Buffer, lanes: int) -> Buffer:
+        """Return the storage buffer of scalars as one of vectors, at the same binding.
+
+        TVM keeps arguments as buffers of scalars, of which only scalars can be loaded.
+        """
+        key = buffer.pointer, lanes
+        if key not in self._views:
+            element = buffer.element.with_lanes(lanes)
+            binding = self._bindings[buffer.pointer]
+            view = self.storage_buffer(f"{buffer.name}x{lanes}", element, binding)
+            if all(known != buffer.pointer for known, _ in self._views):
+                self._module.decorate(buffer.pointer, Decoration.Aliased)
+            self._module.decorate(view.pointer, Decoration.Aliased)
+            self._views[key] = view
+        return self._views[key]
 
     def shared_array(self, name: str, element: DType, length: int, volatile: bool) -> Buffer:
         """Declare an array that the threads of a block share."""

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.ir import Call
 
 from fairy_compile.codegen.spirv import calls, matrices
-from fairy_compile.codegen.spirv.dtypes import UINT32, dtype_of, parse_dtype
+from fairy_compile.codegen.spirv.dtypes import INT32, UINT32, dtype_of, is_pointer, parse_dtype
 from fairy_compile.codegen.spirv.enums import BuiltIn, LoopControl, Op
 from fairy_compile.codegen.spirv.expressions import Expressions
 from fairy_compile.codegen.spirv.values import COMPARISONS, Value
@@ -71,6 +71,8 @@ class Statements:
 
     def _bind(self, node: Any) -> None:
         self._expressions.variables[node.var] = self._expressions.value(node.value)
+        if not is_pointer(node.var) and dtype_of(node.var) == INT32:
+            self._expressions.analyzer.bind(node.var, node.value)
 
     def _evaluate(self, node: Any) -> None:
         if isinstance(node.value, Call):
