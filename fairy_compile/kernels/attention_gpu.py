@@ -85,8 +85,8 @@ def check_decode(decode: PrimFunc, heads: int, kv_heads: int, head_dim: int, tar
     if covered != heads or head_dim % extents["threadIdx.x"]:
         raise UnsupportedError(
             f"no attention kernel of target {target} computes {heads // kv_heads} heads of "
-            f"{head_dim} elements that share a key; at most 8 heads of 128, or a power of two of "
-            "them, are allowed; build with --target cpu"
+            f"{head_dim} elements that share a key; allowed are as many as fit a thread group, or "
+            "halve evenly until they do; build with --target cpu"
         )
 
 
