@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.emulation.vulkan_device import missing_driver, missing_validator
+from tests.emulation.spirv_val import missing_validator
+from tests.emulation.vulkan_device import missing_driver
 
 
 @pytest.fixture(scope="session")

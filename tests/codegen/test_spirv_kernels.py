@@ -216,3 +216,33 @@ def test_equal_instructions_are_not_repeated():
     (kernel,) = kernels.values()
     assert len(kernel.code) < 2200, "the index arithmetic is shared between load and store"
     assert device().name
+
+
+@T.prim_func(s_tir=True)
+def neighbours(x: T.Buffer((64,), "float32"), y: T.Buffer((16,), "float32")):
+    for j in T.thread_binding(16, "threadIdx.x"):
+        four = T.alloc_buffer((4,), "float32", scope="local")
+        four[T.ramp(0, 1, 4)] = x[T.ramp(j * 4, 1, 4)]
+        y[j] = four[0] + four[1] * T.float32(10) + four[2] * T.float32(100) + four[3]
+
+
+@T.prim_func(s_tir=True)
+def strangers(x: T.Buffer((64,), "float32"), y: T.Buffer((16,), "float32")):
+    for j in T.thread_binding(15, "threadIdx.x"):
+        four = T.alloc_buffer((4,), "float32", scope="local")
+        four[T.ramp(0, 1, 4)] = x[T.ramp(j * 4 + 1, 1, 4)]
+        y[j] = four[0] + four[1] * T.float32(10) + four[2] * T.float32(100) + four[3]
+
+
+def test_aligned_neighbours_are_one_load():
+    x = np.arange(64, dtype="float32")
+    factors = np.array([1, 10, 100, 1], "float32")
+    for function, rows, views in ((neighbours, x.reshape(16, 4), 2), (strangers, None, 0)):
+        if rows is None:
+            rows = np.stack([x[4 * j + 1 : 4 * j + 5] for j in range(15)])
+        _, y = run(function, [x, np.zeros(16, "float32")])
+        np.testing.assert_array_equal(y[: len(rows)], rows @ factors)
+        (kernel,) = build(function)[1].values()
+        words = np.frombuffer(kernel.code, "<u4")
+        aliased = (words[:-2] == (3 << 16 | 71)) & (words[2:] == 20)
+        assert aliased.sum() == views, "the buffer and its view of vectors"

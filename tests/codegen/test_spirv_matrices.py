@@ -19,7 +19,7 @@ from fairy_compile.kernels.gpu_builder import build_function, launch, local, sha
 from fairy_compile.kernels.vulkan import VULKAN_KERNELS
 from fairy_compile.kernels.vulkan_tile import CooperativeUnits
 from tests.emulation.gpu_cases import gpu_spec, host_target
-from tests.emulation.vulkan_device import missing_validator, validate
+from tests.emulation.spirv_val import missing_validator, validate
 from tests.emulation.vulkan_module import kernels_of
 from tests.emulation.vulkan_target import vulkan_target
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tvm.script import tirx as T
 
-from tests.emulation.vulkan_device import device, missing_driver, missing_validator
+from tests.emulation.spirv_val import missing_validator
+from tests.emulation.vulkan_device import device, missing_driver
 from tests.emulation.vulkan_module import bound_buffers
 from tests.emulation.vulkan_record import Recorder, distance, repeat
 from tests.emulation.vulkan_target import build

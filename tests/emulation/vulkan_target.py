@@ -10,7 +10,7 @@ import tvm
 
 from fairy_compile.codegen import spirv
 from tests.emulation import vulkan_runtime
-from tests.emulation.vulkan_device import validate
+from tests.emulation.spirv_val import validate
 from tests.emulation.vulkan_module import ShaderKernel, kernels_of
 
 EVERYTHING = {

@@ -20,7 +20,8 @@ from tests.emulation.gpu_cases import (
     run_phase_kernel,
     tolerance,
 )
-from tests.emulation.vulkan_device import missing_driver, missing_validator, validate
+from tests.emulation.spirv_val import missing_validator, validate
+from tests.emulation.vulkan_device import missing_driver
 from tests.emulation.vulkan_module import kernels_in
 
 (KERNEL,) = VULKAN_KERNELS

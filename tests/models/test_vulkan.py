@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import fairy_compile as fc
-from tests.emulation.vulkan_device import missing_driver, missing_validator, validate
+from tests.emulation.spirv_val import missing_validator, validate
+from tests.emulation.vulkan_device import missing_driver
 from tests.emulation.vulkan_module import kernels_in
 from tests.tiny_ifairy import Published, save_ifairy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
