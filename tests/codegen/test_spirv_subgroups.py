@@ -39,6 +39,21 @@ def test_subgroups():
     np.testing.assert_array_equal(y[4], x[lane ^ 2])
 
 
+@T.prim_func(s_tir=True)
+def from_any_lane(
+    x: T.Buffer((64,), "float32"), lane: T.Buffer((1,), "int32"), y: T.Buffer((64,), "float32")
+):
+    for j in T.thread_binding(64, "threadIdx.x"):
+        y[j] = T.call_pure_extern("float32", "subgroupBroadcast", x[j], lane[0])
+
+
+def test_a_broadcast_from_a_lane_that_is_not_known():
+    """Before SPIR-V 1.5 a broadcast takes lanes that are constants only, says spirv-val."""
+    x = np.random.default_rng(1).standard_normal(64).astype("float32")
+    *_, y = run(from_any_lane, [x, np.array([5], "int32"), np.zeros(64, "float32")], **SUBGROUPS)
+    np.testing.assert_array_equal(y, np.repeat(x.reshape(-1, 8)[:, 5], 8))
+
+
 def test_subgroups_are_refused_by_name():
     spirv.register()
     with pytest.raises(UnsupportedError, match="max_spirv_version"):

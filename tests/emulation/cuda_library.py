@@ -64,6 +64,11 @@ class CudaRig:
         for kind in ("cuda", "cuda_host"):  # host memory that a GPU can copy from
             install_device(kind, directory)
         on_load("cuda", self.load)
+        # What a build for CUDA may have loaded into this process: with it, libraries would hold
+        # machine code, and no source to run here.
+        create = "ffi.Module.create.cuda"
+        if tvm_ffi.get_global_func(create, allow_missing=True) is not None:
+            tvm_ffi.registry.remove_global_func(create)
 
     def load(self, data: bytes) -> Any:
         """Compile a device module and return what runs it."""

@@ -16,6 +16,7 @@ import tvm
 import tvm_ffi
 
 HERE = Path(__file__).parent
+_installed: set[str] = set()  # kinds of devices
 CXX = "clang++-22"
 _FLOAT, _HANDLE = 2, 3  # DLPack's type codes
 # Every kernel of a module as a function that hands its number and arguments to Python.
@@ -117,13 +118,22 @@ def read_module(data: bytes, whole: bool = False, named: bool = True) -> list[Ke
 
 @cache
 def install_device(kind: str, directory: Path) -> None:
-    """Give this process a device of ``kind``, for good; see ``gpu_device.cc``."""
+    """Give this process a device of ``kind``, for good; see ``gpu_device.cc``.
+
+    It takes the place of the real one, which builds for CUDA load without a GPU.
+    """
+    name = f"device_api.{kind}"
+    if kind in _installed:
+        return
+    if tvm_ffi.get_global_func(name, allow_missing=True) is not None:
+        tvm_ffi.registry.remove_global_func(name)
     library = directory / f"{kind}_device.so"
     site = Path(tvm.__file__).parent
     ffi = Path(tvm_ffi.__file__).parent
-    flags = [f'-DDEVICE_API="device_api.{kind}"', f"-I{site / 'include'}"]
+    flags = [f'-DDEVICE_API="{name}"', f"-I{site / 'include'}"]
     compile_library([*flags, f"-I{ffi / 'include'}"], HERE / "gpu_device.cc", library)
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    _installed.add(kind)
 
 
 def compile_library(flags: list[str], source: Path, library: Path) -> None:

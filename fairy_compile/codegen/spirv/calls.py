@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tvm.tirx import IntImm
+
 from fairy_compile.codegen.spirv import matrices
 from fairy_compile.codegen.spirv.dtypes import UINT32, DType, Kind, dtype_of
 from fairy_compile.codegen.spirv.enums import (
+    SPIRV_1_5,
     BuiltIn,
     Capability,
     Extension,
@@ -293,6 +296,18 @@ def _dot_of(ex: Expressions, call: Any, operands: list[Value], dtype: DType) -> 
 _DOT_FUNCTIONS = ("dotPacked4x8EXT", "__dp4a")
 
 
+def _lane(ex: Expressions, index: Any) -> Value:
+    """Return the number of a lane; one that is known is a constant in the module, too."""
+    if isinstance(index, IntImm):
+        return ex.arithmetic.constant(int(index.value), UINT32)
+    return ex.arithmetic.cast(ex.value(index), UINT32)
+
+
+def _may_broadcast(ex: Expressions, index: Any) -> bool:
+    """Tell whether a broadcast may name its lane so: before SPIR-V 1.5 by a constant only."""
+    return isinstance(index, IntImm) or ex.module.target.spirv_version >= SPIRV_1_5
+
+
 def _extern(ex: Expressions, call: Any, dtype: DType) -> Value:
     """Functions of GLSL's extensions, and CUDA's ``__dp4a``, through ``call_pure_extern``."""
     name = str(call.args[0].value)
@@ -304,8 +319,9 @@ def _extern(ex: Expressions, call: Any, dtype: DType) -> Value:
         return _subgroup(ex, op, SubgroupFeature.Arithmetic, name, *operands, reduce=True)
     if name in _SUBGROUP_MOVES:
         op, feature = _SUBGROUP_MOVES[name]
-        value, *lane = operands
-        lanes = [ex.arithmetic.cast(index, UINT32) for index in lane]
+        value, lanes = operands[0], [_lane(ex, arg) for arg in call.args[2:]]
+        if op is Op.GroupNonUniformBroadcast and not _may_broadcast(ex, call.args[2]):
+            op, feature = Op.GroupNonUniformShuffle, SubgroupFeature.Shuffle
         return _subgroup(ex, op, feature, name, value, *lanes)
     if name in _SUBGROUP_BUILT_INS:
         _use_subgroups(ex, SubgroupFeature.Basic, name)
