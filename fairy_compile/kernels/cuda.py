@@ -105,10 +105,10 @@ class CudaPlanes:
     layout = CudaLayout()
     decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
-        "warps": ("auto", 4, 8, 12, 16, 20, 28),
-        "row_tiles": ("auto", 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16),
-        "passes": ("auto", 1, 2, 4),
-        "prefetch": (0, 2, 4, 8, 16),
+        "warps": ("auto", 4, 8, 16, 28),
+        "row_tiles": ("auto", 1, 2, 4, 7, 14),
+        "passes": ("auto", 1),
+        "prefetch": (0, 4),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),

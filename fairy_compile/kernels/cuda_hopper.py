@@ -40,9 +40,13 @@ class CudaHopper(CudaPlanes):
     name = "cuda.hopper"
     knobs: Mapping[str, Sequence[Any]] = {
         **CudaPlanes.knobs,
-        "wide": (129, 65, 257, 513),
+        "switch": (9, 5, 17),
+        "tokens": (96, 64),
+        "prefill_warps": (4, 8),
+        "buffers": (2, 3),
+        "wide": (129, 65),
         "wide_tokens": (256, 128),
-        "wide_buffers": (4, 3, 5, 6),
+        "wide_buffers": (4, 3, 6),
     }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:

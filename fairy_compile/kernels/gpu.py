@@ -70,7 +70,7 @@ class GpuKernel:
         "rows": (2, 1, 4, 8),
         "tokens": (4, 2, 1, 8),
         "weights": ("auto", "table", "bits", "halves", "blocks"),
-        "copies": (16, 1, 8),
+        "copies": (16, 1),
         "group": (128, 256, 512),
         "ahead": (False, True),
         "switch": (8, 0, 4, 16, 32),

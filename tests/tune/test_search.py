@@ -17,7 +17,7 @@ SEEDS = range(5)
 
 def cuda(knobs):
     """Seconds of a made-up GPU kernel: occupancy against reuse, with failures."""
-    warps, tokens = knobs["warps"], knobs["tokens"]
+    warps, tokens = {"auto": 8}.get(knobs["warps"], knobs["warps"]), knobs["tokens"]
     tiles = {"auto": 4}.get(knobs["row_tiles"], knobs["row_tiles"])
     registers = tokens * tiles * 8 / warps
     if registers > 768:
