@@ -25,9 +25,8 @@ from fairy_compile.op import PhaseSpec, phase_gemm_reference
 LAYOUT = CudaLayout()
 L2_BYTES = 60 << 20  # of an H200, the largest we know of
 _POOL_BYTES = 768 << 20  # of weights that launches take in turn
-# Decode is exact for quantised activations: float16 outputs, then float32 sums. Prefill: float16
-# weights and activations. The peers round their weights to float16 and add in float32 or, at
-# worst, add partial sums of 32 in float16.
+# Decode is exact for quantised activations: float16 outputs, then float32 sums. Prefill and the
+# peers: float16 weights and activations, float32 sums.
 ERRORS = {"phase decode": 1e-3, "phase prefill": 2e-3}
 _CHECKED_TILES, _CHECKED_ROWS = 4, 64
 
@@ -110,10 +109,6 @@ class Weights:
     def codes(self, shape: tuple[int, ...]) -> list[torch.Tensor]:
         """Return uint8 arrays of a shape, as many as fit."""
         return _cut(self.bytes, shape)
-
-    def words(self, shape: tuple[int, ...]) -> list[torch.Tensor]:
-        """Return uint32 arrays of a shape, as many as fit."""
-        return [a.view(torch.uint32) for a in _cut(self.bytes, (*shape[:-1], 4 * shape[-1]))]
 
     def floats(self, shape: tuple[int, ...]) -> list[torch.Tensor]:
         """Return float16 arrays of a shape, as many as fit."""
