@@ -136,6 +136,11 @@ def install_device(kind: str, directory: Path) -> None:
     _installed.add(kind)
 
 
+def is_simulated(kind: str) -> bool:
+    """Whether this process was given a device of ``kind``; see `install_device`."""
+    return kind in _installed
+
+
 def compile_library(flags: list[str], source: Path, library: Path) -> None:
     """Compile C++ to a shared library, unless it is there."""
     if not library.exists():
