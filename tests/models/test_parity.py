@@ -63,8 +63,16 @@ def test_float_logits_and_64_greedy_tokens_equal_pytorch(built, family: str, qua
         assert greedy(model, TOKENS[:5], 64) == oracle.greedy(TOKENS[:5], 64)
 
 
-@pytest.mark.parametrize("quant", ["w1", "w2"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+# Each family and each number of stages runs always, their other pairs with the slow tests.
+INT8_CASES = [
+    ("llama", "w2"),
+    ("qwen2", "w1"),
+    pytest.param("llama", "w1", marks=pytest.mark.slow),
+    pytest.param("qwen2", "w2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("family", "quant"), INT8_CASES)
 def test_int8_logits_stay_within_the_contracts_bound(built, family: str, quant: str) -> None:
     out, _, source = built(family, quant=quant, act="int8")
     exact = Oracle(source, fc.QuantConfig(quant, act="float")).logits(TOKENS)
@@ -73,8 +81,7 @@ def test_int8_logits_stay_within_the_contracts_bound(built, family: str, quant: 
             assert relative_error(logits, exact) <= INT8_BOUND
 
 
-@pytest.mark.parametrize("quant", ["w1", "w2"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "quant"), INT8_CASES)
 def test_int8_logits_equal_pytorch_with_the_same_contract(
     monkeypatch, tmp_path: Path, family: str, quant: str
 ) -> None:
