@@ -54,15 +54,18 @@ app = typer.Typer(add_completion=False)
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory of the run.")]
 Isa = Annotated[str, typer.Option(help="Kernel whose name ends in this, e.g. avx2.")]
 Stages = Annotated[int, typer.Option(help="T, bits per weight.")]
+Act = Annotated[str, typer.Option(help="Activations: int8, int16 or float.")]
+Scale = Annotated[str, typer.Option(help="A scale for each tensor, row or tile64.")]
 
 
-def tasks_7b(isa: str, stages: int, rows: tuple[int, ...] = (4, 128)) -> list[Task]:
-    specs = [PhaseSpec(parts, m, stages, ("U", "W"), "tensor", "int8") for parts, m in CALLS]
+def tasks_7b(isa: str, stages: int, act: str, scale: str) -> list[Task]:
+    """Return the tasks of LLaMA-2-7B, one sequence and several."""
+    specs = [PhaseSpec(parts, m, stages, ("U", "W"), scale, act) for parts, m in CALLS]
     kernels = [k for k in FAMILIES["x86.codebook"] if k.unsupported(specs[0], TARGET) is None]
     kernel = next((k for k in kernels if k.name.endswith(isa)), None)
     if kernel is None:
         sys.exit(f"no kernel {isa!r} runs here; there are {[k.name for k in kernels]}")
-    return collect([(kernel, spec, {}) for spec in specs * 32], rows)
+    return collect([(kernel, spec, {}) for spec in specs * 32], (4, 128))
 
 
 def crew_for(settings: Settings, work: Path) -> Crew:
@@ -75,6 +78,8 @@ def tune(
     trials: Annotated[int, typer.Option(help="Candidates in all.")] = 500,
     isa: Isa = "",
     stages: Stages = 2,
+    act: Act = "int8",
+    scale: Scale = "tensor",
     threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
     schedules: Annotated[Path | None, typer.Option(help="Default: the output.")] = None,
 ) -> None:
@@ -83,9 +88,10 @@ def tune(
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
     before = set(os.listdir("/tmp"))
-    tasks = tasks_7b(isa, stages)
+    tasks = tasks_7b(isa, stages, act, scale)
     schedule = (schedules or output) / f"{schedule_names(TARGET)[-1]}.toml"
-    journal = Journal(output / "trials.jsonl", settings.identity | {"isa": isa, "stages": stages})
+    call = {"isa": isa, "stages": stages, "act": act, "scale": scale}
+    journal = Journal(output / "trials.jsonl", settings.identity | call)
     start, last = time.monotonic(), [0.0]
 
     def watch(status: Status) -> None:
@@ -135,7 +141,9 @@ def gains(
     output: Output = Path("tune-7b"),
     isa: Isa = "",
     stages: Stages = 2,
-    repeats: Annotated[int, typer.Option(help="Comparisons of each call.")] = 3,
+    act: Act = "int8",
+    scale: Scale = "tensor",
+    repeats: Annotated[int, typer.Option(help="Processes that compare each call.")] = 3,
     schedules: Annotated[Path | None, typer.Option(help="Default: the output.")] = None,
 ) -> None:
     """Measure defaults and tuned knobs in turns, once more."""
@@ -144,7 +152,7 @@ def gains(
     work.mkdir(parents=True, exist_ok=True)
     lines, worst, best = [], 0.0, 10.0
     with crew_for(Settings(builders=1), work) as crew:
-        for task in tasks_7b(isa, stages):
+        for task in tasks_7b(isa, stages, act, scale):
             record = next(
                 (r for r in records if (r.task, r.batch, r.kernel)
                  == (task.text, task.batch, task.kernel_name)), None
@@ -157,9 +165,10 @@ def gains(
                 built = serve(crew.builders[0], BuildRequest(task, knobs, work)).value
                 libraries.append(built.path)
             request = MeasureRequest(task, libraries[1], libraries[0], CONFIRM)
-            found: list[Measured] = [
-                serve(crew.slots[0].worker, request).value for _ in range(repeats)
-            ]
+            found: list[Measured] = []
+            for _ in range(repeats):  # where arrays lie in memory matters: a process for each
+                crew.slots[0].worker.restart()
+                found.append(serve(crew.slots[0].worker, request).value)
             for i, rows in enumerate(task.rows):
                 ratios = [m.ratios[i] for m in found]
                 ratio = statistics.median(ratios)
@@ -179,8 +188,8 @@ def gains(
     titles = ("task", "batch", "rows", "default us", "tuned us", "gain", "least .. most", "knobs")
     machine = Machine.here()
     text = (
-        f"{repeats} comparisons of each call in turns on {machine.cpu}, {machine.cores} threads; "
-        f"gains from {1 / worst:.3f}x to {1 / best:.3f}x\n\n"
+        f"Comparisons of each call in turns, in {repeats} processes, on {machine.cpu}, "
+        f"{machine.cores} threads; gains from {1 / worst:.3f}x to {1 / best:.3f}x\n\n"
         + markdown_table(titles, lines, {*titles} - {"task", "batch", "knobs"})
     )
     (output / "gains.md").write_text(text + "\n", "utf-8")
@@ -194,17 +203,22 @@ def search(
     output: Output = Path("tune-7b"),
     isa: Isa = "",
     stages: Stages = 2,
+    act: Act = "int8",
+    scale: Scale = "tensor",
     trials: Annotated[int, typer.Option(help="Trials that each search may spend.")] = 32,
 ) -> None:
     """Measure all settings of o's function for batches once, and replay both searches on them."""
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
     (task,) = [
-        t for t in tasks_7b(isa, stages) if t.text.startswith("4096x4096") and t.batch != "single"
+        t
+        for t in tasks_7b(isa, stages, act, scale)
+        if t.text.startswith("4096x4096") and t.batch != "single"
     ]
     space = Space.of(task)
     settings = Settings(trials=space.size, patience=0)
-    journal = Journal(output / "surface.jsonl", {"isa": isa, "stages": stages})
+    call = {"isa": isa, "stages": stages, "act": act, "scale": scale}
+    journal = Journal(output / "surface.jsonl", call)
     with crew_for(settings, work) as crew:
         run = TaskRun(
             task, crew, journal, RandomSearch(space), work,

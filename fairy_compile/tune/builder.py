@@ -87,7 +87,9 @@ class Builder:
                 function, target=target.to_tvm(), tir_pipeline=tir_pipeline(target)
             )
         objects: list[str] = []
-        name = hashlib.sha256(f"{task.id} {digest}".encode()).hexdigest()[:16]
+        # Of its own even where two builders make one function of different knobs at once.
+        knobs = sorted(request.knobs.items())
+        name = hashlib.sha256(f"{task.id} {knobs}".encode()).hexdigest()[:16]
         path = request.directory / f"{name}.{self.suffix}"
         try:
             library.export_library(str(path), fcompile=self._link(objects, request.known))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,28 @@ class Measured:
     def spread(self) -> float:
         """The largest of the spreads."""
         return max(self.spreads)
+
+    @staticmethod
+    def medians(several: Sequence[Measured]) -> Measured:
+        """Return medians of one candidate's measurements on one device.
+
+        Spreads are the largest, or half of what the ratios of the measurements differ by.
+        """
+
+        def column(name: str) -> list[tuple[float, ...]]:
+            return list(zip(*(getattr(m, name) for m in several), strict=True))
+
+        ratios, spreads = column("ratios"), column("spreads")
+        return Measured(
+            seconds=tuple(map(statistics.median, column("seconds"))),
+            default_seconds=tuple(map(statistics.median, column("default_seconds"))),
+            ratios=tuple(map(statistics.median, ratios)),
+            spreads=tuple(
+                max(*within, (max(of) - min(of)) / 2)
+                for of, within in zip(ratios, spreads, strict=True)
+            ),
+            device=several[0].device,
+        )
 
 
 @dataclass(frozen=True)

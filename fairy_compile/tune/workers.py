@@ -166,6 +166,13 @@ class Worker:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"the process {how}{f': {last[:200]}' if last else ''}"
 
+    def restart(self) -> None:
+        """Serve what comes next in a new process."""
+        if not self.idle:
+            raise RuntimeError(f"{self.name} is busy")
+        self.close()
+        self._start()
+
     def close(self) -> None:
         """End the process now."""
         self.pipe.close()

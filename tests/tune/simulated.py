@@ -56,6 +56,7 @@ class InlineWorker:
         self._request: Any = None
         self.deadline = None
         self.closed = False
+        self.restarts = 0
 
     @property
     def idle(self) -> bool:
@@ -82,6 +83,10 @@ class InlineWorker:
         status, value = self.pipe.recv()
         reply, self._request = Reply(self._request, status, value), None
         return reply
+
+    def restart(self) -> None:
+        assert self.idle
+        self.restarts += 1
 
     def close(self) -> None:
         self.closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,47 @@ def test_nothing_is_chosen_that_is_slower_with_some_rows(tmp_path):
     assert run.best < 0.9
     choice = confirm(run)
     assert all(max(m.ratios) <= 1.01 for m in choice.measured)
+
+
+def test_a_gain_of_one_process_alone_is_not_taken(tmp_path):
+    """Where arrays happen to lie, a candidate is 5 % faster; elsewhere, 4 % slower."""
+
+    class Placed(FakeDevice):
+        def __call__(self, request):
+            measured = super().__call__(request)
+            if request.library == request.baseline:
+                return measured
+            ratio = 0.95 if run.crew.slots[0].worker.restarts == 0 else 1.04
+            return replace(measured, ratios=(ratio,) * len(measured.ratios))
+
+    run = start(tmp_path, make_crew(Placed("here")))
+    run.run(40, None)
+    assert run.best == 0.95
+    assert confirm(run).point == run.default
+    assert run.crew.slots[0].worker.restarts >= 1
+
+
+def test_the_medians_of_all_processes_count(tmp_path):
+    class Placed(FakeDevice):
+        def __call__(self, request):
+            measured = super().__call__(request)
+            if request.library == request.baseline:
+                return measured
+            ratio = (0.95, 0.90, 0.98)[run.crew.slots[0].worker.restarts]
+            return replace(measured, ratios=(ratio,) * len(measured.ratios))
+
+    run = start(tmp_path, make_crew(Placed("here")))
+    run.run(40, None)
+    (measured,) = confirm(run).measured
+    assert measured.ratios == (0.95, 0.95)
+    assert measured.spread == pytest.approx(0.04)
+
+
+def test_devices_elsewhere_are_asked_once(tmp_path):
+    run = start(tmp_path, make_crew(FakeDevice("phone a"), FakeDevice("phone b"), remote=True))
+    run.run(40, None)
+    confirm(run)
+    assert [slot.worker.restarts for slot in run.crew.slots] == [0, 0]
 
 
 def test_two_devices_share_the_work(tmp_path):
