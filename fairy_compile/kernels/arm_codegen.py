@@ -16,7 +16,14 @@ from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
 from fairy_compile.kernels.arm_sums import QUAD, IntegerSums, halves, neon, vectors
 from fairy_compile.kernels.arm_tables import CombinedCodebook, combined_codebook, has_signs
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86_activations import DIGITS, Tokens, join_digits, span, store
+from fairy_compile.kernels.x86_activations import (
+    DIGITS,
+    Tokens,
+    each_block,
+    join_digits,
+    span,
+    store,
+)
 from fairy_compile.kernels.x86_tables import (
     Codebook,
     Lookup,
@@ -107,14 +114,9 @@ class CodebookFunction:
             if self.batch == "single":
                 self._multiply_tokens(tile, tables, Tokens(0, 1))
                 return
-            blocks = T.bind(T.floordiv(self.rows, self.tokens))
-            with T.serial(0, blocks) as block:
-                first = T.bind(block * self.tokens)
-                self._multiply_tokens(tile, tables, Tokens(first, self.tokens))
-            if self.tokens > 1:
-                with T.serial(0, self.rows - blocks * self.tokens) as left:
-                    first = T.bind(blocks * self.tokens + left)
-                    self._multiply_tokens(tile, tables, Tokens(first, 1))
+            each_block(
+                self.rows, self.tokens, lambda tokens: self._multiply_tokens(tile, tables, tokens)
+            )
 
     def _load_table(self, tile: Expr, look: Lookup) -> Expr:
         """Return a table; equal ones are merged by LLVM."""
