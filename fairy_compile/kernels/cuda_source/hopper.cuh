@@ -79,8 +79,8 @@ struct Hopper : private Tables<Call> {
   typedef typename Call::Y Y;
   typedef HopperImage<Call> Image;
 
-  using Base::kBlocks, Base::kDigitBits, Base::kEntries, Base::kFragments, Base::kGroups;
-  using Base::kPlanes, Base::kStages, Base::kTableRows, Base::kTileScales;
+  using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
+  using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kParts = kTokens / 128;  // multiplications of a step
   static constexpr int kBuffers = Call::kBuffers;
@@ -234,19 +234,13 @@ struct Hopper : private Tables<Call> {
     }
   }
 
-  // Sums the entries of a weight's digits. Tables of a stage lie at multiples of their size, so that
-  // an address is put together by bits.
+  // Sums the entries of a weight's digits.
   static __device__ __forceinline__ Word look_up(Word row_tables, const uint4 (&codes)[kFragments],
                                                  int block, int r, int e) {
     Word sum = 0;
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      const int bit = block * kPlanes + stage * kDigitBits;
-      const uint4 bytes = codes[bit / 8];
-      const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
-      const int shift = 8 * e + bit % 8 - 2;  // an entry has 4 bytes
-      const Word digit = shift < 0 ? word << -shift : word >> shift;
-      const Word at = mask_or(digit, (kEntries - 1) << 2, row_tables);
+      const Word at = Base::template entry_address<2>(row_tables, codes, block, stage, r, e);
       const Word entry = load_shared_word(at, stage * (kEntries * 4));
       sum = stage == 0 ? entry : add_halves(sum, entry);
     }

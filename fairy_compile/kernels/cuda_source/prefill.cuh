@@ -22,8 +22,8 @@ struct Prefill : private Tables<Call> {
   typedef typename Call::X X;
   typedef typename Call::Y Y;
 
-  using Base::kBlocks, Base::kDigitBits, Base::kEntries, Base::kFragments, Base::kGroups;
-  using Base::kPlanes, Base::kStages, Base::kTableRows, Base::kTileScales;
+  using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
+  using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kOperands = kTokens / 8;
   static constexpr int kBuffers = Call::kBuffers;
@@ -142,19 +142,13 @@ struct Prefill : private Tables<Call> {
     }
   }
 
-  // Sums the entries of a weight's digits. Tables of a stage lie at multiples of their size, so that
-  // an address is put together by bits.
+  // Sums the entries of a weight's digits.
   static __device__ __forceinline__ uint2 look_up(Word row_tables, const uint4 (&codes)[kFragments],
                                                   int block, int r, int e) {
     uint2 sum = {};
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      const int bit = block * kPlanes + stage * kDigitBits;
-      const uint4 bytes = codes[bit / 8];
-      const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
-      const int shift = 8 * e + bit % 8 - 3;  // an entry has 8 bytes
-      const Word digit = shift < 0 ? word << -shift : word >> shift;
-      const Word at = mask_or(digit, (kEntries - 1) << 3, row_tables);
+      const Word at = Base::template entry_address<3>(row_tables, codes, block, stage, r, e);
       const uint2 entry = load_shared(at, stage * (kEntries * 8));
       sum = stage == 0 ? entry : uint2{add_halves(sum.x, entry.x), add_halves(sum.y, entry.y)};
     }

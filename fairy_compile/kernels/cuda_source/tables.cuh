@@ -1,7 +1,7 @@
 // Codes in a lane's registers and the tables that a warp looks them up in: what prefill.cuh and
 // hopper.cuh share. `Call` holds the constants of one call, see kernels/cuda_source/__init__.py.
 //
-// The bits of a stage are a digit, 4 for U and W, 2 for W alone, with a table entry for every value.
+// The bits of a stage are a digit, 4 for U and W, 2 for W alone; every value has a table entry.
 #ifndef FAIRY_TABLES
 #define FAIRY_TABLES
 
@@ -39,7 +39,7 @@ struct Tables {
         fragments[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
   }
 
-  // Computes a warp's own tables, which only its lanes read; entry_of makes entries of DigitWeights.
+  // Computes a warp's own tables, which only its lanes read, from what entry_of makes of weights.
   template <class Entry, class EntryOf>
   static __device__ __forceinline__ void fill_tables(Entry (&table)[kTableRows][kStages][kEntries],
                                                      const float* scales, int tile,
@@ -64,6 +64,21 @@ struct Tables {
       table[row][stage][digit] = entry_of(DigitWeights{u_re, u_im, w_re, w_im});
     }
     __syncwarp();
+  }
+
+  // Returns where the entry of a weight's digit of a stage would lie in the table of stage 0, which
+  // those of other stages follow; entries have 1 << kLog bytes. Tables lie at multiples of their
+  // size, so that an address is put together by bits. A weight's codes are in byte e of register r.
+  template <int kLog>
+  static __device__ __forceinline__ Word entry_address(Word row_tables,
+                                                       const uint4 (&codes)[kFragments], int block,
+                                                       int stage, int r, int e) {
+    const int bit = block * kPlanes + stage * kDigitBits;
+    const uint4 bytes = codes[bit / 8];
+    const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
+    const int shift = 8 * e + bit % 8 - kLog;
+    const Word digit = shift < 0 ? word << -shift : word >> shift;
+    return mask_or(digit, (kEntries - 1) << kLog, row_tables);
   }
 };
 
