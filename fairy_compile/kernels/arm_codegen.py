@@ -85,10 +85,7 @@ class CodebookFunction:
             }
             self.y = T.arg("y", T.buffer((self.rows, spec.out_features), "float32"))
             self.activations = Activations(spec, self.rows, self._form())
-            if self.batch == "single":
-                self.activations.quantize_row(x)
-            else:
-                self.activations.quantize_rows(x, self.tokens)
+            self.activations.quantize(x, self.tokens)
             self.flush_steps = T.alloc_buffer((1,), "int64")
             store(self.flush_steps, 0, T.int64(self.flush // (BLOCK * self.step_blocks)))
             self._multiply()
@@ -111,9 +108,6 @@ class CodebookFunction:
     def _multiply(self) -> None:
         with T.parallel(0, ARM_LAYOUT.tiles(self.spec)) as tile:
             tables = {look: self._load_table(tile, look) for look in self.book.lookups}
-            if self.batch == "single":
-                self._multiply_tokens(tile, tables, Tokens(0, 1))
-                return
             each_block(
                 self.rows, self.tokens, lambda tokens: self._multiply_tokens(tile, tables, tokens)
             )

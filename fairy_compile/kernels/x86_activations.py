@@ -33,8 +33,11 @@ class Tokens:
     count: Expr | int
 
 
-def each_block(rows: Expr, tokens: int, emit: Callable[[Tokens], None]) -> None:
+def each_block(rows: Expr | int, tokens: int, emit: Callable[[Tokens], None]) -> None:
     """Emit code for blocks of ``tokens`` of the ``rows`` of x, and blocks of one for those left."""
+    if isinstance(rows, int):  # batch ``single``
+        emit(Tokens(0, 1))
+        return
     blocks = T.bind(T.floordiv(rows, tokens))
     with T.serial(0, blocks) as block:
         emit(Tokens(T.bind(block * tokens), tokens))
@@ -107,17 +110,16 @@ class BlockedActivations(ABC):
     """Quantised activations of rows of x that are multiplied in the blocks of `each_block`.
 
     Attributes:
-        rows: of x.
+        rows: of x; a number, 1, for batch ``single``.
     """
 
     rows: Expr | int
 
-    def quantize_row(self, x: Buffer) -> None:
-        """Quantise the only row of x."""
-        self._quantize(x, 0, Tokens(0, 1), 0)
-
-    def quantize_rows(self, x: Buffer, tokens: int) -> None:
+    def quantize(self, x: Buffer, tokens: int) -> None:
         """Quantise all rows of x: blocks of ``tokens``, and blocks of one for the rows left."""
+        if isinstance(self.rows, int):
+            self._quantize(x, 0, Tokens(0, 1), 0)
+            return
         with T.parallel(0, self.rows) as row:
             whole = T.floordiv(self.rows, tokens) * tokens
             lane = T.bind(T.if_then_else(row < whole, T.floormod(row, tokens), 0))

@@ -105,10 +105,7 @@ class CodebookFunction:
 
     def _emit_codebook(self) -> None:
         self.activations = Activations(self.spec, self.rows, self.flush)
-        if self.batch == "single":
-            self.activations.quantize_row(self.x)
-        else:
-            self.activations.quantize_rows(self.x, self.tokens)
+        self.activations.quantize(self.x, self.tokens)
         self._multiply()
 
     def _name(self, modes: list[str]) -> str:
@@ -123,9 +120,6 @@ class CodebookFunction:
         with T.parallel(0, self.layout.tiles(self.spec)) as tile:
             self.outputs = RowTileOutputs(self.spec, self.isa.rows, self.y, tile)
             tables = {look: self._load_table(tile, look) for look in self.book.lookups}
-            if self.batch == "single":
-                self._multiply_tokens(tile, tables, Tokens(0, 1))
-                return
             each_block(
                 self.rows, self.tokens, lambda tokens: self._multiply_tokens(tile, tables, tokens)
             )
