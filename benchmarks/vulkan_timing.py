@@ -19,7 +19,6 @@ from tests.emulation.vulkan_device import DeviceBuffer, VulkanDevice
 from tests.emulation.vulkan_module import ShaderKernel, scalar_bytes
 
 _STAGING = 64 << 20
-_WHOLE_SIZE = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class TimedDevice(VulkanDevice):
         self._tick = limits.timestampPeriod  # nanoseconds
         self.memory_types = self._memory_types()
         self._local_type = self._choose_local_type()
-        self._staging: DeviceBuffer = self._host_buffer(_STAGING)
+        usage = vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
+        self._staging: DeviceBuffer = self._mapped_buffer(_STAGING, usage)
         info = vk.VkQueryPoolCreateInfo(queryType=vk.VK_QUERY_TYPE_TIMESTAMP, queryCount=2)
         self._queries = vk.vkCreateQueryPool(self._device, info, None)
 
@@ -92,16 +92,7 @@ class TimedDevice(VulkanDevice):
             | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
         )
         size = max(16, -(-nbytes // 4) * 4)
-        handle = vk.vkCreateBuffer(
-            self._device, vk.VkBufferCreateInfo(size=size, usage=usage), None
-        )
-        needs = vk.vkGetBufferMemoryRequirements(self._device, handle)
-        memory = vk.vkAllocateMemory(
-            self._device,
-            vk.VkMemoryAllocateInfo(allocationSize=needs.size, memoryTypeIndex=self._local_type),
-            None,
-        )
-        vk.vkBindBufferMemory(self._device, handle, memory, 0)
+        handle, memory = self._buffer(size, usage, self._local_type)
         return LocalBuffer(handle, memory, size)
 
     def release(self, *buffers: LocalBuffer) -> None:
@@ -132,24 +123,6 @@ class TimedDevice(VulkanDevice):
         self._copy(buffer.handle, 0, copy.handle, 0, buffer.nbytes)
         return copy
 
-    def _host_buffer(self, nbytes: int) -> DeviceBuffer:
-        """Return mapped memory that copies may read and write."""
-        vk = self._vk
-        usage = vk.VK_BUFFER_USAGE_TRANSFER_SRC_BIT | vk.VK_BUFFER_USAGE_TRANSFER_DST_BIT
-        handle = vk.vkCreateBuffer(
-            self._device, vk.VkBufferCreateInfo(size=nbytes, usage=usage), None
-        )
-        needs = vk.vkGetBufferMemoryRequirements(self._device, handle)
-        memory = vk.vkAllocateMemory(
-            self._device,
-            vk.VkMemoryAllocateInfo(allocationSize=needs.size, memoryTypeIndex=self._memory_type),
-            None,
-        )
-        vk.vkBindBufferMemory(self._device, handle, memory, 0)
-        view = vk.vkMapMemory(self._device, memory, 0, nbytes, 0)
-        address = int(vk.ffi.cast("uintptr_t", vk.ffi.from_buffer(view)))
-        return DeviceBuffer(handle, memory, view, nbytes, address)
-
     def _copy(self, source: Any, at: int, target: Any, to: int, nbytes: int) -> None:
         vk = self._vk
         region = vk.VkBufferCopy(srcOffset=at, dstOffset=to, size=nbytes)
@@ -164,7 +137,7 @@ class TimedDevice(VulkanDevice):
             vk.vkCmdCopyBuffer(command, source, target, 1, [region])
             vk.vkCmdPipelineBarrier(command, stage, stage, 0, 1, [everything], 0, None, 0, None)
 
-        self._run(record)
+        self._submit(record)
 
     # ------------------------------------------------------------------ timing
 
@@ -237,7 +210,7 @@ class TimedDevice(VulkanDevice):
             return time.monotonic() < until
 
         until = time.monotonic() + seconds
-        self._run(timed, read)
+        self._submit(timed, read)
         return float(np.median(times[len(times) // 2 :]))
 
     def _descriptor_sets(self, launches: Sequence[Launch]) -> tuple[Any, list[Any]]:
@@ -250,7 +223,8 @@ class TimedDevice(VulkanDevice):
             vk.VkDescriptorPoolCreateInfo(maxSets=len(launches), pPoolSizes=[size]),
             None,
         )
-        layouts = [self._pipeline_of(launch).set_layout for launch in launches]
+        pipelines = [self._pipeline_of(launch) for launch in launches]
+        layouts = [pipeline.set_layout for pipeline in pipelines]
         sets = list(
             vk.vkAllocateDescriptorSets(
                 self._device,
@@ -258,17 +232,9 @@ class TimedDevice(VulkanDevice):
             )
         )
         writes = [
-            vk.VkWriteDescriptorSet(
-                dstSet=descriptors,
-                dstBinding=i,
-                descriptorCount=1,
-                descriptorType=storage,
-                pBufferInfo=[
-                    vk.VkDescriptorBufferInfo(buffer=b.handle, offset=0, range=_WHOLE_SIZE)
-                ],
-            )
-            for descriptors, launch in zip(sets, launches, strict=True)
-            for i, b in enumerate(launch.buffers)
+            write
+            for descriptors, launch, pipeline in zip(sets, launches, pipelines, strict=True)
+            for write in self._descriptor_writes(descriptors, launch.buffers, pipeline.types)
         ]
         vk.vkUpdateDescriptorSets(self._device, len(writes), writes, 0, None)
         return pool, sets
@@ -305,32 +271,8 @@ class TimedDevice(VulkanDevice):
         return self._pipeline(launch.kernel, len(packed))
 
     def _record(self, command: Any, descriptors: Any, launch: Launch) -> None:
-        vk = self._vk
-        pipeline, point = self._pipeline_of(launch), vk.VK_PIPELINE_BIND_POINT_COMPUTE
-        vk.vkCmdBindPipeline(command, point, pipeline.handle)
-        vk.vkCmdBindDescriptorSets(command, point, pipeline.layout, 0, 1, [descriptors], 0, None)
         push = scalar_bytes(launch.kernel, list(launch.scalars))
-        if push:
-            stage = vk.VK_SHADER_STAGE_COMPUTE_BIT
-            data = vk.ffi.from_buffer(push)
-            vk.vkCmdPushConstants(command, pipeline.layout, stage, 0, len(push), data)
-        vk.vkCmdDispatch(command, *launch.grid)
-
-    def _run(self, record: Callable[[Any], None], again: Callable[[], bool] | None = None) -> None:
-        """Record one command buffer, submit it and wait, for as long as ``again()`` says."""
-        vk = self._vk
-        info = vk.VkCommandBufferAllocateInfo(commandPool=self._commands, commandBufferCount=1)
-        commands = vk.vkAllocateCommandBuffers(self._device, info)
-        vk.vkBeginCommandBuffer(commands[0], vk.VkCommandBufferBeginInfo())
-        record(commands[0])
-        vk.vkEndCommandBuffer(commands[0])
-        submit = vk.VkSubmitInfo(commandBufferCount=1, pCommandBuffers=[commands[0]])
-        while True:
-            vk.vkQueueSubmit(self._queue, 1, [submit], vk.VK_NULL_HANDLE)
-            vk.vkQueueWaitIdle(self._queue)
-            if again is None or not again():
-                break
-        vk.vkFreeCommandBuffers(self._device, self._commands, 1, commands)
+        self._dispatch(command, self._pipeline_of(launch), descriptors, push, launch.grid)
 
 
 class NvidiaClocks:

@@ -26,6 +26,15 @@ SIZES = {
     # Large enough that logits differ by much more than rounding.
     "initializer_range": 0.12,
 }
+# Changes to `SIZES` for tests that need some model, whichever.
+SMALL = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -86,22 +86,16 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """One artifact on one machine.
+class RunFacts:
+    """What every result says of its run; base of results, whose own fields follow.
 
     Attributes:
         model: the artifact.
-        machine: where.
+        machine: where it ran.
         versions: package -> version.
         command: the command line, or the call.
         date: UTC, ISO 8601.
         threads: CPU threads.
-        prefill_chunk: most prompt tokens of one call.
-        load_seconds: until the first token could be run, hashes checked.
-        peak_resident_bytes: of the process after the warm-up; None where it is not known.
-        tests: the measurements.
-        kernels: time of each kernel in one decode step.
-        kernel_depth: tokens in the KV cache when kernels were timed.
     """
 
     model: ModelFacts
@@ -110,16 +104,31 @@ class BenchResult:
     command: str
     date: str
     threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists."""
+        return to_plain(self)
+
+
+@dataclass(frozen=True)
+class BenchResult(RunFacts):
+    """One artifact on one machine.
+
+    Attributes, beside those of `RunFacts`:
+        prefill_chunk: most prompt tokens of one call.
+        load_seconds: until the first token could be run, hashes checked.
+        peak_resident_bytes: of the process after the warm-up; None where it is not known.
+        tests: the measurements.
+        kernels: time of each kernel in one decode step.
+        kernel_depth: tokens in the KV cache when kernels were timed.
+    """
+
     prefill_chunk: int
     load_seconds: float
     peak_resident_bytes: int | None
     tests: tuple[Measurement, ...]
     kernels: tuple[KernelTime, ...]
     kernel_depth: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries and lists."""
-        return to_plain(self)
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,8 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Option("--results", metavar="DIR", help="Also write JSON, Markdown and a plot."),
     ] = None,
-    name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--name", help="Name of those files  [default: the model's]"),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results written before.")] = False,
+    name: options.ResultsName = None,
+    force: options.ReplaceResults = False,
 ) -> None:
     """Measure speed by the conventions of llama-bench.
 

@@ -22,14 +22,7 @@ Place = Optional[Path]  # noqa: UP045
 
 def eval(
     directory: options.Artifact,
-    data: Annotated[
-        Text,
-        typer.Option(
-            "--data",
-            metavar="PATH",
-            help="Text, jsonl or parquet file, a directory of them, or a saved dataset.",
-        ),
-    ] = None,
+    data: options.Data = None,
     context: Annotated[
         Number,
         typer.Option("--context", help="Tokens a window  [default: the model's, 2048 max]"),
@@ -56,9 +49,7 @@ def eval(
         Text,
         typer.Option("--split", help="test, validation or train  [default: the first there is]"),
     ] = None,
-    text_field: Annotated[
-        str, typer.Option("--text-field", help="Key or column of the text.")
-    ] = "text",
+    text_field: options.DataField = "text",
     join: Annotated[
         Text, typer.Option("--join", help="Text between documents  [default: a blank line]")
     ] = None,
@@ -86,10 +77,8 @@ def eval(
     results: Annotated[
         Place, typer.Option("--results", metavar="DIR", help="Also write JSON and Markdown.")
     ] = None,
-    name: Annotated[
-        Text, typer.Option("--name", help="Name of those files  [default: the model's]")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results written before.")] = False,
+    name: options.ResultsName = None,
+    force: options.ReplaceResults = False,
 ) -> None:
     """Measure how good a compiled model is: perplexity on --data, or --tasks of lm-eval.
 

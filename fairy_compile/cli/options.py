@@ -140,6 +140,22 @@ TextField = Annotated[
     typer.Option("--text-field", help="Key or column of the text  [default: text]"),
 ]
 
+# What is measured or trained on, and files of results.
+Data = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Text, jsonl or parquet file, a directory of them, or a saved dataset.",
+    ),
+]
+DataField = Annotated[str, typer.Option("--text-field", help="Key or column of the text.")]
+ResultsName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--name", help="Name of those files  [default: the model's]"),
+]
+ReplaceResults = Annotated[bool, typer.Option("--force", help="Replace results written before.")]
+
 Rotate = Annotated[
     bool,
     typer.Option(

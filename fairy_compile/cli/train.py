@@ -26,14 +26,7 @@ def train(
     model: Annotated[
         str, typer.Argument(help="Model directory or hub id; a checkpoint of `train` goes on.")
     ],
-    data: Annotated[
-        Text,
-        typer.Option(
-            "--data",
-            metavar="PATH",
-            help="Text, jsonl or parquet file, a directory of them, or a saved dataset.",
-        ),
-    ] = None,
+    data: options.Data = None,
     quant: options.Quant = "w2",
     scale: options.Scale = None,
     act: options.Act = "int8",
@@ -58,9 +51,7 @@ def train(
     eval_share: Annotated[
         float, typer.Option("--eval-share", help="Share of --data held out without --eval-data.")
     ] = 0.01,
-    text_field: Annotated[
-        str, typer.Option("--text-field", help="Key or column of the text.")
-    ] = "text",
+    text_field: options.DataField = "text",
     steps: Annotated[
         Number, typer.Option("--steps", help="Optimiser steps  [default: by --epochs]")
     ] = None,

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fairy_compile.bench.machine import Machine
-from fairy_compile.bench.result import ModelFacts
+from fairy_compile.bench.result import RunFacts
 from fairy_compile.evaluation.estimate import Estimate
 from fairy_compile.evaluation.text import TextFacts
-from fairy_compile.results import to_plain
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,10 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class EvalResult:
+class EvalResult(RunFacts):
     """One artifact on one text.
 
-    Attributes:
-        model: the artifact.
-        machine: where it ran.
-        versions: package -> version.
-        command: the command line, or the call.
-        date: UTC, ISO 8601.
-        threads: CPU threads.
+    Attributes, beside those of `RunFacts`:
         text: what it was evaluated on.
         context: tokens of a window.
         stride: tokens from one window to the next.
@@ -88,12 +80,6 @@ class EvalResult:
         against: comparison with a reference, if one was asked for.
     """
 
-    model: ModelFacts
-    machine: Machine
-    versions: dict[str, str]
-    command: str
-    date: str
-    threads: int
     text: TextFacts
     context: int
     stride: int
@@ -113,7 +99,3 @@ class EvalResult:
     def perplexity(self) -> float:
         """exp of it."""
         return self.score.perplexity
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries and lists."""
-        return to_plain(self)

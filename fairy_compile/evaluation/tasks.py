@@ -12,10 +12,9 @@ from typing import Any
 
 from fairy_compile.artifact.manifest import Manifest
 from fairy_compile.bench.machine import PACKAGES, Machine, versions
-from fairy_compile.bench.result import ModelFacts
+from fairy_compile.bench.result import RunFacts
 from fairy_compile.bench.run import model_facts
 from fairy_compile.errors import FairyError, nearest
-from fairy_compile.results import to_plain
 
 
 @dataclass(frozen=True)
@@ -42,34 +41,18 @@ class TaskRow:
 
 
 @dataclass(frozen=True)
-class TaskResult:
+class TaskResult(RunFacts):
     """Tasks of lm-eval on one artifact.
 
-    Attributes:
-        model: the artifact.
-        machine: where it ran.
-        versions: package -> version.
-        command: the command line, or the call.
-        date: UTC, ISO 8601.
-        threads: CPU threads.
+    Attributes, beside those of `RunFacts`:
         seconds: wall-clock time of the harness.
         limit: most examples a task; None is all: a limit makes figures that are not to be quoted.
         rows: the figures.
     """
 
-    model: ModelFacts
-    machine: Machine
-    versions: dict[str, str]
-    command: str
-    date: str
-    threads: int
     seconds: float
     limit: int | None
     rows: tuple[TaskRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain dictionaries and lists."""
-        return to_plain(self)
 
 
 def check_extra() -> None:

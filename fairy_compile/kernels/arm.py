@@ -24,21 +24,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fairy_compile.kernels import codebook_cpu
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT
 from fairy_compile.kernels.arm_tables import APART, TOGETHER, combined_error, has_combined
 from fairy_compile.kernels.base import Batch, choose_knobs
-from fairy_compile.kernels.x86 import MAX_COMBINED_ERROR, MAX_INT16_ERROR, MAX_JOINT_ERROR
 from fairy_compile.kernels.x86_layout import has_joint
 from fairy_compile.kernels.x86_tables import joint_ratio_error
-from fairy_compile.op import ACT_LEVELS, PhaseSpec
+from fairy_compile.op import PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
     from fairy_compile.targets import Target
-
-_MAX_CODES = 2**31 - 1  # code offsets are int32
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,7 @@ class ArmCodebook:
         """Return None if the kernel can serve ``spec`` on ``target``, else the reason in words."""
         if target.tvm.get("kind") != "llvm":
             return f"it is for CPUs; target {target.name} is {target.tvm.get('kind')}"
-        missing = [f for f in self.isa.features if not target.has(f)]
-        if missing:
-            return f"target {target.name} lacks the CPU features {', '.join(missing)}"
-        if spec.act not in ACT_LEVELS:
-            known = " or ".join(ACT_LEVELS)
-            return f"it computes with {known} activations; this call asks for {spec.act}"
-        size = self.layout.arrays(spec)["codes"].nbytes
-        if size > _MAX_CODES:
-            return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
-        return None
+        return codebook_cpu.unsupported(self.isa.features, self.layout, spec, target)
 
     def table_mode(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> TableMode:
         """Return the tables that `build` with these knobs reads."""
@@ -121,9 +110,7 @@ class ArmCodebook:
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
         """Return the fastest ``tables`` that are accurate enough, if not the default."""
-        joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
-        if spec.act == "int16":
-            joint_limit = combined_limit = MAX_INT16_ERROR
+        joint_limit, combined_limit = codebook_cpu.error_limits(spec.act)
         if self._has_combined(spec):
             # With one stage, combined tables are as good as joint ones of two.
             limit = joint_limit if spec.stages == 1 else combined_limit

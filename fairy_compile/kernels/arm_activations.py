@@ -8,7 +8,15 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.config import ActContract
 from fairy_compile.kernels.arm_layout import BLOCK
-from fairy_compile.kernels.x86_activations import DIGITS, QuantizedGroup, Tokens, span, store
+from fairy_compile.kernels.x86_activations import (
+    DIGITS,
+    BlockedActivations,
+    QuantizedGroup,
+    Tokens,
+    copy_group,
+    span,
+    store,
+)
 from fairy_compile.op import ACT_GROUP, ACT_LEVELS, PhaseSpec
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ Form = Literal["halves", "conjugate", "twice"]
 _LANES = 16  # floats handled at a time; LLVM splits them into vectors of four
 
 
-class Activations:
+class Activations(BlockedActivations):
     """Scratch buffers of quantised activations, and the code that fills them.
 
     - ``q`` int64, one digit of the eight activations of a column block in a word;
@@ -79,24 +87,12 @@ class Activations:
         """Return the index of the first word of a column block, token and digit."""
         return (_slot(tokens, self._blocks, block, lane) * self.digits + digit) * self._words
 
-    def quantize_row(self, x: Buffer) -> None:
-        """Quantise the only row of x."""
-        self._quantize(x, 0, Tokens(0, 1), 0)
-
-    def quantize_rows(self, x: Buffer, tokens: int) -> None:
-        """Quantise all rows of x: blocks of ``tokens``, and blocks of one for the rows left."""
-        with T.parallel(0, self.rows) as row:
-            whole = T.floordiv(self.rows, tokens) * tokens
-            lane = T.bind(T.if_then_else(row < whole, T.floormod(row, tokens), 0))
-            count = T.bind(T.if_then_else(row < whole, T.int64(tokens), T.int64(1)))
-            self._quantize(x, row, Tokens(T.bind(row - lane), count), lane)
-
     def _quantize(self, x: Buffer, row: Expr, tokens: Tokens, lane: Expr | int) -> None:
         """Quantise a row exactly as `quantize_activations` defines."""
         values = T.alloc_buffer((ACT_GROUP,), "float32")
         levels = ACT_LEVELS[self.act]
         with T.serial(0, 2) as half, T.serial(0, self.groups) as group:
-            self._copy_group(values, x, row, half, group)
+            copy_group(values, x, self.m, row, half, group)
             vectors = [values[span(i * _LANES, _LANES)] for i in range(ACT_GROUP // _LANES)]
             peak = T.bind(_peak(vectors))
             at = _slot(tokens, self.groups, group, lane) * 2 + half
@@ -128,25 +124,6 @@ class Activations:
                     store(self._q, first + half, words[digit][i])
                 if self.form == "conjugate":
                     store(self._q, first + 2 + half, conjugates[digit][i])
-
-    def _copy_group(self, values: Buffer, x: Buffer, row: Expr, half: Expr, group: Expr) -> None:
-        """Copy a group of half a row of x, with zeros past the end of the half."""
-        whole, rest = divmod(self.m, ACT_GROUP)
-        first = T.bind(half * self.m + group * ACT_GROUP)
-
-        def copy_whole() -> None:
-            with T.serial(0, ACT_GROUP // _LANES) as i:
-                at = i * _LANES
-                store(values, span(at, _LANES), x[row, span(first + at, _LANES)])
-
-        if not rest:
-            copy_whole()
-            return
-        with T.If(group < whole):
-            with T.Then():
-                copy_whole()
-            with T.Else(), T.serial(0, ACT_GROUP) as i:
-                store(values, i, T.if_then_else(i < rest, x[row, first + i], T.float32(0)))
 
 
 def _peak(vectors: list[Expr]) -> Expr:

@@ -16,7 +16,14 @@ from fairy_compile.kernels.arm_layout import ARM_LAYOUT, BLOCK, ROWS
 from fairy_compile.kernels.arm_sums import QUAD, IntegerSums, halves, neon, vectors
 from fairy_compile.kernels.arm_tables import CombinedCodebook, combined_codebook, has_signs
 from fairy_compile.kernels.base import Batch
-from fairy_compile.kernels.x86_activations import DIGITS, Tokens, join_digits, span, store
+from fairy_compile.kernels.x86_activations import (
+    DIGITS,
+    Tokens,
+    each_block,
+    join_digits,
+    span,
+    store,
+)
 from fairy_compile.kernels.x86_tables import (
     Codebook,
     Lookup,
@@ -78,10 +85,7 @@ class CodebookFunction:
             }
             self.y = T.arg("y", T.buffer((self.rows, spec.out_features), "float32"))
             self.activations = Activations(spec, self.rows, self._form())
-            if self.batch == "single":
-                self.activations.quantize_row(x)
-            else:
-                self.activations.quantize_rows(x, self.tokens)
+            self.activations.quantize(x, self.tokens)
             self.flush_steps = T.alloc_buffer((1,), "int64")
             store(self.flush_steps, 0, T.int64(self.flush // (BLOCK * self.step_blocks)))
             self._multiply()
@@ -104,17 +108,9 @@ class CodebookFunction:
     def _multiply(self) -> None:
         with T.parallel(0, ARM_LAYOUT.tiles(self.spec)) as tile:
             tables = {look: self._load_table(tile, look) for look in self.book.lookups}
-            if self.batch == "single":
-                self._multiply_tokens(tile, tables, Tokens(0, 1))
-                return
-            blocks = T.bind(T.floordiv(self.rows, self.tokens))
-            with T.serial(0, blocks) as block:
-                first = T.bind(block * self.tokens)
-                self._multiply_tokens(tile, tables, Tokens(first, self.tokens))
-            if self.tokens > 1:
-                with T.serial(0, self.rows - blocks * self.tokens) as left:
-                    first = T.bind(blocks * self.tokens + left)
-                    self._multiply_tokens(tile, tables, Tokens(first, 1))
+            each_block(
+                self.rows, self.tokens, lambda tokens: self._multiply_tokens(tile, tables, tokens)
+            )
 
     def _load_table(self, tile: Expr, look: Lookup) -> Expr:
         """Return a table; equal ones are merged by LLVM."""

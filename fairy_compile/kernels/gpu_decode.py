@@ -60,6 +60,29 @@ class DecodeShape:
         return self.teams * self.rows
 
 
+@dataclass(frozen=True)
+class Unit:
+    """The 16 columns of every row of a team that a thread multiplies next.
+
+    Attributes:
+        number: of the unit in its row.
+        words: codes of the rows' steps, row after row.
+        first: place of the unit's first word in ``words``, in the first row.
+        row_words: words of a row's step.
+        scales: of the rows' planes, where the launch looks nothing up.
+    """
+
+    number: Expr
+    words: Buffer
+    first: int
+    row_words: int
+    scales: Buffer
+
+    def at(self, r: int) -> int:
+        """Return the place of the unit's first word of row ``r``."""
+        return r * self.row_words + self.first
+
+
 class Decode:
     """Emits one launch; arguments are declared by the caller."""
 
@@ -138,11 +161,12 @@ class Decode:
                 else:
                     self._load_step(rows, step)
                 for v in range(together):
-                    unit = T.bind(step * together + v)
+                    number = T.bind(step * together + v)
                     if weights.tiled:
                         for r, row in enumerate(rows):
-                            weights.load_scales(scales, r * planes * 2, row, unit)
-                    self.multiply_unit(words, v, together, scales, unit, tokens, sums)
+                            weights.load_scales(scales, r * planes * 2, row, number)
+                    unit = Unit(number, words, v * planes, together * planes, scales)
+                    self.multiply_unit(unit, tokens, sums)
 
     def _begin(self, rows: Sequence[Expr], thread: Expr) -> None:
         """Cut rows into steps; load the first one's words if they are loaded ahead."""
@@ -173,16 +197,7 @@ class Decode:
                     self.weights.codes[row, T.ramp(source, 1, lanes)],
                 )
 
-    def multiply_unit(
-        self,
-        words: Buffer,
-        v: int,
-        together: int,
-        scales: Buffer,
-        unit: Expr,
-        tokens: Sequence[Expr],
-        sums: Buffer,
-    ) -> None:
+    def multiply_unit(self, unit: Unit, tokens: Sequence[Expr], sums: Buffer) -> None:
         """Multiply one unit of every row with all tokens."""
         shape, weights, spec = self.shape, self.weights, self.spec
         values = local((shape.tokens * 2 * _CHUNK,))
@@ -194,13 +209,15 @@ class Decode:
                 column = T.bind(half_of_unit * half_unit + turn * _CHUNK)
                 for b, token in enumerate(tokens):
                     for half in range(2):
-                        self._load_x(values, (b * 2 + half) * _CHUNK, token, half, unit, column)
+                        self._load_x(
+                            values, (b * 2 + half) * _CHUNK, token, half, unit.number, column
+                        )
                 for r in range(shape.rows):
                     for i, (k, t, stages) in enumerate(weights.slots):
                         word, bit = code_place(t, spec.stages, half_of_unit * half_unit)
-                        at = (r * together + v) * weights.planes + k * spec.stages + word
+                        at = unit.at(r) + k * spec.stages + word
                         by = T.cast(bit + turn * (_CHUNK * 2 * stages), "uint32")
-                        store(moved, r * len(weights.slots) + i, T.shift_right(words[at], by))
+                        store(moved, r * len(weights.slots) + i, T.shift_right(unit.words[at], by))
                 for c in range(_CHUNK):
                     for r in range(shape.rows):
                         bits = [
@@ -208,7 +225,7 @@ class Decode:
                             for i, (_, _, stages) in enumerate(weights.slots)
                         ]
                         if self.tables is None:
-                            weights.block(bits, scales, r * weights.planes * 2, block)
+                            weights.block(bits, unit.scales, r * weights.planes * 2, block)
                         else:
                             found = [
                                 self.tables.look_up(*place, self.first_table + r, slot)

@@ -28,7 +28,7 @@ from tvm.tirx import Shuffle
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.gpu_builder import local, shared, store, strided
-from fairy_compile.kernels.gpu_decode import Decode, DecodeShape
+from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Unit
 from fairy_compile.kernels.gpu_layout import UNIT
 from fairy_compile.kernels.gpu_weights import Weights, decode_code
 from fairy_compile.op.spec import PhaseSpec
@@ -133,28 +133,18 @@ class HalvesDecode(_HalfDecode):
             entry,
         )
 
-    def multiply_unit(
-        self,
-        words: Buffer,
-        v: int,
-        together: int,
-        scales: Buffer,
-        unit: Expr,
-        tokens: Sequence[Expr],
-        sums: Buffer,
-    ) -> None:
-        """Multiply one unit of every row with all tokens."""
+    def multiply_unit(self, unit: Unit, tokens: Sequence[Expr], sums: Buffer) -> None:
+        """See `Decode.multiply_unit`."""
         shape = self.shape
         pairs = local((shape.tokens * _VECTOR * _PAIR,), "float16")
         turned = local((shape.tokens * _VECTOR * _PAIR,), "float16")
         unit_sums = local((shape.rows * shape.tokens * 2 * _PAIR,), "float16")
         for first in range(0, UNIT, _VECTOR):
-            self._load_pairs(pairs, tokens, unit, first)
+            self._load_pairs(pairs, tokens, unit.number, first)
             self._turn(pairs, turned)
             for c in range(_VECTOR):
                 for r in range(shape.rows):
-                    at = (r * together + v) * self.weights.planes
-                    total, difference = self._look_up(words, at, r, first + c)
+                    total, difference = self._look_up(unit, r, first + c)
                     for b in range(shape.tokens):
                         out, column = (r * shape.tokens + b) * 2, b * _VECTOR + c
                         fresh = first + c == 0
@@ -172,13 +162,13 @@ class HalvesDecode(_HalfDecode):
             both = [im, zero - re] if len(self.spec.terms) == 2 else [zero - im, re]
             store(turned, T.ramp(i * _PAIR, 1, _PAIR), Shuffle(both, [0, 1]))
 
-    def _look_up(self, words: Buffer, at: int, r: int, column: int) -> tuple[Expr, Expr]:
+    def _look_up(self, unit: Unit, r: int, column: int) -> tuple[Expr, Expr]:
         """Return both rows of a column's block, in the form of `prepare`."""
         by_term: list[Any] = [None] * len(self.spec.terms)
         for slot, (term, first, stages) in enumerate(self.weights.slots):
             width = 2 * stages
             word, inside = divmod(column, 32 // width)
-            bits = words[at + term * self.spec.stages + first + word]
+            bits = unit.words[unit.at(r) + term * self.spec.stages + first + word]
             index = _extract(bits, width * inside, (1 << width) - 1, 1)
             base = ((self._first + r) * self._slots + slot) * _ENTRIES
             # The number of a pair, in a form that TVM leaves as it is: so it sees whole pairs.
@@ -228,26 +218,14 @@ class BlocksDecode(_HalfDecode):
         threads = shape.teams * shape.threads
         strided(entries, team * shape.threads + thread, threads, entry)
 
-    def multiply_unit(
-        self,
-        words: Buffer,
-        v: int,
-        together: int,
-        scales: Buffer,
-        unit: Expr,
-        tokens: Sequence[Expr],
-        sums: Buffer,
-    ) -> None:
-        """Multiply one unit of every row with all tokens."""
+    def multiply_unit(self, unit: Unit, tokens: Sequence[Expr], sums: Buffer) -> None:
+        """See `Decode.multiply_unit`."""
         shape = self.shape
         pairs = local((shape.tokens * _VECTOR * _PAIR,), "float16")
         unit_sums = local((shape.rows * shape.tokens * 2 * _PAIR,), "float16")
-        indices = [
-            self._indices(words, (r * together + v) * self.weights.planes)
-            for r in range(shape.rows)
-        ]
+        indices = [self._indices(unit.words, unit.at(r)) for r in range(shape.rows)]
         for first in range(0, UNIT, _VECTOR):
-            self._load_pairs(pairs, tokens, unit, first)
+            self._load_pairs(pairs, tokens, unit.number, first)
             for c in range(_VECTOR):
                 for r in range(shape.rows):
                     found = T.bind(self._look_up(*indices[r][first + c]))

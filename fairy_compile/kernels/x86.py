@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fairy_compile.kernels import codebook_cpu
 from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.x86_layout import BLOCK, has_joint
 from fairy_compile.kernels.x86_panel_layout import (
@@ -47,15 +48,13 @@ from fairy_compile.kernels.x86_panel_layout import (
     combined_error,
 )
 from fairy_compile.kernels.x86_tables import joint_offset, joint_ratio_error
-from fairy_compile.op import ACT_LEVELS, PhaseSpec
+from fairy_compile.op import PhaseSpec
 from fairy_compile.phase import PhaseTensor
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
     from fairy_compile.targets import Target
-
-_MAX_CODES = 2**31 - 1  # code offsets are int32
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,6 @@ AVX2 = Isa(
 )
 
 
-# Relative errors of weights that are accepted for speed. Rounding activations to int8 costs 6e-3
-# and more, to int16 2.4e-5 (`quantize_activations`): joint tables stay well below that of int8, and
-# combined ones just below, so that they add a fifth to it where the errors add in squares.
-MAX_JOINT_ERROR = 1e-3
-MAX_INT16_ERROR = 3e-5
-MAX_COMBINED_ERROR = 5e-3
-
-
 class X86Codebook:
     """Codebook kernel for one instruction set; implements `PhaseKernel`.
 
@@ -201,16 +192,7 @@ class X86Codebook:
             return f"it is for CPUs; target {target.name} is {target.tvm.get('kind')}"
         if self.isa.amx and not _is_linux(target):
             return f"it asks Linux for AMX tiles; target {target.name} is another system"
-        missing = [f for f in self.isa.features if not target.has(f)]
-        if missing:
-            return f"target {target.name} lacks the CPU features {', '.join(missing)}"
-        if spec.act not in ACT_LEVELS:
-            known = " or ".join(ACT_LEVELS)
-            return f"it computes with {known} activations; this call asks for {spec.act}"
-        size = self.layout.arrays(spec)["codes"].nbytes
-        if size > _MAX_CODES:
-            return f"the packed codes take {size} bytes; its offsets reach {_MAX_CODES}"
-        return None
+        return codebook_cpu.unsupported(self.isa.features, self.layout, spec, target)
 
     def table_mode(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> TableMode:
         """Return the tables that `build` with these knobs uses: of panels for batch ``many``.
@@ -226,9 +208,7 @@ class X86Codebook:
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:
         """Return the fastest ``tables`` and ``panels`` that are accurate enough, or defaults."""
-        joint_limit, combined_limit = MAX_JOINT_ERROR, MAX_COMBINED_ERROR
-        if spec.act == "int16":
-            joint_limit = combined_limit = MAX_INT16_ERROR
+        joint_limit, combined_limit = codebook_cpu.error_limits(spec.act)
         demands = {}
         joint = self.layout.has_joint(spec)
         if joint and joint_ratio_error(parts, self.isa.joint_limit) > joint_limit:
@@ -265,11 +245,7 @@ class X86Codebook:
         chosen = choose_knobs(self, knobs)
         panels = None
         if batch == "many":
-            multiply = (
-                TileMultiply
-                if self.isa.amx
-                else partial(DotMultiply, tokens=self.isa.block // DIGITS[spec.act])
-            )
+            multiply = TileMultiply if self.isa.amx else DotMultiply
             mode = self.table_mode(spec, batch, knobs)
             panels = partial(multiply, mode=mode, columns=chosen["columns"])
         return CodebookFunction(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,19 @@ class Tokens:
     count: Expr | int
 
 
+def each_block(rows: Expr | int, tokens: int, emit: Callable[[Tokens], None]) -> None:
+    """Emit code for blocks of ``tokens`` of the ``rows`` of x, and blocks of one for those left."""
+    if isinstance(rows, int):  # batch ``single``
+        emit(Tokens(0, 1))
+        return
+    blocks = T.bind(T.floordiv(rows, tokens))
+    with T.serial(0, blocks) as block:
+        emit(Tokens(T.bind(block * tokens), tokens))
+    if tokens > 1:
+        with T.serial(0, rows - blocks * tokens) as left:
+            emit(Tokens(T.bind(blocks * tokens + left), 1))
+
+
 @dataclass(frozen=True)
 class QuantizedGroup:
     """A group of 128 quantised activations: vectors of int32 q in column order, and their scale."""
@@ -54,13 +68,13 @@ class GroupQuantizer:
     """Emits the quantisation of single groups, exactly as `quantize_activations` defines it."""
 
     def __init__(self, spec: PhaseSpec) -> None:
-        self.m, self._levels = spec.m, ACT_LEVELS[spec.act]
+        self._m, self._levels = spec.m, ACT_LEVELS[spec.act]
         self._values = T.alloc_buffer((ACT_GROUP,), "float32")
         self._peak = T.alloc_buffer((1,), "float32")
 
     def emit(self, x: Buffer, row: Expr | int, half: Expr, group: Expr) -> QuantizedGroup:
         """Emit code for a group of half a row of x."""
-        self._copy_group(x, row, half, group)
+        copy_group(self._values, x, self._m, row, half, group)
         vectors = [self._values[span(i * _LANES, _LANES)] for i in range(ACT_GROUP // _LANES)]
         store(self._peak, 0, reduce("fmax", "float32", [T.abs(v) for v in vectors]))
         peak, levels = self._peak[0], T.float32(self._levels)
@@ -71,27 +85,53 @@ class GroupQuantizer:
         q = [T.bind(T.cast(T.nearbyint(v * inverse), f"int32x{_LANES}")) for v in vectors]
         return QuantizedGroup(q, scale)
 
-    def _copy_group(self, x: Buffer, row: Expr | int, half: Expr, group: Expr) -> None:
-        """Copy a group of half a row of x, with zeros past the end of the half."""
-        whole, rest = divmod(self.m, ACT_GROUP)
-        first = T.bind(half * self.m + group * ACT_GROUP)
 
-        def copy_whole() -> None:
-            with T.serial(0, ACT_GROUP // _LANES) as i:
-                at = i * _LANES
-                store(self._values, span(at, _LANES), x[row, span(first + at, _LANES)])
+def copy_group(values: Buffer, x: Buffer, m: int, row: Expr | int, half: Expr, group: Expr) -> None:
+    """Copy a group of half a row of x, whose halves have ``m`` columns; zeros stand past them."""
+    whole, rest = divmod(m, ACT_GROUP)
+    first = T.bind(half * m + group * ACT_GROUP)
 
-        if not rest:
+    def copy_whole() -> None:
+        with T.serial(0, ACT_GROUP // _LANES) as i:
+            at = i * _LANES
+            store(values, span(at, _LANES), x[row, span(first + at, _LANES)])
+
+    if not rest:
+        copy_whole()
+        return
+    with T.If(group < whole):
+        with T.Then():
             copy_whole()
+        with T.Else(), T.serial(0, ACT_GROUP) as i:
+            store(values, i, T.if_then_else(i < rest, x[row, first + i], T.float32(0)))
+
+
+class BlockedActivations(ABC):
+    """Quantised activations of rows of x that are multiplied in the blocks of `each_block`.
+
+    Attributes:
+        rows: of x; a number, 1, for batch ``single``.
+    """
+
+    rows: Expr | int
+
+    def quantize(self, x: Buffer, tokens: int) -> None:
+        """Quantise all rows of x: blocks of ``tokens``, and blocks of one for the rows left."""
+        if isinstance(self.rows, int):
+            self._quantize(x, 0, Tokens(0, 1), 0)
             return
-        with T.If(group < whole):
-            with T.Then():
-                copy_whole()
-            with T.Else(), T.serial(0, ACT_GROUP) as i:
-                store(self._values, i, T.if_then_else(i < rest, x[row, first + i], T.float32(0)))
+        with T.parallel(0, self.rows) as row:
+            whole = T.floordiv(self.rows, tokens) * tokens
+            lane = T.bind(T.if_then_else(row < whole, T.floormod(row, tokens), 0))
+            count = T.bind(T.if_then_else(row < whole, T.int64(tokens), T.int64(1)))
+            self._quantize(x, row, Tokens(T.bind(row - lane), count), lane)
+
+    @abstractmethod
+    def _quantize(self, x: Buffer, row: Expr | int, tokens: Tokens, lane: Expr | int) -> None:
+        """Quantise a row, the one of number ``lane`` in the block ``tokens``."""
 
 
-class Activations:
+class Activations(BlockedActivations):
     """Scratch buffers of quantised activations, and the code that fills them.
 
     - ``q`` int32, four bytes (one digit of the activations of a column block) in a word;
@@ -125,18 +165,6 @@ class Activations:
         """Return the scale of the group that a flush is in."""
         group = T.floordiv(flush, ACT_GROUP // self.flush)
         return self._scale[_slot(tokens, self.groups, group, lane, half)]
-
-    def quantize_row(self, x: Buffer) -> None:
-        """Quantise the only row of x."""
-        self._quantize(x, 0, Tokens(0, 1), 0)
-
-    def quantize_rows(self, x: Buffer, tokens: int) -> None:
-        """Quantise all rows of x: blocks of ``tokens``, and blocks of one for the rows left."""
-        with T.parallel(0, self.rows) as row:
-            whole = T.floordiv(self.rows, tokens) * tokens
-            lane = T.bind(T.if_then_else(row < whole, T.floormod(row, tokens), 0))
-            count = T.bind(T.if_then_else(row < whole, T.int64(tokens), T.int64(1)))
-            self._quantize(x, row, Tokens(T.bind(row - lane), count), lane)
 
     def _quantize(self, x: Buffer, row: Expr | int, tokens: Tokens, lane: Expr | int) -> None:
         group_blocks, group_flushes = ACT_GROUP // BLOCK, ACT_GROUP // self.flush

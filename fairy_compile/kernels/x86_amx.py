@@ -22,19 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.x86_activations import DIGITS, join_digits, span, store
+from fairy_compile.kernels.x86_activations import join_digits, span, store
 from fairy_compile.kernels.x86_amx_activations import BYTES, HALVES, ROWS, TileActivations
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
-from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, Panel, TableMode
-from fairy_compile.kernels.x86_panels import Panels
-from fairy_compile.op import ACT_GROUP, PhaseSpec
+from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, Panel
+from fairy_compile.kernels.x86_panels import PanelMultiply
+from fairy_compile.op import ACT_GROUP
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
-    from tvm.tirx import Buffer
 
-    from fairy_compile.kernels.x86 import Isa
 
 _TILES = 8
 # Tiles of tokens that share a weight tile. Two make 4 C, 2 A and 2 B tiles, all there are.
@@ -44,35 +42,13 @@ _BLOCK_TILES = 2
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
-class TileMultiply:
-    """Emits the multiplication of all rows of x by one call's weights.
+class TileMultiply(PanelMultiply):
+    """Multiplies in AMX tiles."""
 
-    Args:
-        spec: the call.
-        isa: instruction set.
-        x: float32 (b, 2m).
-        arrays: those of `PanelLayout`.
-        y: float32 (b, 2n).
-        mode: what a panel holds.
-        columns: columns to decode at a time, a multiple of 128.
-    """
-
-    def __init__(
-        self,
-        spec: PhaseSpec,
-        isa: Isa,
-        x: Buffer,
-        arrays: dict[str, Buffer],
-        y: Buffer,
-        *,
-        mode: TableMode,
-        columns: int,
-    ) -> None:
-        self.spec, self.x, self.arrays, self.y = spec, x, arrays, y
-        self.rows = x.shape[0]
-        self.digits = DIGITS[spec.act]
-        self.panels = Panels(spec, isa, arrays, mode, columns)
-        self.flush_tiles = self.panels.flush // BYTES
+    @property
+    def flush_tiles(self) -> int:
+        """Tiles of columns of a flush."""
+        return self.panels.flush // BYTES
 
     def usable(self) -> Expr:
         """Return whether there are enough tokens, and the system lets this process use tiles.
@@ -100,12 +76,7 @@ class TileMultiply:
             self.sums = T.alloc_buffer(
                 (HALVES * self.digits, 2, _BLOCK_TILES * ROWS, ROWS), "int32"
             )
-            with T.serial(0, -(-panels.flushes // panels.block_flushes)) as i:
-                first = T.bind(i * panels.block_flushes)
-                count = T.bind(T.min(panels.block_flushes, panels.flushes - first))
-                for panel in panels.sets:
-                    panels.decode(tile, panel, first, count)
-                    self._multiply_all_tokens(tile, panel, first, count)
+            panels.decode_all(tile, lambda *panel: self._multiply_all_tokens(tile, *panel))
             T.evaluate(_tile_op("tilerelease"))
             with T.serial(0, self.rows) as token:
                 at = T.bind(token * 2 * ROWS)

@@ -14,6 +14,7 @@ from fairy_compile.kernels.x86_activations import (
     Tokens,
     add_neighbours,
     dot,
+    each_block,
     join_digits,
     multiply_pairs,
     span,
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, PrimFunc
 
     from fairy_compile.kernels.x86 import Isa
-    from fairy_compile.kernels.x86_amx import TileMultiply
-    from fairy_compile.kernels.x86_panel_dot import DotMultiply
+    from fairy_compile.kernels.x86_panels import PanelMultiply
 
 _SCALES = {"combined": "combined_table_scales", "joint": "joint_scales", "split": "scales"}
 _PREFETCH_L2 = 2  # LLVM's temporal locality: 3 is L1, 2 is L2
@@ -62,7 +62,7 @@ class CodebookFunction:
         tables: TableMode,
         tokens: int,
         prefetch: int,
-        panels: Callable[..., DotMultiply | TileMultiply] | None = None,
+        panels: Callable[..., PanelMultiply] | None = None,
     ) -> None:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
         self.tables, self.tokens, self.prefetch = tables, tokens, prefetch
@@ -105,10 +105,7 @@ class CodebookFunction:
 
     def _emit_codebook(self) -> None:
         self.activations = Activations(self.spec, self.rows, self.flush)
-        if self.batch == "single":
-            self.activations.quantize_row(self.x)
-        else:
-            self.activations.quantize_rows(self.x, self.tokens)
+        self.activations.quantize(self.x, self.tokens)
         self._multiply()
 
     def _name(self, modes: list[str]) -> str:
@@ -123,17 +120,9 @@ class CodebookFunction:
         with T.parallel(0, self.layout.tiles(self.spec)) as tile:
             self.outputs = RowTileOutputs(self.spec, self.isa.rows, self.y, tile)
             tables = {look: self._load_table(tile, look) for look in self.book.lookups}
-            if self.batch == "single":
-                self._multiply_tokens(tile, tables, Tokens(0, 1))
-                return
-            blocks = T.bind(T.floordiv(self.rows, self.tokens))
-            with T.serial(0, blocks) as block:
-                first = T.bind(block * self.tokens)
-                self._multiply_tokens(tile, tables, Tokens(first, self.tokens))
-            if self.tokens > 1:
-                with T.serial(0, self.rows - blocks * self.tokens) as left:
-                    first = T.bind(blocks * self.tokens + left)
-                    self._multiply_tokens(tile, tables, Tokens(first, 1))
+            each_block(
+                self.rows, self.tokens, lambda tokens: self._multiply_tokens(tile, tables, tokens)
+            )
 
     def _load_table(self, tile: Expr, look: Lookup) -> Expr:
         """Return a table of 16 repeated over a vector; equal ones are merged by LLVM."""

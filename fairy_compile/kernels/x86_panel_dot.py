@@ -30,8 +30,8 @@ from fairy_compile.kernels.x86_activations import (
 )
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
-from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, Panel, TableMode
-from fairy_compile.kernels.x86_panels import Panels
+from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, Panel
+from fairy_compile.kernels.x86_panels import PanelMultiply, Panels
 from fairy_compile.op import ACT_GROUP, PhaseSpec
 
 if TYPE_CHECKING:
@@ -44,35 +44,13 @@ _HALVES = 2
 _LANES = 16  # floats that are quantised at a time
 
 
-class DotMultiply:
-    """Emits the multiplication of all rows of x by one call's weights.
+class DotMultiply(PanelMultiply):
+    """Multiplies by dot products."""
 
-    Args:
-        spec: the call.
-        isa: instruction set.
-        x: float32 (b, 2m).
-        arrays: those of `PanelLayout`.
-        y: float32 (b, 2n).
-        mode: what a panel holds.
-        columns: columns to decode at a time, a multiple of 128.
-        tokens: rows of x in a block.
-    """
-
-    def __init__(
-        self,
-        spec: PhaseSpec,
-        isa: Isa,
-        x: Buffer,
-        arrays: dict[str, Buffer],
-        y: Buffer,
-        *,
-        mode: TableMode,
-        columns: int,
-        tokens: int,
-    ) -> None:
-        self.spec, self.isa, self.x, self.arrays, self.y = spec, isa, x, arrays, y
-        self.rows, self.tokens = x.shape[0], tokens
-        self.panels = Panels(spec, isa, arrays, mode, columns)
+    @property
+    def tokens(self) -> int:
+        """Rows of x in a block: as many as keep their sums in registers."""
+        return self.isa.block // self.digits
 
     def usable(self) -> Expr:
         """Return whether there are enough tokens."""
@@ -90,16 +68,14 @@ class DotMultiply:
             self.out = T.alloc_buffer((tokens * 2 * lanes,), "float32")
             with T.serial(0, tokens * 2) as i:
                 store(self.out, span(i * lanes, lanes), T.broadcast(T.float32(0), lanes))
-            with T.serial(0, -(-panels.flushes // panels.block_flushes)) as i:
-                first = T.bind(i * panels.block_flushes)
-                count = T.bind(T.min(panels.block_flushes, panels.flushes - first))
-                for panel in panels.sets:
-                    panels.decode(tile, panel, first, count)
-                    with T.serial(0, self.activations.blocks) as block:
-                        self._multiply_block(tile, panel, first, count, block)
+            panels.decode_all(tile, lambda *panel: self._multiply_all_blocks(tile, *panel))
             with T.serial(0, self.rows) as token:
                 at = T.bind(token * 2 * lanes)
                 outputs.store(token, (self.out, self.out), (at, at + lanes))
+
+    def _multiply_all_blocks(self, tile: Expr, panel: Panel, first: Expr, count: Expr) -> None:
+        with T.serial(0, self.activations.blocks) as block:
+            self._multiply_block(tile, panel, first, count, block)
 
     def _multiply_block(
         self, tile: Expr, panel: Panel, first: Expr, count: Expr, block: Expr
@@ -118,7 +94,7 @@ class DotMultiply:
         self, i: Expr, flush: Expr, half: int, axes: range, block: Expr
     ) -> list[list[list[Buffer]]]:
         """Return [token][axis, vector][digit] sums of a flush, from the starts on."""
-        panels, digits = self.panels, self.activations.digits
+        panels, digits = self.panels, self.digits
         places = [(axis, vector) for axis in axes for vector in range(panels.vectors)]
         sums = [
             [[self._new_sum() for _ in range(digits)] for _ in places] for _ in range(self.tokens)

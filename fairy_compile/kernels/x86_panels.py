@@ -19,12 +19,14 @@ A panel is a row of vectors, one or two for each column block (4 columns) of the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.x86_activations import span, store
+from fairy_compile.kernels.x86_activations import DIGITS, span, store
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_panel_layout import Panel, TableMode, panels
 from fairy_compile.kernels.x86_tables import blocks_per_step, joint_offset, nibbles
@@ -140,6 +142,15 @@ class Panels:
                         at = T.bind(self.at(i, s * self._step_blocks + block, vector))
                         for number, entry in enumerate(four):
                             store(self.buffer, (number, span(at, self.lanes)), entry)
+
+    def decode_all(self, tile: Expr, use: Callable[[Panel, Expr, Expr], None]) -> None:
+        """Decode a row tile, block after block, set after set; ``use`` gets what `decode` did."""
+        with T.serial(0, -(-self.flushes // self.block_flushes)) as i:
+            first = T.bind(i * self.block_flushes)
+            count = T.bind(T.min(self.block_flushes, self.flushes - first))
+            for panel in self.sets:
+                self.decode(tile, panel, first, count)
+                use(panel, first, count)
 
     def _lookups(self, panel: Panel, block: int) -> list[_Lookup]:
         """Return the look-ups of a column block of a step: of codes, or of nibbles of two."""
@@ -313,3 +324,45 @@ def _each(combine: Any, first: list[Any], second: list[Any]) -> list[Any]:
 def _add(a: Expr | None, b: Expr | None) -> Expr | None:
     """Return a + b, None being zero."""
     return b if a is None else a if b is None else a + b
+
+
+class PanelMultiply(ABC):
+    """Emits the multiplication of all rows of x by one call's weights.
+
+    Args:
+        spec: the call.
+        isa: instruction set.
+        x: float32 (b, 2m).
+        arrays: those of `PanelLayout`.
+        y: float32 (b, 2n).
+        mode: what a panel holds.
+        columns: columns to decode at a time, a multiple of 128.
+
+    Attributes:
+        rows: of x.
+        digits: of an activation.
+        panels: of the weights.
+    """
+
+    def __init__(
+        self,
+        spec: PhaseSpec,
+        isa: Isa,
+        x: Buffer,
+        arrays: dict[str, Buffer],
+        y: Buffer,
+        *,
+        mode: TableMode,
+        columns: int,
+    ) -> None:
+        self.spec, self.isa, self.x, self.arrays, self.y = spec, isa, x, arrays, y
+        self.rows, self.digits = x.shape[0], DIGITS[spec.act]
+        self.panels = Panels(spec, isa, arrays, mode, columns)
+
+    @abstractmethod
+    def usable(self) -> Expr:
+        """Return whether `emit` serves the call, as a condition that the function evaluates."""
+
+    @abstractmethod
+    def emit(self) -> None:
+        """Emit quantisation and multiplication."""

@@ -83,11 +83,8 @@ def tune(
         FairyError: there is nothing to tune, the target's code does not run where it is to be
             measured, or no device is left.
     """
-    check_tvm_pair()
-    settings = settings or Settings()
-    compile_for = load_target(target)
-    tasks = tasks_of(model, compile_for, quant or QuantConfig(), settings.rows)
-    place = Path(output or f"tune-{target}").expanduser()
+    settings, compile_for, tasks = _problem(model, target, quant, settings)
+    place = _place(output, target)
     schedule = _schedule(schedules, compile_for)
     read_records(schedule)  # a damaged file is told before the hours of work, not after
     with journal_of(place, _identity(settings, target), force) as journal, work_of(place) as work:
@@ -126,11 +123,8 @@ def read_run(
     Raises:
         FairyError: there is no such run.
     """
-    check_tvm_pair()
-    settings = settings or Settings()
-    compile_for = load_target(target)
-    tasks = tasks_of(model, compile_for, quant or QuantConfig(), settings.rows)
-    place = Path(output or f"tune-{target}").expanduser()
+    settings, compile_for, tasks = _problem(model, target, quant, settings)
+    place = _place(output, target)
     if not (place / JOURNAL).is_file():
         raise FairyError(f"{place} holds no run ({JOURNAL}); give -o DIR of one, or tune first")
     journal = Journal(place / JOURNAL, _identity(settings, target), read_only=True)
@@ -146,6 +140,21 @@ def read_run(
         unfinished=len(tasks) - len(done),
     )
     return _with_page(report, place)
+
+
+def _problem(
+    model: str | Path, target: str, quant: QuantConfig | None, settings: Settings | None
+) -> tuple[Settings, Target, list[Task]]:
+    """Return the settings, the target and what is to be tuned; arguments as of `tune`."""
+    check_tvm_pair()
+    settings = settings or Settings()
+    compile_for = load_target(target)
+    tasks = tasks_of(model, compile_for, quant or QuantConfig(), settings.rows)
+    return settings, compile_for, tasks
+
+
+def _place(output: str | Path | None, target: str) -> Path:
+    return Path(output or f"tune-{target}").expanduser()
 
 
 def _identity(settings: Settings, target: str) -> dict[str, Any]:

@@ -3,16 +3,7 @@
 import pytest
 
 import fairy_compile as fc
-from tests.tiny_models import save_model
-
-SMALL = {
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
+from tests.tiny_models import SMALL, save_model
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
+
+from tests.torch_threads import one_thread  # noqa: F401
 
 
 @pytest.fixture
@@ -10,14 +11,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("def function(argument):\n    return argument + 1\n" * 60)
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 FLAGS = ("--steps", 4, "--block", 16, "--batch", 2, "--log-every", 2, "--cpu")

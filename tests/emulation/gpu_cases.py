@@ -93,6 +93,18 @@ def run_phase_kernel(
     return got, phase_gemm_reference(x.astype(np.float32), parts), parts, x
 
 
+def largest_error(
+    kernel: PhaseKernel, spec: PhaseSpec, target: Target, *call: Any, **options: Any
+) -> float:
+    """Return the largest error of a call in tolerances; NaN counts as infinite.
+
+    Further arguments are those of `run_phase_kernel`.
+    """
+    got, want, parts, x = run_phase_kernel(kernel, spec, target, *call, **options)
+    ratio = np.abs(got.astype(np.float64) - want) / tolerance(spec, parts, x)
+    return float(np.nan_to_num(ratio, nan=np.inf).max())
+
+
 def tolerance(spec: PhaseSpec, parts: Sequence[PhaseTensor], x: np.ndarray) -> np.ndarray:
     """Return how far each row's outputs may be off.
 

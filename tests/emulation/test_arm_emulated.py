@@ -58,7 +58,7 @@ def check(programs, machine, spec, parts, x, batch="many", **knobs) -> None:
     mode = kernel.table_mode(spec, knobs)
     parts = computed(parts, mode, kernel.isa.terms)
     want = phase_gemm_reference(x, parts, spec.act)
-    allowed = tolerance(spec, parts, x, mode == "joint")
+    allowed = tolerance(spec, parts, x, mode)
     worst = np.max(np.abs(got - want) - allowed)
     assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
 

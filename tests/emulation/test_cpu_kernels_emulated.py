@@ -9,7 +9,7 @@ from fairy_compile.kernels import attention_cpu
 from fairy_compile.kernels.attention_cpu import AttentionShape, vector_unit
 from fairy_compile.kernels.elementwise_cpu import build_gate_product, build_rms_norm
 from tests.emulation import arm_rig
-from tests.kernels.test_attention_cpu import (
+from tests.kernels.attention_cpu_cases import (
     Paged,
     attention,
     check_prefill,

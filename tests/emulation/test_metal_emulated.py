@@ -18,11 +18,10 @@ from tests.emulation.gpu_cases import (
     compile_functions,
     gpu_spec,
     host_target,
-    run_phase_kernel,
-    tolerance,
+    largest_error,
 )
 from tests.emulation.gpu_targets import use_linux_host
-from tests.emulation.greedy import greedy
+from tests.greedy import greedy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
 missing = metal_rig.missing_tools()
@@ -47,11 +46,9 @@ def rig(module_rig: metal_rig.MetalRig) -> Iterator[metal_rig.MetalRig]:
 
 
 def error(shape: tuple, dtype: str, batch: int, directory: Path, **options) -> float:
-    """Return the largest error of a phase kernel, in tolerances; NaN counts as infinite."""
+    """See `largest_error`."""
     spec, target = gpu_spec(shape, dtype), host_target("metal")
-    got, want, parts, x = run_phase_kernel(KERNEL, spec, target, batch, directory, **options)
-    ratio = np.abs(got - want) / tolerance(spec, parts, x)
-    return float(np.nan_to_num(ratio, nan=np.inf).max())
+    return largest_error(KERNEL, spec, target, batch, directory, **options)
 
 
 @pytest.mark.parametrize(

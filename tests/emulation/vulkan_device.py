@@ -7,7 +7,7 @@ right and says nothing about speed. The variable `DEVICE_VARIABLE` chooses a dev
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -164,20 +164,31 @@ class VulkanDevice:
         """Return new memory for storage and uniform buffers."""
         vk = self._vk
         usage = vk.VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | vk.VK_BUFFER_USAGE_UNIFORM_BUFFER_BIT
+        return self._mapped_buffer(nbytes, usage)
+
+    def _mapped_buffer(self, nbytes: int, usage: int) -> DeviceBuffer:
+        """Return new memory that the host sees, for what ``usage`` says."""
+        vk = self._vk
         size = max(nbytes, _MIN_BYTES)
+        handle, memory = self._buffer(size, usage, self._memory_type)
+        view = vk.vkMapMemory(self._device, memory, 0, size, 0)
+        address = int(vk.ffi.cast("uintptr_t", vk.ffi.from_buffer(view)))
+        return DeviceBuffer(handle, memory, view, nbytes, address)
+
+    def _buffer(self, size: int, usage: int, memory_type: int) -> tuple[Any, Any]:
+        """Return a new buffer and its memory."""
+        vk = self._vk
         handle = vk.vkCreateBuffer(
             self._device, vk.VkBufferCreateInfo(size=size, usage=usage), None
         )
         needs = vk.vkGetBufferMemoryRequirements(self._device, handle)
         memory = vk.vkAllocateMemory(
             self._device,
-            vk.VkMemoryAllocateInfo(allocationSize=needs.size, memoryTypeIndex=self._memory_type),
+            vk.VkMemoryAllocateInfo(allocationSize=needs.size, memoryTypeIndex=memory_type),
             None,
         )
         vk.vkBindBufferMemory(self._device, handle, memory, 0)
-        view = vk.vkMapMemory(self._device, memory, 0, size, 0)
-        address = int(vk.ffi.cast("uintptr_t", vk.ffi.from_buffer(view)))
-        return DeviceBuffer(handle, memory, view, nbytes, address)
+        return handle, memory
 
     def free(self, buffer: DeviceBuffer) -> None:
         """Give memory back."""
@@ -223,66 +234,73 @@ class VulkanDevice:
             uniform = self.allocate(len(packed))
             uniform.array()[:] = np.frombuffer(packed, np.uint8)
             bound.append(uniform)
-        vk.vkUpdateDescriptorSets(
-            self._device,
-            len(bound),
-            [
-                vk.VkWriteDescriptorSet(
-                    dstSet=pipeline.descriptors,
-                    dstBinding=i,
-                    descriptorCount=1,
-                    descriptorType=pipeline.types[i],
-                    pBufferInfo=[
-                        vk.VkDescriptorBufferInfo(buffer=b.handle, offset=0, range=_WHOLE_SIZE)
-                    ],
-                )
-                for i, b in enumerate(bound)
-            ],
-            0,
-            None,
-        )
+        writes = self._descriptor_writes(pipeline.descriptors, bound, pipeline.types)
+        vk.vkUpdateDescriptorSets(self._device, len(writes), writes, 0, None)
         records = self._recorder is not None and self._recorder.wants(
             kernel, sum(buffer.nbytes for buffer in buffers)
         )
         before = [buffer.array().tobytes() for buffer in buffers] if records else []
-        self._submit(pipeline, packed if not kernel.uniform_buffer else b"", grid)
+        push = packed if not kernel.uniform_buffer else b""
+        self._submit(lambda c: self._dispatch(c, pipeline, pipeline.descriptors, push, grid))
         if records:
             after = [buffer.array().tobytes() for buffer in buffers]
             self._recorder.add(kernel, grid, scalars, before, after)
         if uniform is not None:
             self.free(uniform)
 
-    def _submit(self, pipeline: _Pipeline, push: bytes, grid: tuple[int, int, int]) -> None:
+    def _descriptor_writes(
+        self, descriptors: Any, buffers: Sequence[Any], types: Sequence[Any]
+    ) -> list[Any]:
+        """Return the writes of whole buffers to the bindings 0, 1, ... of a set."""
+        vk = self._vk
+        return [
+            vk.VkWriteDescriptorSet(
+                dstSet=descriptors,
+                dstBinding=i,
+                descriptorCount=1,
+                descriptorType=types[i],
+                pBufferInfo=[
+                    vk.VkDescriptorBufferInfo(buffer=b.handle, offset=0, range=_WHOLE_SIZE)
+                ],
+            )
+            for i, b in enumerate(buffers)
+        ]
+
+    def _dispatch(
+        self,
+        command: Any,
+        pipeline: _Pipeline,
+        descriptors: Any,
+        push: bytes,
+        grid: tuple[int, int, int],
+    ) -> None:
+        """Record a kernel with its bound buffers and push constants."""
+        vk = self._vk
+        point = vk.VK_PIPELINE_BIND_POINT_COMPUTE
+        vk.vkCmdBindPipeline(command, point, pipeline.handle)
+        vk.vkCmdBindDescriptorSets(command, point, pipeline.layout, 0, 1, [descriptors], 0, None)
+        if push:
+            stage = vk.VK_SHADER_STAGE_COMPUTE_BIT
+            data = vk.ffi.from_buffer(push)
+            vk.vkCmdPushConstants(command, pipeline.layout, stage, 0, len(push), data)
+        vk.vkCmdDispatch(command, *grid)
+
+    def _submit(
+        self, record: Callable[[Any], None], again: Callable[[], bool] | None = None
+    ) -> None:
+        """Record one command buffer, submit it and wait, for as long as ``again()`` says."""
         vk = self._vk
         info = vk.VkCommandBufferAllocateInfo(commandPool=self._commands, commandBufferCount=1)
         commands = vk.vkAllocateCommandBuffers(self._device, info)
-        command = commands[0]
-        vk.vkBeginCommandBuffer(command, vk.VkCommandBufferBeginInfo())
-        vk.vkCmdBindPipeline(command, vk.VK_PIPELINE_BIND_POINT_COMPUTE, pipeline.handle)
-        vk.vkCmdBindDescriptorSets(
-            command,
-            vk.VK_PIPELINE_BIND_POINT_COMPUTE,
-            pipeline.layout,
-            0,
-            1,
-            [pipeline.descriptors],
-            0,
-            None,
-        )
-        if push:
-            vk.vkCmdPushConstants(
-                command,
-                pipeline.layout,
-                vk.VK_SHADER_STAGE_COMPUTE_BIT,
-                0,
-                len(push),
-                vk.ffi.from_buffer(push),
-            )
-        vk.vkCmdDispatch(command, *grid)
-        vk.vkEndCommandBuffer(command)
-        submit = vk.VkSubmitInfo(commandBufferCount=1, pCommandBuffers=[command])
-        vk.vkQueueSubmit(self._queue, 1, [submit], vk.VK_NULL_HANDLE)
-        vk.vkQueueWaitIdle(self._queue)
+        vk.vkBeginCommandBuffer(commands[0], vk.VkCommandBufferBeginInfo())
+        record(commands[0])
+        vk.vkEndCommandBuffer(commands[0])
+        submit = vk.VkSubmitInfo(commandBufferCount=1, pCommandBuffers=[commands[0]])
+        while True:
+            vk.vkQueueSubmit(self._queue, 1, [submit], vk.VK_NULL_HANDLE)
+            vk.vkQueueWaitIdle(self._queue)
+            if again is None or not again():
+                break
         vk.vkFreeCommandBuffers(self._device, self._commands, 1, commands)
 
     def _pipeline(self, kernel: ShaderKernel, push_bytes: int) -> _Pipeline:

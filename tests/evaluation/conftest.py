@@ -5,17 +5,8 @@ from __future__ import annotations
 import pytest
 
 import fairy_compile as fc
-from tests.tiny_models import save_model
+from tests.tiny_models import SMALL, save_model
 
-SMALL = {
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "eos_token_id": 0,
-}
 TEXT = "def function(argument):\n    return argument + 1\n\nprint(function(2) * 3)\n"
 
 
@@ -26,7 +17,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def source(root):
-    return save_model(root / "model", "llama", **SMALL)
+    return save_model(root / "model", "llama", **SMALL, eos_token_id=0)
 
 
 @pytest.fixture(scope="session")

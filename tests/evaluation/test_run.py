@@ -115,10 +115,10 @@ def test_against_the_floating_point_model(artifact, source, text):
 def test_a_tied_head_that_is_quantised_is_not_the_embedding(tmp_path):
     from fairy_compile.evaluation.torch_model import TorchModel
     from fairy_compile.frontends.source import open_source
-    from tests.evaluation.conftest import SMALL
-    from tests.tiny_models import save_model
+    from tests.tiny_models import SMALL, save_model
 
-    fc.convert(save_model(tmp_path / "model", "qwen2", **SMALL), tmp_path / "packed", quant="w2")
+    model = save_model(tmp_path / "model", "qwen2", **SMALL, eos_token_id=0)
+    fc.convert(model, tmp_path / "packed", quant="w2")
     source = open_source(tmp_path / "packed")
     weights = TorchModel(source)._model.state_dict()
     for name in ("lm_head.weight", "model.embed_tokens.weight"):

@@ -5,104 +5,29 @@ from __future__ import annotations
 import math
 from copy import copy
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
-import tvm
 
-from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels.attention_cpu import AttentionShape, VectorUnit
-from fairy_compile.op.rope import RopeTable, rope_table, rotate
-from fairy_compile.targets import load_target
-
-PAGE = 16
-AVX512, AVX2, NEON = VectorUnit(16, 16), VectorUnit(8, 8), VectorUnit(4, 16)
-# One token, less than a page, whole pages, one more, and several parts of the decode kernel.
-LENGTHS = (1, 15, 16, 33, 300)
-# Query heads per key/value head 1, 2, 3, 4 and 8; head sizes down to ones no vector divides.
-CASES = {
-    "mha-16-float32": (AttentionShape(2, 2, 16, "float32"), AVX512),
-    "gqa2-64-float16": (AttentionShape(4, 2, 64, "float16"), AVX2),
-    "gqa4-80-float32": (AttentionShape(4, 1, 80, "float32"), NEON),
-    "gqa8-128-float16": (AttentionShape(8, 1, 128, "float16"), AVX512),
-    "gqa3-6-float32": (AttentionShape(3, 1, 6, "float32"), AVX2),
-}
-each_case = pytest.mark.parametrize(("shape", "unit"), CASES.values(), ids=CASES)
-one_case = CASES["gqa2-64-float16"]
-
-
-@cache
-def compiled(build, shape: AttentionShape, unit: VectorUnit, *extra):
-    function = build(shape, unit, *extra)
-    if "global_symbol" not in function.attrs:
-        function = function.with_attr("global_symbol", "function")
-    library = tvm.compile(function, target=load_target("cpu").to_tvm())
-    return library[function.attrs["global_symbol"]]
-
-
-def call(function, *arguments) -> list[np.ndarray]:
-    """Call with NumPy arrays and return them as they are afterwards."""
-    tensors = [tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    function(*tensors)
-    return [
-        t.numpy() if isinstance(a, np.ndarray) else a
-        for t, a in zip(tensors, arguments, strict=True)
-    ]
-
-
-def random(shape: AttentionShape, *sizes: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(sizes).astype(shape.dtype)
-
-
-def tolerance(shape: AttentionShape) -> float:
-    """Values are of size 1: half a unit in the last place of the output, and float32 sums."""
-    return (2**-11 * 4 if shape.dtype == "float16" else 0) + 3e-6
-
-
-def attention(q, k, v, visible) -> tuple[np.ndarray, np.ndarray]:
-    """Return float64 (heads, dim) and the log2 of the sum of exponentials, (heads,).
-
-    q (heads, dim) sees the first ``visible`` rows of k and v (n, kv_heads, dim).
-    """
-    group = q.shape[0] // k.shape[1]
-    k, v = (np.repeat(x[:visible].astype(np.float64), group, axis=1) for x in (k, v))
-    scores = np.einsum("hd,nhd->hn", q.astype(np.float64), k) / math.sqrt(q.shape[1])
-    peak = scores.max(axis=1, keepdims=True)
-    weights = np.exp(scores - peak)
-    total = weights.sum(axis=1, keepdims=True)
-    out = np.einsum("hn,nhd->hd", weights / total, v)
-    return out, (peak + np.log(total))[:, 0] / math.log(2)
-
-
-class Paged:
-    """Sequences of keys and values in pages, in random order; unused rows are NaN."""
-
-    def __init__(self, shape: AttentionShape, lengths=LENGTHS) -> None:
-        rng = np.random.default_rng(1)
-        self.k, self.v = (
-            [random(shape, n, shape.kv_heads, shape.head_dim, seed=s + n) for n in lengths]
-            for s in (10, 20)
-        )
-        counts = [-(-n // PAGE) for n in lengths]
-        self.indptr = np.cumsum([0, *counts]).astype(np.int32)
-        self.values = rng.permutation(sum(counts)).astype(np.int32)
-        size = (sum(counts), 2, shape.kv_heads, PAGE, shape.head_dim)
-        self.pages = np.full(size, np.nan, shape.dtype)
-        self.last = np.array([(n - 1) % PAGE + 1 if n else 0 for n in lengths], np.int32)
-        self.fill()
-
-    def fill(self) -> None:
-        for s, k in enumerate(self.k):
-            for i in range(len(k)):
-                page = self.values[self.indptr[s] + i // PAGE]
-                self.pages[page, 0, :, i % PAGE] = self.k[s][i]
-                self.pages[page, 1, :, i % PAGE] = self.v[s][i]
-
-
-def tail(shape: AttentionShape, rotary_mode: int = 0) -> tuple:
-    return (rotary_mode, 1.0, 1e4, shape.head_dim**-0.5)
+from fairy_compile.kernels.attention_cpu import VectorUnit
+from tests.kernels.attention_cpu_cases import (
+    AVX2,
+    AVX512,
+    CASES,
+    LENGTHS,
+    NEON,
+    ONE_CASE,
+    Paged,
+    attention,
+    call,
+    check_prefill,
+    compiled,
+    each_case,
+    random,
+    tail,
+    tolerance,
+)
 
 
 def run_decode(shape, unit, paged, q, rotary_mode=0):
@@ -141,7 +66,7 @@ def test_decode_does_not_depend_on_the_sequences_beside(shape, unit) -> None:
 
 
 def test_decode_of_an_empty_sequence_weighs_nothing() -> None:
-    shape, unit = one_case
+    shape, unit = ONE_CASE
     paged = Paged(shape, (0, 20))
     q = random(shape, 2, shape.heads, shape.head_dim)
     out, lse = run_decode(shape, unit, paged, q)
@@ -188,16 +113,6 @@ def test_ragged_prefill_attends_over_the_new_keys(shape, unit) -> None:
         *(np.zeros_like(q), np.zeros(q.shape[:2], np.float32), 1, *tail(shape)),
     )
     check_prefill(shape, q, indptr, paged.k, paged.v, 1, result[7], result[8])
-
-
-def check_prefill(shape, q, indptr, keys, values, causal, out, lse) -> None:
-    for s, (k, v) in enumerate(zip(keys, values, strict=True)):
-        count = indptr[s + 1] - indptr[s]
-        for i in range(count):
-            row = indptr[s] + i
-            want, want_lse = attention(q[row], k, v, len(k) - count + i + 1 if causal else len(k))
-            np.testing.assert_allclose(out[row], want, rtol=0, atol=tolerance(shape))
-            np.testing.assert_allclose(lse[row], want_lse, rtol=0, atol=1e-5)
 
 
 def windowed(case: str, window: int | None, softcap: float | None):
@@ -282,51 +197,11 @@ def test_prefill_in_windows_and_with_capped_scores(case, window, softcap, past: 
 
 
 def test_windows_slid_by_the_runtime_are_refused() -> None:
-    shape, unit = one_case
+    shape, unit = ONE_CASE
     paged = Paged(shape, (3,))
     q = random(shape, 1, shape.heads, shape.head_dim)
     with pytest.raises(RuntimeError, match="without sliding-window attention"):
         run_decode(shape, unit, paged, q, rotary_mode=1)
-
-
-@pytest.mark.parametrize("tokens", [3, 20])
-def test_append_writes_rows_and_skips_minus_one(tokens: int) -> None:
-    shape, unit = one_case
-    pages = np.zeros((4, 2, shape.kv_heads, PAGE, shape.head_dim), shape.dtype)
-    k, v = (random(shape, tokens, shape.kv_heads, shape.head_dim, seed=s) for s in (1, 2))
-    positions = np.random.default_rng(3).permutation(4 * PAGE)[:tokens].astype(np.int32)
-    positions[1] = -1
-    seen = call(compiled(kernels.build_append, shape, unit), pages, k, v, positions)[0]
-    for token, position in enumerate(positions):
-        if position >= 0:
-            pages[position // PAGE, 0, :, position % PAGE] = k[token]
-            pages[position // PAGE, 1, :, position % PAGE] = v[token]
-    np.testing.assert_array_equal(seen, pages)
-
-
-def test_pages_are_copied_compacted_and_read() -> None:
-    shape, unit = one_case
-    pages = random(shape, 4, 2, shape.kv_heads, PAGE, shape.head_dim)
-    copied = call(compiled(kernels.build_copy_page, shape, unit), pages, 1, 3, 5)[0]
-    want = pages.copy()
-    want[3, :, :, :5] = pages[1, :, :, :5]
-    np.testing.assert_array_equal(copied, want)
-
-    moves = np.array([[17, 3, 40], [16, 2, 17]], np.int32)  # the third reuses the first's source
-    indptr = np.array([0, 1, 3], np.int32)
-    seen = call(compiled(kernels.build_compact, shape, unit), pages, indptr, moves, 2)[0]
-    want = pages.copy()
-    for source, target in moves.T:
-        want[target // 16, :, :, target % 16] = want[source // 16, :, :, source % 16]
-    np.testing.assert_array_equal(seen, want)
-
-    positions = np.array([33, 0, 15], np.int32)
-    empty = np.zeros((2, 3, shape.kv_heads, shape.head_dim), shape.dtype)
-    read = compiled(kernels.build_read, shape, unit, 2)
-    _, _, k, v, _ = call(read, pages, positions, empty, empty.copy(), 1)
-    np.testing.assert_array_equal(k[1, 0], pages[2, 0, :, 1])
-    np.testing.assert_array_equal(v[1, 2], pages[0, 1, :, 15])
-    assert not k[0].any()
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -343,57 +218,6 @@ def test_merged_halves_equal_the_whole(rows: int) -> None:
         want, want_lse = attention(q[row], k, v, 30)
         np.testing.assert_allclose(out[row], want, rtol=0, atol=3e-6)
         np.testing.assert_allclose(lse[row], want_lse, rtol=0, atol=1e-5)
-
-
-ROPES = {
-    "whole": lambda dim: rope_table("default", 1e4, dim, {}, 1),
-    "half": lambda dim: rope_table("default", 1e4, dim // 4 * 2, {}, 1),
-    "louder": lambda dim: RopeTable(rope_table("default", 1e4, dim, {}, 1).frequencies, 1.25),
-}
-
-
-def rope_tolerance(shape: AttentionShape) -> float:
-    """Values are of size 4; a float32 angle of 4000 is off by up to 2^-13."""
-    return tolerance(shape) * 4 + 5 * 2**-13
-
-
-@pytest.mark.parametrize("apply", [0, 1])
-@pytest.mark.parametrize("case", ["gqa4-80-float32", "gqa2-64-float16"])
-@pytest.mark.parametrize("rope", ROPES)
-def test_rope_splits_and_rotates_pairs(case: str, apply: int, rope: str) -> None:
-    shape, unit = CASES[case]
-    table = ROPES[rope](shape.head_dim)
-    heads, fused = shape.heads, shape.heads + 2 * shape.kv_heads
-    qkv = random(shape, 11, fused, shape.head_dim)
-    positions = np.array([*range(9), 200, 4000], np.int32)
-    outputs = [np.zeros((11, n, shape.head_dim), shape.dtype)
-               for n in (shape.heads, shape.kv_heads, shape.kv_heads)]  # fmt: skip
-    function = compiled(kernels.build_rope, shape, unit, table)
-    _, _, q, k, v, _ = call(function, qkv, positions, *outputs, apply)
-    turned = rotate(qkv, positions, table) if apply else qkv.astype(np.float64)
-    atol = rope_tolerance(shape)
-    np.testing.assert_allclose(q, turned[:, :heads], rtol=0, atol=atol)
-    np.testing.assert_allclose(k, turned[:, heads : heads + shape.kv_heads], rtol=0, atol=atol)
-    np.testing.assert_array_equal(v, qkv[:, heads + shape.kv_heads :])
-
-
-@pytest.mark.parametrize("rope", ROPES)
-def test_rotate_turns_queries_and_keys_in_their_places(rope: str) -> None:
-    shape, unit = CASES["gqa4-80-float32"]
-    table, turning = ROPES[rope](shape.head_dim), shape.heads + shape.kv_heads
-    qkv = random(shape, 11, turning + shape.kv_heads, shape.head_dim)
-    positions = np.array([*range(9), 200, 4000], np.int32)
-    function = compiled(kernels.build_rotate, shape, unit, table)
-    out = call(function, qkv, positions, np.zeros_like(qkv))[2]
-    want = rotate(qkv, positions, table)[:, :turning]
-    np.testing.assert_allclose(out[:, :turning], want, rtol=0, atol=rope_tolerance(shape))
-    np.testing.assert_array_equal(out[:, turning:], qkv[:, turning:])
-
-
-def test_rope_of_more_than_a_head_is_refused() -> None:
-    shape = AttentionShape(1, 1, 7, "float32")
-    with pytest.raises(UnsupportedError, match="7"):
-        kernels.build_rope(shape, AVX2, RopeTable((1.0,) * 4))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fairy_compile.kernels.gpu_halves import supports, supports_blocks
 from fairy_compile.kernels.vulkan import VULKAN_KERNELS
 from fairy_compile.targets import Limits
-from tests.emulation.gpu_cases import gpu_spec, host_target, run_phase_kernel, tolerance
+from tests.emulation.gpu_cases import gpu_spec, host_target, largest_error
 from tests.emulation.vulkan_device import missing_driver
 
 (KERNEL,) = VULKAN_KERNELS
@@ -35,8 +34,8 @@ KNOBS = [
 ]
 
 
-def error(shape: tuple, batch: int, knobs: dict, folder: Path, spread: float = 1.0) -> float:
-    """Return the largest error of the outputs, as a share of what rounding may cost."""
+def error(shape: tuple, batch: int, knobs: dict, folder: Path) -> float:
+    """See `largest_error`."""
     reason = missing_driver()
     if reason:
         pytest.skip(reason)
@@ -44,9 +43,7 @@ def error(shape: tuple, batch: int, knobs: dict, folder: Path, spread: float = 1
 
     vulkan_runtime.install()
     target = replace(host_target("vulkan-nvidia"), limits=Limits(1024, 49152, simd_width=8))
-    spec = gpu_spec(shape, "float16")
-    got, want, parts, x = run_phase_kernel(KERNEL, spec, target, batch, folder, knobs)
-    return float((np.abs(got.astype(np.float64) - want) / tolerance(spec, parts, x)).max())
+    return largest_error(KERNEL, gpu_spec(shape, "float16"), target, batch, folder, knobs)
 
 
 @pytest.mark.parametrize("knobs", KNOBS[:2])

@@ -17,8 +17,7 @@ from tests.emulation.gpu_cases import (
     compile_functions,
     gpu_spec,
     host_target,
-    run_phase_kernel,
-    tolerance,
+    largest_error,
 )
 from tests.emulation.spirv_val import missing_validator, validate
 from tests.emulation.vulkan_device import missing_driver
@@ -46,14 +45,13 @@ def subgroup_target() -> Target:
 def error(
     shape: tuple, dtype: str, batch: int, folder: Path, target: Target | None = None, **options
 ) -> float:
-    """Return the largest error of a kernel's outputs, as a share of what rounding may cost."""
+    """See `largest_error`; the SPIR-V is validated, too."""
     target = target or host_target("vulkan")
-    spec = gpu_spec(shape, dtype)
-    got, want, parts, x = run_phase_kernel(KERNEL, spec, target, batch, folder, **options)
+    found = largest_error(KERNEL, gpu_spec(shape, dtype), target, batch, folder, **options)
     for library in folder.glob("*.so"):
         for kernel in kernels_in(library.read_bytes()).values():
             validate(kernel.code)
-    return float((np.abs(got.astype(np.float64) - want) / tolerance(spec, parts, x)).max())
+    return found
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fairy_compile.kernels.x86 import AVX2, AVX512_AMX, MAX_COMBINED_ERROR, X86Codebook
+from fairy_compile.kernels.codebook_cpu import MAX_COMBINED_ERROR
+from fairy_compile.kernels.x86 import AVX2, AVX512_AMX, X86Codebook
 from fairy_compile.kernels.x86_layout import X86Layout
 from fairy_compile.kernels.x86_panel_layout import (
     BYTE_LIMIT,

@@ -9,16 +9,14 @@ import tvm
 
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS, Isa, X86Codebook
 from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, WORD_LIMIT, combine_scales
-from fairy_compile.kernels.x86_tables import joint_ratio, joint_ratio_error
+from fairy_compile.kernels.x86_tables import joint_ratio
 from fairy_compile.op import (
     PhaseSpec,
-    dequantize_activations,
     phase_gemm_reference,
-    quantize_activations,
 )
-from fairy_compile.phase import PhaseTensor, tile_shape
+from fairy_compile.phase import PhaseTensor
 from fairy_compile.targets import Target, host_features
-from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec
+from tests.kernels.cases import BOTH, ONLY_W, codebook_tolerance, make_parts, make_spec
 
 CPUS = {
     "avx512amx": "sapphirerapids",
@@ -67,37 +65,6 @@ def run(kernel, spec, parts, x, batch="many", **knobs) -> np.ndarray:
     return y.numpy()
 
 
-def tolerance(kernel, spec, parts, x, joint: bool) -> np.ndarray:
-    """Bound on |y - reference|, (b, 2n).
-
-    Let S be the sum of |x| times the scales that the codes select, which bounds every partial sum.
-    A float32 sum of N products of three roundings each is off by at most (N + 3) eps S; products
-    are one per flush (128 or 64 columns), unit and half of x. The scales of dequantised x and of
-    the joint units are rounded once more, and the reference's weights once a stage, so at most
-    8 eps S. A joint table moves the weights of a pair of stages, or those of U and W of a single
-    one, by sqrt(2) error |(s1, s2)|.
-    """
-    rounded = dequantize_activations(*quantize_activations(x, act=spec.act))
-    a, b = np.split(np.abs(rounded), 2, axis=1)
-    flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
-    products = flushes * len(spec.terms) * spec.stages * 2 * 2
-    bounds = []
-    for part in parts:
-        rows, columns = tile_shape(spec.scale, part.n, part.m)
-        largest = part.scales.max(axis=2).sum(axis=(0, 1))  # no axis of any code exceeds it
-        largest = np.kron(largest, np.ones((rows, columns)))[: part.n, : part.m]
-        bound = (products + 11) * 2.0**-24 * ((a + b) @ largest.T)
-        if joint:
-            error = np.sqrt(2) * joint_ratio_error([part], kernel.isa.joint_limit)
-            scales = part.scales[: part.stages // 2 * 2, :, :, 0, 0]
-            pairs = np.hypot(scales[::2], scales[1::2])
-            if part.stages == 1:
-                pairs = np.hypot(*part.scales[0, :, :, 0, 0])[None, None]
-            bound = bound + error * pairs.max(axis=2).sum() * (a + b).sum(axis=1, keepdims=True)
-        bounds += [bound, bound]
-    return np.concatenate(bounds, axis=1)
-
-
 def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
     """Compare with the reference, where panels or combined tables do, of the weights they hold."""
     got = run(kernel, spec, parts, x, batch, **knobs)
@@ -107,8 +74,8 @@ def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
     if panels or mode == "combined":
         stored = as_stored(kernel.isa, parts, mode)
     want = phase_gemm_reference(x, stored, spec.act)
-    joint = mode == "joint" and not panels
-    worst = np.max(np.abs(got - want) - tolerance(kernel, spec, stored, x, joint))
+    joint_limit = kernel.isa.joint_limit if mode == "joint" and not panels else None
+    worst = np.max(np.abs(got - want) - codebook_tolerance(spec, stored, x, joint_limit))
     assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
 
 

@@ -18,7 +18,7 @@ from fairy_compile.kernels.x86 import CODEBOOK_KERNELS as X86
 from fairy_compile.models import parse_config
 from fairy_compile.qat.ifairy import ComplexNetConfig, ComplexNetLM
 from fairy_compile.targets import load_target
-from tests.models.test_parity import greedy
+from tests.greedy import greedy
 from tests.tiny_ifairy import PUBLISHED, SIZES, Published, save_ifairy, tokens_away_from_ties
 from tests.tiny_models import relative_error, save_tokenizer
 

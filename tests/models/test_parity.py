@@ -11,6 +11,7 @@ import pytest
 import fairy_compile as fc
 from fairy_compile.compiler import schedules
 from fairy_compile.kernels.x86 import CODEBOOK_KERNELS
+from tests.greedy import greedy
 from tests.tiny_models import FAMILIES, SIZES, Oracle, relative_error, save_model
 
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
@@ -320,14 +321,3 @@ def whole_and_by_eight(model) -> list[np.ndarray]:
     sequence = engine.add_sequence()
     pieces = [engine.prefill_logits(sequence, TOKENS[i : i + 8]) for i in range(0, 45, 8)]
     return [model.logits(TOKENS), np.concatenate(pieces)]
-
-
-def greedy(model, prompt: list[int], count: int) -> list[int]:
-    """Decode greedily through the engine, so that no stop token ends it early."""
-    engine = model.engine
-    sequence = engine.add_sequence()
-    logits, tokens = engine.prefill(sequence, prompt), []
-    for _ in range(count):
-        tokens.append(int(np.argmax(logits)))
-        logits = engine.decode([sequence], tokens[-1:])[0]
-    return tokens

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from tests.tiny_models import SIZES
+from tests.torch_threads import one_thread  # noqa: F401
 
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -25,14 +26,6 @@ FAMILIES = {
     ),
     "phi3": ("Phi3", {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fairy_compile.train import TrainConfig
 from tests.tiny_models import save_model
+from tests.torch_threads import one_thread  # noqa: F401
 
 TEXT = "def function(argument):\n    return argument + 1\n"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import fairy_compile as fc
-from tests.emulation.greedy import greedy
+from tests.greedy import greedy
 from tests.tiny_models import save_model
 from tests.web.sizes import SMALL
 

@@ -1,8 +1,8 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
-`decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `render`
-writes the struct of one call and a device function that runs it. A PrimFunc launches the grid and
-calls the function, see `kernels.cuda`.
+`decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `tables.cuh`
+is what the latter two share. `render` writes the struct of one call and a device function that runs
+it. A PrimFunc launches the grid and calls the function, see `kernels.cuda`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat1
 _CLASSES: dict[Program, str] = {"decode": "Decode", "prefill": "Prefill"}
 _FILES: dict[Program, tuple[str, ...]] = {
     "decode": ("primitives.cuh", "decode.cuh"),
-    "prefill": ("primitives.cuh", "prefill.cuh"),
-    "hopper": ("primitives.cuh", "hopper_primitives.cuh", "hopper.cuh"),
+    "prefill": ("primitives.cuh", "tables.cuh", "prefill.cuh"),
+    "hopper": ("primitives.cuh", "hopper_primitives.cuh", "tables.cuh", "hopper.cuh"),
 }
 WAIT_THEMSELVES = (
     *(f"{program}_" for program in _FILES),

@@ -74,21 +74,13 @@ struct ArrangeX {
 };
 
 template <class Call>
-struct Hopper {
+struct Hopper : private Tables<Call> {
+  typedef Tables<Call> Base;
   typedef typename Call::Y Y;
   typedef HopperImage<Call> Image;
 
-  static constexpr int kTerms = Call::kTerms;
-  static constexpr int kStages = Call::kStages;
-  static constexpr int kPairs = kStages * kTerms;
-  static constexpr int kPlanes = 2 * kPairs;
-  static constexpr int kFragments = kPlanes / 2;
-  static constexpr int kGroups = (Call::kColumns + 127) / 128;
-  static constexpr int kBlocks = Image::kBlocks;
-  static constexpr bool kTileScales = Call::kColumnTiles > 1;
-  static constexpr int kTableRows = Call::kScaleRows;  // 16 with a scale for every row, else 1
-  static constexpr int kDigitBits = 2 * kTerms;
-  static constexpr int kEntries = 1 << kDigitBits;
+  using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
+  using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kParts = kTokens / 128;  // multiplications of a step
   static constexpr int kBuffers = Call::kBuffers;
@@ -177,7 +169,7 @@ struct Hopper {
     if (kTileScales) fill_table(table, scales, tile, 0, half, lane);
 #pragma unroll
     for (int r = 0; r < 4; ++r) decode(operands[0], shared_address(&table), fragments, 0, r, lane);
-    if (kGroups > 1) refill(fragments, own, 1, 0);
+    if (kGroups > 1) Base::refill(fragments, own, 1, 0);
     const Word first_operand = operand_at(&shared.stages);
     Turn turn = {}, refilled = {};
     for (int group = 0; group < kGroups; ++group) {
@@ -209,46 +201,20 @@ struct Hopper {
             refilled.advance();
           }
         }
-        if ((block + 1) / 4 + 1 < kGroups) refill(fragments, own, (block + 1) / 4 + 1, next);
+        if ((block + 1) / 4 + 1 < kGroups) Base::refill(fragments, own, (block + 1) / 4 + 1, next);
         turn.advance();
       }
     }
     wait_multiplications<0>();
   }
 
-  // Loads those fragments of a group whose last block in the group before was `block`.
-  static __device__ __forceinline__ void refill(uint4 (&fragments)[kFragments], const uint4* own,
-                                                int group, int block) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f)
-      if ((8 * f + 7) / kPlanes == block)
-        fragments[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
-  }
-
   // Computes a warp's own tables, (what Re x, what Im x is multiplied by) for one half of y.
   static __device__ __forceinline__ void fill_table(Word (&table)[kTableRows][kStages][kEntries],
                                                     const float* scales, int tile, int column_tile,
                                                     int half, int lane) {
-    const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
-                                    kTableRows;
-    __syncwarp();
-    for (int i = lane; i < kTableRows * kStages * kEntries; i += 32) {
-      const int digit = i % kEntries, stage = i / kEntries % kStages;
-      const int row = i / (kEntries * kStages);
-      float re[2], im[2];
-#pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
-        const int q = 1 - 2 * (digit >> (2 * term) & 1), p = 1 - 2 * (digit >> (2 * term + 1) & 1);
-        const float* scale = own + (stage * kTerms + term) * 2 * kTableRows + row;
-        re[term] = scale[0] * (float)((p + q) / 2);
-        im[term] = scale[kTableRows] * (float)((p - q) / 2);
-      }
-      const float u_re = kTerms == 2 ? re[0] : 0, u_im = kTerms == 2 ? im[0] : 0;
-      const float w_re = re[kTerms - 1], w_im = im[kTerms - 1];
-      table[row][stage][digit] = half == 0 ? pack_halves(u_re + w_re, w_im - u_im)
-                                           : pack_halves(u_im + w_im, u_re - w_re);
-    }
-    __syncwarp();
+    Base::fill_tables(table, scales, tile, column_tile, lane, [half](const DigitWeights& weights) {
+      return half == 0 ? weights.for_re() : weights.for_im();
+    });
   }
 
   // Looks up a quarter of a lane's weights of a block: register r of the codes holds row
@@ -268,19 +234,13 @@ struct Hopper {
     }
   }
 
-  // Sums the entries of a weight's digits. Tables of a stage lie at multiples of their size, so that
-  // an address is put together by bits.
+  // Sums the entries of a weight's digits.
   static __device__ __forceinline__ Word look_up(Word row_tables, const uint4 (&codes)[kFragments],
                                                  int block, int r, int e) {
     Word sum = 0;
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      const int bit = block * kPlanes + stage * kDigitBits;
-      const uint4 bytes = codes[bit / 8];
-      const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
-      const int shift = 8 * e + bit % 8 - 2;  // an entry has 4 bytes
-      const Word digit = shift < 0 ? word << -shift : word >> shift;
-      const Word at = mask_or(digit, (kEntries - 1) << 2, row_tables);
+      const Word at = Base::template entry_address<2>(row_tables, codes, block, stage, r, e);
       const Word entry = load_shared_word(at, stage * (kEntries * 4));
       sum = stage == 0 ? entry : add_halves(sum, entry);
     }

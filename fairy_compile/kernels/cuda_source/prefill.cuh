@@ -17,21 +17,13 @@
 namespace fairy {
 
 template <class Call>
-struct Prefill {
+struct Prefill : private Tables<Call> {
+  typedef Tables<Call> Base;
   typedef typename Call::X X;
   typedef typename Call::Y Y;
 
-  static constexpr int kTerms = Call::kTerms;
-  static constexpr int kStages = Call::kStages;
-  static constexpr int kPairs = kStages * kTerms;
-  static constexpr int kPlanes = 2 * kPairs;
-  static constexpr int kFragments = kPlanes / 2;
-  static constexpr int kGroups = (Call::kColumns + 127) / 128;
-  static constexpr int kBlocks = (Call::kColumns + 31) / 32;
-  static constexpr bool kTileScales = Call::kColumnTiles > 1;
-  static constexpr int kTableRows = Call::kScaleRows;  // 16 with a scale for every row, else 1
-  static constexpr int kDigitBits = 2 * kTerms;
-  static constexpr int kEntries = 1 << kDigitBits;
+  using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
+  using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kOperands = kTokens / 8;
   static constexpr int kBuffers = Call::kBuffers;
@@ -79,7 +71,7 @@ struct Prefill {
         if (kTileScales && b % 2 == 0) fill_table(table, scales, tile, block / 2, lane);
         Operands operands;
         decode(operands, shared_address(&table), fragments, b, lane);
-        if (group + 1 < kGroups) refill(fragments, own, group + 1, b);
+        if (group + 1 < kGroups) Base::refill(fragments, own, group + 1, b);
         multiply(sums, operands, shared.x[block % kBuffers], lane);
       }
     }
@@ -87,39 +79,13 @@ struct Prefill {
   }
 
  private:
-  // Loads those fragments of a group whose last block in the group before was `block`.
-  static __device__ __forceinline__ void refill(uint4 (&fragments)[kFragments], const uint4* own,
-                                                int group, int block) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f)
-      if ((8 * f + 7) / kPlanes == block)
-        fragments[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
-  }
-
-  // Computes a warp's own tables; only its lanes read them.
+  // Computes a warp's own tables, entries (of Re y, of Im y) of what Re x, Im x is multiplied by.
   static __device__ __forceinline__ void fill_table(uint2 (&table)[kTableRows][kStages][kEntries],
                                                     const float* scales, int tile, int column_tile,
                                                     int lane) {
-    const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
-                                    kTableRows;
-    __syncwarp();
-    for (int i = lane; i < kTableRows * kStages * kEntries; i += 32) {
-      const int digit = i % kEntries, stage = i / kEntries % kStages;
-      const int row = i / (kEntries * kStages);
-      float re[2], im[2];
-#pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
-        const int q = 1 - 2 * (digit >> (2 * term) & 1), p = 1 - 2 * (digit >> (2 * term + 1) & 1);
-        const float* scale = own + (stage * kTerms + term) * 2 * kTableRows + row;
-        re[term] = scale[0] * (float)((p + q) / 2);
-        im[term] = scale[kTableRows] * (float)((p - q) / 2);
-      }
-      const float u_re = kTerms == 2 ? re[0] : 0, u_im = kTerms == 2 ? im[0] : 0;
-      const float w_re = re[kTerms - 1], w_im = im[kTerms - 1];
-      table[row][stage][digit] = {pack_halves(u_re + w_re, w_im - u_im),
-                                  pack_halves(u_im + w_im, u_re - w_re)};
-    }
-    __syncwarp();
+    Base::fill_tables(table, scales, tile, column_tile, lane, [](const DigitWeights& weights) {
+      return uint2{weights.for_re(), weights.for_im()};
+    });
   }
 
   // Copies block `block` of 32 columns of both halves of the rows, zeros beyond their ends. A thread
@@ -176,19 +142,13 @@ struct Prefill {
     }
   }
 
-  // Sums the entries of a weight's digits. Tables of a stage lie at multiples of their size, so that
-  // an address is put together by bits.
+  // Sums the entries of a weight's digits.
   static __device__ __forceinline__ uint2 look_up(Word row_tables, const uint4 (&codes)[kFragments],
                                                   int block, int r, int e) {
     uint2 sum = {};
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      const int bit = block * kPlanes + stage * kDigitBits;
-      const uint4 bytes = codes[bit / 8];
-      const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
-      const int shift = 8 * e + bit % 8 - 3;  // an entry has 8 bytes
-      const Word digit = shift < 0 ? word << -shift : word >> shift;
-      const Word at = mask_or(digit, (kEntries - 1) << 3, row_tables);
+      const Word at = Base::template entry_address<3>(row_tables, codes, block, stage, r, e);
       const uint2 entry = load_shared(at, stage * (kEntries * 8));
       sum = stage == 0 ? entry : uint2{add_halves(sum.x, entry.x), add_halves(sum.y, entry.y)};
     }
