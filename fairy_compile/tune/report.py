@@ -182,7 +182,7 @@ def _right(title: str) -> str:
     return " class=n" if title in NUMBERS else ""
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _KEY = 640, 320, 48, 36, 22
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _KEY = 660, 320, 48, 28, 36, 22
 
 
 def _plot(rows: Sequence[Row], journal: Journal) -> str:
@@ -194,7 +194,7 @@ def _plot(rows: Sequence[Row], journal: Journal) -> str:
     height = _HEIGHT - _BOTTOM
 
     def place(trial: int, gain: float) -> str:
-        x = _LEFT + (_WIDTH - _LEFT - 8) * trial / longest
+        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * trial / longest
         return f"{x:.1f},{height - (height - 12) * (gain - 1) / (highest - 1):.1f}"
 
     parts = []
@@ -202,7 +202,7 @@ def _plot(rows: Sequence[Row], journal: Journal) -> str:
         gain = 1 + (highest - 1) * i / 4
         x, y = place(0, gain).split(",")
         parts.append(
-            f'<line x1="{x}" y1="{y}" x2="{_WIDTH - 8}" y2="{y}" stroke="#ddd"/>'
+            f'<line x1="{x}" y1="{y}" x2="{_WIDTH - _RIGHT}" y2="{y}" stroke="#ddd"/>'
             f'<text x="{_LEFT - 6}" y="{y}" text-anchor="end" font-size="11">{gain:.2f}x</text>'
         )
     for i in range(5):
