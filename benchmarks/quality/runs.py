@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from auto_round_peer import SETTINGS, auto_round, missing
 from corpus import EVAL_TOKENS, WINDOW, held_out, tokenizer
 from graph import ATTENTION
 from schedule import Going, Run
@@ -33,10 +34,11 @@ from transformers import LlamaForCausalLM
 
 import fairy_compile as fc
 from fairy_compile.calibrate import Calibration
+from fairy_compile.calibrate.windows import read_windows
 from fairy_compile.frontends import open_source
 from fairy_compile.train.models import load_model, quiet_transformers
 
-KINDS = ("fp", "search", "trained", "free")
+KINDS = ("fp", "search", "trained", "free", "auto-round")
 HEAD2 = {"lm_head": 2}  # training-free methods raise the head to T = 3 unless told otherwise
 CONTROL_BITS = 32.0
 # What all runs of a study have in common.
@@ -125,6 +127,8 @@ PEERS = {  # name -> (bits a weight, rule); real weights rounded to nearest, min
     "free-rtn3-g32": (4.0, group_rule(3, 32)),
     "free-rtn4-g32": (5.0, group_rule(4, 32)),
 }
+AUTO_ROUND = {f"free-{name}": setting for name, setting in SETTINGS.items()}
+NAMES = ("fp", *SEARCH, *TRAINED, *PEERS, *FREE, *AUTO_ROUND)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,10 @@ class Study:
         """Return what `train` should know of the device."""
         checks = 200 if self.device == "cpu" else 2000
         return {"device": self.device, "checks": checks, "captured": not self.eager}
+
+    def calibration(self, tune: int = 0) -> Calibration:
+        """Return what training-free runs look at: the text, and steps of tuning."""
+        return Calibration(str(self.corpus / "train.jsonl"), 65536, WINDOW, tune=tune)
 
     def note(self) -> None:
         """Write study.json, which says what the runs have in common, or check it.
@@ -283,9 +291,7 @@ def run_free(study: Study, seed: int, name: str) -> Going:
     yield 0.0
     options = dict(FREE[name])
     if "tune" in options:
-        options["calibrate"] = Calibration(
-            str(study.corpus / "train.jsonl"), 65536, WINDOW, tune=options.pop("tune")
-        )
+        options["calibrate"] = study.calibration(options.pop("tune"))
     model = study.fp(seed)
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         packed = Path(scratch) / "packed"
@@ -307,8 +313,26 @@ def run_peer(study: Study, seed: int, name: str) -> Going:
     return {"loss": evaluate(model, study.windows()), "bits": bits}
 
 
-def runs(study: Study, seeds: list[int], kinds: tuple[str, ...] = KINDS) -> Iterator[Run]:
-    """Yield the runs in the order in which they are worth having."""
+def run_auto_round(study: Study, seed: int, name: str) -> Going:
+    """Let auto-round quantise the floating-point model, on the windows of other calibrated runs."""
+    yield 0.0
+    directory = study.directory(seed) / "fp"
+    windows = torch.from_numpy(read_windows(directory, study.calibration()).astype(np.int64))
+    with quiet_transformers():
+        taken, words = load_model(directory), tokenizer(study.corpus)
+    state, bits = auto_round(taken, words, windows, AUTO_ROUND[name])
+    model = study.fp(seed)
+    model.load_state_dict(state)
+    return {"loss": evaluate(model, study.windows()), "bits": bits}
+
+
+def runs(
+    study: Study,
+    seeds: list[int],
+    kinds: tuple[str, ...] = KINDS,
+    only: Collection[str] = NAMES,
+) -> Iterator[Run]:
+    """Yield the runs of some kinds and names in the order in which they are worth having."""
 
     def trained(seed: int) -> Callable[[], bool]:
         return lambda: (study.directory(seed) / "fp.json").exists()
@@ -317,18 +341,23 @@ def runs(study: Study, seeds: list[int], kinds: tuple[str, ...] = KINDS) -> Iter
         facts = {"seed": seed, "run": name, "hidden": study.hidden}
         return Run(study.directory(seed), name, facts, go, ready)
 
-    if "fp" in kinds:
+    if "fp" in kinds and "fp" in only:
         for seed in seeds:
             yield make(seed, "fp", lambda log, s=seed: run_fp(study, s, log), lambda: True)
     search = []
     if "search" in kinds and study.search_tokens and 0 in seeds:
-        for name in SEARCH:
+        for name in (name for name in SEARCH if name in only):
             go = lambda log, n=name: run_more(study, 0, log, n)  # noqa: E731
             search.append(make(0, name, go, trained(0)))
         yield from search
     names = [*(TRAINED if "trained" in kinds else ()), *(PEERS if "free" in kinds else ())]
     names += FREE if "free" in kinds else ()
-    for name in names:
+    if "auto-round" in kinds:
+        if why := missing():
+            print(f"runs of auto-round left out: {why}", flush=True)
+        else:
+            names += AUTO_ROUND
+    for name in (name for name in names if name in only):
         for seed in seeds[:1] if name in FIRST_SEED_ONLY else seeds:
             ready = trained(seed)
             if name in TRAINED:
@@ -336,6 +365,8 @@ def runs(study: Study, seeds: list[int], kinds: tuple[str, ...] = KINDS) -> Iter
                 ready = lambda first=ready: first() and all(s.over for s in search)  # noqa: E731
             elif name in PEERS:
                 go = lambda log, s=seed, n=name: run_peer(study, s, n)  # noqa: E731
+            elif name in AUTO_ROUND:
+                go = lambda log, s=seed, n=name: run_auto_round(study, s, n)  # noqa: E731
             else:
                 go = lambda log, s=seed, n=name: run_free(study, s, n)  # noqa: E731
             yield make(seed, name, go, ready)

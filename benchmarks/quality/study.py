@@ -8,7 +8,7 @@
 
 For every seed a Llama is trained in floating point on Python sources; then the same model is
 trained on as it is (the control) and through the rule of each method, and it is converted without
-training.
+training, by auto-round too where that is installed (`pip install auto-round`).
 With --search-tokens settings of the training are looked for first. A finished run is kept as
 WORK/seed-N/NAME.json and not repeated; a stopped one starts anew. With several widths WORK/dWIDTH
 stands for WORK.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from corpus import EVAL_TOKENS, prepare
-from runs import KINDS, Study, runs
+from runs import KINDS, NAMES, Study, runs
 from schedule import work_through
 
 _GRACE = 10.0  # seconds that processes have beyond the deadline to stop by themselves
@@ -48,6 +48,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--batch", type=int, default=16, help="windows a step of the other runs")
     add("--seeds", type=int, nargs="*", default=[0, 1, 2])
     add("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    add("--runs", nargs="*", choices=NAMES, default=list(NAMES), metavar="NAME",
+        help="of these kinds, those of these names")  # fmt: skip
     add("--half", action="store_true", help="round the floating-point model to bfloat16")
     add("--device", default="cpu", help="cpu or cuda; training-free runs compute on the CPU")
     add("--eager", action="store_true", help="no CUDA graphs")
@@ -123,7 +125,8 @@ def main() -> None:
     if args.processes > 1:
         fine = spread(args.processes, begun + args.seconds)
     else:
-        order = (run for s in all_studies for run in runs(s, args.seeds, tuple(args.kinds)))
+        kinds, only = tuple(args.kinds), args.runs
+        order = (run for s in all_studies for run in runs(s, args.seeds, kinds, only))
         fine = work_through(
             order, lanes=args.lanes, cuda=args.device != "cpu", deadline=begun + args.seconds
         )

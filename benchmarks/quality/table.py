@@ -26,6 +26,11 @@ TITLES = {
     "free-w2-gptq-head3-rotated": "W2, calibrated, head T = 3, `--rotate`",
     "free-w2-gptq-head3-tuned": "W2, calibrated, head T = 3, scales per row, `--tune 60`",
     "free-rtn2-g32": "2 bits rounded to nearest, groups of 32",
+    "free-auto-round-g32": "auto-round, 2 bits, groups of 32",
+    "free-auto-round-g32-sym": "auto-round, 2 bits, groups of 32, symmetric",
+    "free-auto-round-g32-sym-ext": "auto-round, 2 bits, groups of 32, symmetric, `enable_alg_ext`",
+    "free-auto-round-g128": "auto-round, 2 bits, groups of 128",
+    "free-auto-round-g32-float-head": "auto-round, 2 bits, groups of 32, head left in float16",
     "free-rtn3-g32": "3 bits rounded to nearest, groups of 32",
     "free-rtn4-g32": "4 bits rounded to nearest, groups of 32",
     "free-w3-gptq": "W3, calibrated",
@@ -173,16 +178,19 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     results = Results(args.work)
-    fp, control = results.losses("fp"), results.losses("control")
+    fp = results.losses("fp")
     perplexity = math.exp(statistics.mean(fp))
     print(f"Floating point: loss {spread(fp)} nats (perplexity {perplexity:.1f})")
-    gains = [-gap for gap in results.gaps("control", "fp")]
-    share = statistics.mean(gain / loss for gain, loss in zip(gains, fp, strict=False))
-    print(f"Control: loss {spread(control)}; the further tokens gain {spread(gains)} nats ", end="")
-    print(f"({100 * share:.1f} % of the loss)\n")
+    if "control" in results.runs:
+        gains = [-gap for gap in results.gaps("control", "fp")]
+        share = statistics.mean(gain / loss for gain, loss in zip(gains, fp, strict=False))
+        print(f"Control: loss {spread(results.losses('control'))}; the further tokens ", end="")
+        print(f"gain {spread(gains)} nats ({100 * share:.1f} % of the loss)")
+    print()
     if "free-w2-plain" in results.runs:
         print("\n".join(table(results, "free-", "fp")), end="\n\n")
-    print("\n".join(table(results, "qat-", "control")), end="\n\n")
+    if "control" in results.runs:
+        print("\n".join(table(results, "qat-", "control")), end="\n\n")
     print("\n".join(search_table(results)))
     if args.plot:
         plot(results, args.plot)

@@ -175,3 +175,50 @@ def test_steps_of_a_graph_are_those_of_the_cpu(monkeypatch, tmp_path):
     fall = losses[0][0] - losses[0][-1]
     assert fall > 0.1
     np.testing.assert_allclose(losses[1], losses[0], atol=fall / 20)
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(QUALITY))
+    import auto_round_peer
+
+    return auto_round_peer
+
+
+@pytest.mark.parametrize(
+    ("sym", "group", "bits"), [(False, 32, 2 + 18 / 32), (True, 32, 2.5), (True, 64, 2.25)]
+)
+def test_bits_of_a_peer_are_counted_from_its_groups(peer, sym, group, bits):
+    setting = peer.Setting(sym, group)
+    layer = torch.nn.Linear(64, 8, bias=False)
+    layer.weight.data = 0.3 * torch.randint(4, (8, 64)).float() - 0.3
+    layer.scale = torch.full((8, 64 // setting.group), 0.3)
+    model = torch.nn.ModuleDict({"layer": layer})
+    assert peer.stored_bits(model, setting) == pytest.approx(bits)
+    layer.weight.data[3, 5] = 0.4  # one value more than there are codes
+    with pytest.raises(ValueError, match="layer of auto-round has up to 5 values"):
+        peer.stored_bits(model, setting)
+    del layer.scale
+    with pytest.raises(ValueError, match="treated layer otherwise"):
+        peer.stored_bits(model, setting)
+
+
+def test_bits_of_a_head_that_stays_in_floating_point(peer):
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(64, 8, bias=False)})
+    assert peer.stored_bits(model, peer.Setting(sym=False, head=False)) == 16
+
+
+def test_runs_of_a_peer_that_is_not_installed_are_left_out(peer, monkeypatch, tmp_path, capsys):
+    import runs
+
+    study = runs.Study(tmp_path, tmp_path)
+    monkeypatch.setattr(runs, "missing", lambda: None)
+    names = [run.name for run in runs.runs(study, [0], ("auto-round",))]
+    assert names == list(runs.AUTO_ROUND)
+    first = names[0]
+    assert [run.name for run in runs.runs(study, [0], ("fp", "auto-round"), [first])] == [first]
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runs, "missing", peer.missing)
+    assert list(runs.runs(study, [0], ("auto-round",))) == []
+    assert "pip install auto-round" in capsys.readouterr().out
