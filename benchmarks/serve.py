@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,10 +69,10 @@ class Result:
 class Load:
     """Jobs, their answers, and the clients that ask for them."""
 
-    def __init__(self, address: str, clients: int):
+    def __init__(self, address: str, clients: int, lengths: Sequence[int]):
         limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
         self.http = httpx.AsyncClient(base_url=address, timeout=300, limits=limits)
-        self.jobs = [(prompt, length) for prompt in PROMPTS for length in LENGTHS]
+        self.jobs = [(prompt, length) for prompt in PROMPTS for length in lengths]
         self.expected: dict[tuple[str, int], str] = {}
         self.result = Result(clients)
         self.tokens = 0
@@ -138,8 +139,10 @@ class Load:
         self.result.rss_end = sum(samples[-tenth:]) // tenth
 
 
-async def measure(address: str, clients: int, seconds: float, pid: int) -> Result:
-    load = Load(address, clients)
+async def measure(
+    address: str, clients: int, seconds: float, lengths: Sequence[int], pid: int
+) -> Result:
+    load = Load(address, clients, lengths)
     async with load.http:
         await load.alone()
         await load.together(seconds, psutil.Process(pid))
@@ -151,6 +154,7 @@ def main() -> int:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of answers")
     parser.add_argument("--json", action="store_true")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
@@ -164,7 +168,9 @@ def main() -> int:
                     break
             else:
                 return 2
-            result = asyncio.run(measure(found[1], args.clients, args.seconds, server.pid))
+            result = asyncio.run(
+                measure(found[1], args.clients, args.seconds, args.lengths, server.pid)
+            )
         finally:
             server.terminate()
     if args.json:
