@@ -10,7 +10,7 @@ import pytest
 
 import fairy_compile as fc
 from fairy_compile.artifact import verify
-from fairy_compile.artifact.contract import GPU_SAMPLER_FUNCTIONS
+from fairy_compile.artifact.contract import REQUIRED_FUNCTIONS
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.targets import Limits, load_target
 from tests.tiny_models import save_model
@@ -72,8 +72,7 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
     manifest = verify(tmp_path / "out").manifest
     magic = MAGIC[target.library]
     assert (tmp_path / "out" / manifest.library).read_bytes()[: len(magic)] == magic
-    if target.device in ("metal", "vulkan", "webgpu"):
-        assert set(GPU_SAMPLER_FUNCTIONS) <= set(manifest.functions)
+    assert REQUIRED_FUNCTIONS[target.device].keys() <= set(manifest.functions)
 
 
 @pytest.mark.parametrize(
