@@ -130,14 +130,25 @@ def test_every_ifairy_kernel_is_valid(build_ifairy, kv_dtype):
         validate(kernel.code)
 
 
-@pytest.mark.parametrize("kv_dtype", IFAIRY_CASES)
-def test_ifairy_logits_equal_the_published_formulas(build_ifairy, kv_dtype):
-    artifact, source = build_ifairy(kv_dtype)
+@slow
+def test_ifairy_logits_equal_the_published_formulas(build_ifairy):
+    artifact, source = build_ifairy("float32")
     expected = Published(source, int8=False).logits(TOKENS)
     with fc.load(artifact) as model:
         assert str(model.engine.device).startswith("vulkan")
-        seen = model.logits(TOKENS)
-    if kv_dtype == "float32":
-        assert relative_error(seen, expected) <= FLOAT32_TOLERANCE
-    else:
-        np.testing.assert_allclose(seen, expected, rtol=0, atol=FLOAT16_TOLERANCE)
+        assert relative_error(model.logits(TOKENS), expected) <= FLOAT32_TOLERANCE
+
+
+@slow
+def test_ifairy_logits_with_a_float16_cache_equal_those_of_a_cpu(build_ifairy, tmp_path):
+    """Rounding keys and values moves some of this model's logits by 0.06, on any target alike."""
+    artifact, source = build_ifairy("float16")
+    sizes = {"context": 128, "prefill_chunk": 32}
+    fc.build(
+        source, target="cpu", act="float", kv_dtype="float16", output=tmp_path / "cpu", **sizes
+    )
+    with fc.load(tmp_path / "cpu") as cpu, fc.load(artifact) as vulkan:
+        tolerance = FLOAT16_TOLERANCE / 10
+        np.testing.assert_allclose(
+            vulkan.logits(TOKENS), cpu.logits(TOKENS), rtol=0, atol=tolerance
+        )
