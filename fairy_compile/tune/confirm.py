@@ -59,11 +59,7 @@ def confirm(run: TaskRun) -> Confirmed:
     best = [p for p in run.ranked()[:KEEP] if run.trials[p].score < WORTH]
     points = [p for p in best if p in run.libraries or _rebuild(run, p)]
     found = _in_all_processes(run, {p: run.libraries[p] for p in points})
-    fit = {
-        point: [Measured.medians(m) for m in of_devices]
-        for point, of_devices in found.items()
-        if _never_slower(of_devices)
-    }
+    fit = {point: [Measured.medians(m) for m in of_devices] for point, of_devices in found.items()}
     fit = {point: measured for point, measured in fit.items() if _score(measured) <= WORTH}
     if not fit:
         return Confirmed(run.default)
@@ -71,26 +67,26 @@ def confirm(run: TaskRun) -> Confirmed:
     return Confirmed(point, tuple(fit[point]))
 
 
-def _never_slower(of_devices: list[list[Measured]]) -> bool:
-    return max(r for several in of_devices for m in several for r in m.ratios) <= NOT_SLOWER
+def _not_slower(of_devices: list[Measured]) -> bool:
+    return max(r for m in of_devices for r in m.ratios) <= NOT_SLOWER
 
 
 def _in_all_processes(
     run: TaskRun, libraries: dict[Point, Path]
 ) -> dict[Point, list[list[Measured]]]:
-    """Return the measurements of every candidate that none speaks against, device by device."""
+    """Return, device by device, the measurements of the candidates that are nowhere slower."""
     found: dict[Point, dict[str, list[Measured]]] = {point: {} for point in libraries}
     for number in range(PLACEMENTS):
         here = [slot for slot in run.crew.slots if not slot.remote]
-        if number and not here:
-            break  # several devices show as much, and sending weights again takes long
+        if not found or (number and not here):
+            break  # devices elsewhere are asked once: sending weights again takes long
         for slot in here if number else []:
             slot.worker.restart()
         measured = _measure(run, {p: libraries[p] for p in found})
         found = {
             point: {m.device: [*found[point].get(m.device, []), m] for m in of_devices}
             for point, of_devices in measured.items()
-            if _never_slower([of_devices])
+            if _not_slower(of_devices)
         }
     return {point: list(of.values()) for point, of in found.items()}
 
