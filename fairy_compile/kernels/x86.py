@@ -26,7 +26,8 @@ entries above, again for half of the dot products.
 int16 activations are two int8 digits, 256 hi + lo, with a dot product for each.
 
 Batches of 9 rows and more decode the codes first, as `x86_panels` describes, with table modes of
-their own; `x86_panel_dot` multiplies them, or `x86_amx` on machines with AMX.
+their own; `x86_panel_dot` multiplies them, or `x86_amx` on machines with AMX. Where each row has to
+give what it gives alone (batch ``decode``), tables stay those of one row: `x86_amx_decode`.
 """
 
 from __future__ import annotations
@@ -232,22 +233,25 @@ class X86Codebook:
 
         x is float32 (b, 2m) and y float32 (b, 2n); b is 1 for batch ``single`` and symbolic for
         the others, of which ``decode`` has no panels: every row meets the tables of ``single``,
-        in integers. Knobs left out take their defaults.
+        in integers, on AMX in tiles. Knobs left out take their defaults.
 
         Raises:
             FairyError: an unknown knob or value.
         """
         from fairy_compile.kernels.x86_activations import DIGITS
         from fairy_compile.kernels.x86_amx import TileMultiply
+        from fairy_compile.kernels.x86_amx_decode import TableTiles
         from fairy_compile.kernels.x86_codegen import CodebookFunction
         from fairy_compile.kernels.x86_panel_dot import DotMultiply
 
         chosen = choose_knobs(self, knobs)
-        panels = None
+        wide = None
         if batch == "many":
             multiply = TileMultiply if self.isa.amx else DotMultiply
             mode = self.table_mode(spec, batch, knobs)
-            panels = partial(multiply, mode=mode, columns=chosen["columns"])
+            wide = partial(multiply, mode=mode, columns=chosen["columns"])
+        elif batch == "decode" and self.isa.amx:
+            wide = TableTiles
         return CodebookFunction(
             isa=self.isa,
             layout=self.layout,
@@ -256,7 +260,7 @@ class X86Codebook:
             tables=self.table_mode(spec, "single", knobs),
             tokens=1 if batch == "single" else max(1, chosen["tokens"] // DIGITS[spec.act]),
             prefetch=chosen["prefetch"],
-            panels=panels,
+            wide=wide,
         ).emit()
 
 

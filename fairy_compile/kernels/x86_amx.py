@@ -18,10 +18,11 @@ which is the order that 16 vectors of `X86Layout` codes have, so decoding is one
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvm.tirx.script import builder as T
 
+from fairy_compile.kernels import x86_amx_tiles
 from fairy_compile.kernels.x86_activations import join_digits, span, store
 from fairy_compile.kernels.x86_amx_activations import BYTES, HALVES, ROWS, TileActivations
 from fairy_compile.kernels.x86_layout import BLOCK
@@ -34,12 +35,8 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
 
 
-_TILES = 8
 # Tiles of tokens that share a weight tile. Two make 4 C, 2 A and 2 B tiles, all there are.
 _BLOCK_TILES = 2
-
-# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux gives tiles to processes that ask.
-_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 class TileMultiply(PanelMultiply):
@@ -51,14 +48,8 @@ class TileMultiply(PanelMultiply):
         return self.panels.flush // BYTES
 
     def usable(self) -> Expr:
-        """Return whether there are enough tokens, and the system lets this process use tiles.
-
-        Asking again costs a tenth of a microsecond and needs no state; where the system refuses
-        (or the host is an older one), the caller's other path is taken.
-        """
-        request = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
-        refused = T.call_extern("int64", "syscall", *(T.int64(v) for v in request))
-        return T.And(self.rows >= MIN_TOKENS, T.bind(refused) == 0)
+        """Return whether there are enough tokens, and tiles."""
+        return T.And(self.rows >= MIN_TOKENS, x86_amx_tiles.permitted())
 
     def emit(self) -> None:
         """Emit quantisation and multiplication."""
@@ -68,7 +59,7 @@ class TileMultiply(PanelMultiply):
         tokens = self.activations.tokens
         with T.parallel(0, tiles) as tile:
             outputs = RowTileOutputs(self.spec, ROWS, self.y, tile)
-            self._configure()
+            x86_amx_tiles.configure()
             self.out = T.alloc_buffer((tokens * 2 * ROWS,), "float32")
             with T.serial(0, tokens * 2) as i:
                 store(self.out, span(i * ROWS, ROWS), T.broadcast(T.float32(0), ROWS))
@@ -77,22 +68,12 @@ class TileMultiply(PanelMultiply):
                 (HALVES * self.digits, 2, _BLOCK_TILES * ROWS, ROWS), "int32"
             )
             panels.decode_all(tile, lambda *panel: self._multiply_all_tokens(tile, *panel))
-            T.evaluate(_tile_op("tilerelease"))
+            x86_amx_tiles.release()
             with T.serial(0, self.rows) as token:
                 at = T.bind(token * 2 * ROWS)
                 outputs.store(token, (self.out, self.out), (at, at + ROWS))
 
     # Products
-
-    def _configure(self) -> None:
-        """Load a configuration of palette 1 with eight full tiles; threads each need their own."""
-        config = T.alloc_buffer((64,), "uint8")
-        store(config, span(0, 64), T.broadcast(T.uint8(0), 64))
-        store(config, 0, T.uint8(1))
-        for tile in range(_TILES):
-            store(config, 16 + 2 * tile, T.uint8(BYTES))
-            store(config, 48 + tile, T.uint8(ROWS))
-        T.evaluate(_tile_op("ldtilecfg", T.address_of(config[0])))
 
     def _multiply_all_tokens(self, tile: Expr, panel: Panel, first: Expr, count: Expr) -> None:
         size = _BLOCK_TILES * ROWS
@@ -116,30 +97,22 @@ class TileMultiply(PanelMultiply):
     def _sum(self, first: Expr, i: Expr, half: int, digit: int, token: Expr, tiles: int) -> None:
         """Sum a flush: tile registers 0-3 are C[re, im][tile of tokens], 4-5 A and 6-7 B."""
         for c in range(2 * tiles):
-            T.evaluate(_tile_op("tilezero", T.uint8(c)))
+            x86_amx_tiles.zero(c)
         for k in range(self.flush_tiles):
             for t in range(tiles):
                 column_tile = (first + i) * self.flush_tiles + k
                 at = self.activations.address(column_tile, half, digit, token + t * ROWS)
-                T.evaluate(_load(4 + t, at))
+                x86_amx_tiles.load(4 + t, at)
             at = self.panels.at(i, k * (BYTES // BLOCK))
             for axis in (0, 1):
                 weights = T.address_of(self.panels.buffer[2 * half + axis, at])
-                T.evaluate(_load(6 + axis, weights))
+                x86_amx_tiles.load(6 + axis, weights)
                 for t in range(tiles):
-                    registers = (axis * tiles + t, 4 + t, 6 + axis)
-                    T.evaluate(_tile_op("tdpbssd", *(T.uint8(r) for r in registers)))
+                    x86_amx_tiles.multiply(axis * tiles + t, 4 + t, 6 + axis)
         for axis in (0, 1):
             for t in range(tiles):
                 target = self.sums[half * self.digits + digit, axis, t * ROWS, 0]
-                T.evaluate(
-                    _tile_op(
-                        "tilestored64",
-                        T.uint8(axis * tiles + t),
-                        T.address_of(target),
-                        T.int64(BYTES),
-                    )
-                )
+                x86_amx_tiles.save(axis * tiles + t, T.address_of(target))
 
     def _scale_sums(self, tile: Expr, panel: Panel, flush: Expr, token: Expr, tiles: int) -> None:
         """Add a flush's sums, scaled, to the outputs of a block of tokens."""
@@ -182,11 +155,3 @@ class TileMultiply(PanelMultiply):
                 for axis in (0, 1):
                     store(products, (half, axis, span(t, lanes)), activation * weight[half ^ axis])
         return lambda half, axis, t: T.broadcast(products[half, axis, t], lanes)
-
-
-def _tile_op(name: str, *args: Any) -> Expr:
-    return T.call_llvm_intrin("void", f"llvm.x86.{name}", *args)
-
-
-def _load(register: int, address: Expr) -> Expr:
-    return _tile_op("tileloadd64", T.uint8(register), address, T.int64(BYTES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
@@ -40,10 +40,25 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, PrimFunc
 
     from fairy_compile.kernels.x86 import Isa
-    from fairy_compile.kernels.x86_panels import PanelMultiply
 
 _SCALES = {"combined": "combined_table_scales", "joint": "joint_scales", "split": "scales"}
 _PREFETCH_L2 = 2  # LLVM's temporal locality: 3 is L1, 2 is L2
+
+
+class WideMultiply(Protocol):
+    """What multiplies many rows of x by other instructions than one row.
+
+    Attributes:
+        mode: what it makes of the codes.
+    """
+
+    mode: TableMode
+
+    def usable(self) -> Expr:
+        """Return whether `emit` serves the call, as a condition that the function evaluates."""
+
+    def emit(self) -> None:
+        """Emit quantisation and multiplication."""
 
 
 class CodebookFunction:
@@ -62,11 +77,11 @@ class CodebookFunction:
         tables: TableMode,
         tokens: int,
         prefetch: int,
-        panels: Callable[..., PanelMultiply] | None = None,
+        wide: Callable[[CodebookFunction], WideMultiply] | None = None,
     ) -> None:
         self.isa, self.layout, self.spec, self.batch = isa, layout, spec, batch
         self.tables, self.tokens, self.prefetch = tables, tokens, prefetch
-        self.panels = panels
+        self.wide = wide
         if tables == "combined":
             self.book = combined_codebook()
         elif tables == "joint":
@@ -90,14 +105,14 @@ class CodebookFunction:
             }
             self.y = T.arg("y", T.buffer((rows, spec.out_features), "float32"))
             modes: list[str] = [self.tables]
-            if self.panels is None:
+            if self.wide is None:
                 self._emit_codebook()
             else:
-                panels = self.panels(spec, self.isa, self.x, self.arrays, self.y)
-                modes.insert(0, panels.panels.mode)
-                with T.If(panels.usable()):
+                wide = self.wide(self)
+                modes.insert(0, wide.mode)
+                with T.If(wide.usable()):
                     with T.Then():
-                        panels.emit()
+                        wide.emit()
                     with T.Else():
                         self._emit_codebook()
             T.func_name(self._name(modes))
@@ -119,17 +134,26 @@ class CodebookFunction:
     def _multiply(self) -> None:
         with T.parallel(0, self.layout.tiles(self.spec)) as tile:
             self.outputs = RowTileOutputs(self.spec, self.isa.rows, self.y, tile)
-            tables = {look: self._load_table(tile, look) for look in self.book.lookups}
+            tables = {look: self.load_table(tile, look) for look in self.book.lookups}
             each_block(
                 self.rows, self.tokens, lambda tokens: self._multiply_tokens(tile, tables, tokens)
             )
 
-    def _load_table(self, tile: Expr, look: Lookup) -> Expr:
-        """Return a table of 16 repeated over a vector; equal ones are merged by LLVM."""
-        if self.book.units[look.unit].joint:
+    def load_table(self, tile: Expr, look: Lookup, signed: bool = False) -> Expr:
+        """Return a table of 16 repeated over a vector; equal ones are merged by LLVM.
+
+        Args:
+            tile: row tile.
+            look: what looks it up.
+            signed: take off the offset that makes entries unsigned.
+        """
+        unit = self.book.units[look.unit]
+        if unit.joint:
             table = self.arrays[f"{self.tables}_tables"][tile, look.table, span(0, 16)]
         else:
             table = self.arrays["tables"][look.table, span(0, 16)]
+        if signed:
+            table = T.bind(table - T.broadcast(T.uint8(self._offset(unit)), 16))
         width = self.isa.width
         return T.bind(T.Shuffle([table] * (width // 16), list(range(width))))
 
@@ -175,8 +199,8 @@ class CodebookFunction:
         flush_steps = self.flush // (BLOCK * self.step_blocks)
         with T.serial(0, flush_steps) as i:
             step = T.bind(flush * flush_steps + i)
-            if prefetch and self.prefetch:
-                self._prefetch(tile, step)
+            if prefetch:
+                self.prefetch_codes(tile, step)
             words = {
                 (b, t, half): [
                     self._activation_word(tokens, step * self.step_blocks + b, t, half, digit)
@@ -187,14 +211,14 @@ class CodebookFunction:
                 for half in sorted({p.half for unit in products.values() for p in unit})
             }
             nibbles = sorted({self.book.lookups[k].nibble for k in lookups})
-            indices = {n: self._index(tile, step, n) for n in nibbles}
+            indices = {n: self.index(tile, step, n) for n in nibbles}
             # A look-up of one entry stands right before its products, so that it needs a register
             # for a short while only.
             found: dict[int, Expr] = {}
             for entry in used:
                 for k in entry.lookups:
                     if k not in found:
-                        found[k] = self._look_up(self.book.lookups[k], tables, indices)
+                        found[k] = self.look_up(self.book.lookups[k], tables, indices)
                 value, *more = (found[k] for k in entry.lookups)
                 for other in more:
                     value = T.bind(value - other if entry.minus else value + other)
@@ -204,16 +228,19 @@ class CodebookFunction:
                         self._add_dot(self.book.units[entry.unit], total, value, word)
         return sums
 
-    def _look_up(self, look: Lookup, tables: dict[Lookup, Expr], indices: dict[int, Expr]) -> Expr:
+    def look_up(self, look: Lookup, tables: dict[Lookup, Expr], indices: dict[int, Expr]) -> Expr:
+        """Return the entries that a step's codes look up, from `load_table` at `index`."""
         args = (tables[look], indices[look.nibble])
         return T.bind(T.call_llvm_pure_intrin(f"int8x{self.isa.width}", self.isa.shuffle, *args))
 
-    def _prefetch(self, tile: Expr, step: Expr) -> None:
-        """Prefetch codes of this or a later row tile; past the end it does nothing.
+    def prefetch_codes(self, tile: Expr, step: Expr) -> None:
+        """Prefetch codes of this or a later row tile, if asked to; past the end it does nothing.
 
         Into L2 (prefetcht1): fetching into L1 holds one of its few fill buffers for the whole trip
         from memory, and measured 12.3 against 9.4 GB/s of codes on one Sapphire Rapids core.
         """
+        if not self.prefetch:
+            return
         codes = self.arrays["codes"]
         planes = int(codes.shape[2])
         ahead = self.prefetch // (planes * self.isa.width)
@@ -228,7 +255,7 @@ class CodebookFunction:
         word = self.activations.word(tokens, block, token, half, digit)
         return T.bind(T.reinterpret(f"int8x{self.isa.width}", T.broadcast(word, self.isa.rows)))
 
-    def _index(self, tile: Expr, step: Expr, nibble: int) -> Expr:
+    def index(self, tile: Expr, step: Expr, nibble: int) -> Expr:
         """Return the shuffle's index vector for a nibble.
 
         vpermb looks at six bits, and its table holds the sixteen entries four times over, so bits
@@ -279,13 +306,7 @@ class CodebookFunction:
         """Take the tables' offset off a unit's sums, and add them, scaled, to the outputs."""
         rows, unit = self.isa.rows, self.book.units[index]
         at, (lanes, dtype) = span(0, rows), self._sum_type(unit)
-        table_offset = joint_offset(self.isa.joint_limit) if unit.joint else SPLIT_OFFSET
-        scales = self.arrays[_SCALES[self.tables]]
-        if self.spec.scale == "row":
-            scale = scales[tile, 0, index, at]
-        else:
-            column_tile = flush if self.spec.scale == "tile64" else 0
-            scale = T.broadcast(scales[tile, column_tile, index], rows)
+        table_offset, scale = self._offset(unit), self.scale(tile, flush, index)
         digits = self.activations.digits
         for t, totals in enumerate(by_token):
             for number, product in enumerate(unit.products):
@@ -300,6 +321,18 @@ class CodebookFunction:
                 value = value * (scale * T.broadcast(q_scale, rows))
                 target = out[t][product.output]
                 store(target, at, target[at] - value if product.negative else target[at] + value)
+
+    def scale(self, tile: Expr, flush: Expr, unit: int) -> Expr:
+        """Return the scale of a unit's sums of a flush, for each row of the tile."""
+        scales = self.arrays[_SCALES[self.tables]]
+        if self.spec.scale == "row":
+            return scales[tile, 0, unit, span(0, self.isa.rows)]
+        column_tile = flush if self.spec.scale == "tile64" else 0
+        return T.broadcast(scales[tile, column_tile, unit], self.isa.rows)
+
+    def _offset(self, unit: Unit) -> int:
+        """Return what makes the entries of a unit's tables unsigned."""
+        return joint_offset(self.isa.joint_limit) if unit.joint else SPLIT_OFFSET
 
 
 def _vectors(count: int, lanes: int, dtype: str) -> list[Buffer]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer
 
     from fairy_compile.kernels.x86 import Isa
+    from fairy_compile.kernels.x86_codegen import CodebookFunction
 
 PANELS = 4
 _AXES = ((1, 0, -1, 0), (0, 1, 0, -1))  # re and im of the codes
@@ -327,42 +328,35 @@ def _add(a: Expr | None, b: Expr | None) -> Expr | None:
 
 
 class PanelMultiply(ABC):
-    """Emits the multiplication of all rows of x by one call's weights.
+    """Emits the multiplication of all rows of x by one call's weights; a `WideMultiply`.
 
     Args:
+        function: gives the call, its instruction set and its arguments.
+        mode: what a panel holds.
+        columns: columns to decode at a time, a multiple of 128.
+
+    Attributes:
         spec: the call.
         isa: instruction set.
         x: float32 (b, 2m).
         arrays: those of `PanelLayout`.
         y: float32 (b, 2n).
-        mode: what a panel holds.
-        columns: columns to decode at a time, a multiple of 128.
-
-    Attributes:
         rows: of x.
         digits: of an activation.
         panels: of the weights.
+        mode: as given.
     """
 
-    def __init__(
-        self,
-        spec: PhaseSpec,
-        isa: Isa,
-        x: Buffer,
-        arrays: dict[str, Buffer],
-        y: Buffer,
-        *,
-        mode: TableMode,
-        columns: int,
-    ) -> None:
-        self.spec, self.isa, self.x, self.arrays, self.y = spec, isa, x, arrays, y
-        self.rows, self.digits = x.shape[0], DIGITS[spec.act]
-        self.panels = Panels(spec, isa, arrays, mode, columns)
+    def __init__(self, function: CodebookFunction, *, mode: TableMode, columns: int) -> None:
+        self.spec, self.isa, self.mode = function.spec, function.isa, mode
+        self.x, self.arrays, self.y = function.x, function.arrays, function.y
+        self.rows, self.digits = self.x.shape[0], DIGITS[self.spec.act]
+        self.panels = Panels(self.spec, self.isa, self.arrays, mode, columns)
 
     @abstractmethod
     def usable(self) -> Expr:
-        """Return whether `emit` serves the call, as a condition that the function evaluates."""
+        """See `WideMultiply`."""
 
     @abstractmethod
     def emit(self) -> None:
-        """Emit quantisation and multiplication."""
+        """See `WideMultiply`."""

@@ -16,7 +16,7 @@ from fairy_compile.targets import host_features
 from tests.emulation import amx_tiles
 from tests.emulation.x86_intrinsics import emulate, without_hardware
 from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec, make_x
-from tests.kernels.x86_cases import CASES, check, check_extremes
+from tests.kernels.x86_cases import CASES, DECODE_CASES, check, check_alone, check_extremes
 
 HERE = host_features()
 pytestmark = pytest.mark.skipif(
@@ -28,6 +28,7 @@ LACKED = [
     if not HERE.issuperset(isa.features)
 ]
 QUICK = (("combined", 2, BOTH, "tensor", "int8"), ("combined", 3, BOTH, "row", "int8"))
+QUICK_DECODE = (("joint", 2, BOTH, "tensor", "int8"), ("split", 2, BOTH, "row", "int8"))
 AMX = X86Codebook(without_hardware(AVX512_AMX))
 needs_tiles = pytest.mark.skipif(
     HERE.issuperset(AVX512_AMX.features) or amx_tiles.compiler() is None,
@@ -92,6 +93,20 @@ def test_tiles_of_many_rows(monkeypatch, mode, stages, terms, scale, act):
     for batch in (9, 16, 29, 45):
         amx_tiles.tile_products()
         check(AMX, spec, make_parts(spec), make_x(spec, batch), panels=mode, tokens=1)
+        assert amx_tiles.tile_products() > 0
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("tables", "stages", "terms", "scale", "act"),
+    [c if c in QUICK_DECODE else pytest.param(*c, marks=pytest.mark.slow) for c in DECODE_CASES],
+)
+def test_tiles_of_rows_that_decode(monkeypatch, tables, stages, terms, scale, act):
+    amx_tiles.emulate_tiles(monkeypatch)
+    spec = make_spec(parts=(17,), m=130, stages=stages, terms=terms, scale=scale, act=act)
+    for batch in (9, 45):
+        amx_tiles.tile_products()
+        check_alone(AMX, spec, make_parts(spec), make_x(spec, batch), tables=tables)
         assert amx_tiles.tile_products() > 0
 
 

@@ -13,7 +13,7 @@ from fairy_compile.kernels.x86_tables import joint_ratio_error
 from fairy_compile.op import quantize_activations
 from fairy_compile.targets import Target
 from tests.kernels.cases import ONLY_W, make_parts, make_spec, make_x
-from tests.kernels.x86_cases import HERE, check, make_target, run
+from tests.kernels.x86_cases import HERE, check, check_alone, make_target, run
 
 KERNEL_AVX2 = X86Codebook(AVX2)
 each_isa = pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.isa.name)
@@ -39,11 +39,7 @@ def test_joint_tables_stay_within_the_ratio_bound(kernel, stages):
 @pytest.mark.parametrize("act", ["int8", "int16"])
 def test_decode_computes_every_row_as_if_alone(kernel, act):
     spec = make_spec(act=act)
-    parts, x = make_parts(spec), make_x(spec, kernel.decode_from + 12)
-    together = run(kernel, spec, parts, x, "decode")
-    for row in (0, 7, len(x) - 1):
-        alone = run(kernel, spec, parts, x[row : row + 1], "single")
-        np.testing.assert_array_equal(together[row], alone[0])
+    check_alone(kernel, spec, make_parts(spec), make_x(spec, kernel.decode_from + 12))
 
 
 def test_combined_tables():

@@ -42,6 +42,19 @@ CASES = [
     ("joint", 2, ONLY_W, "tensor", "int16"),
 ]
 
+# Of tables: tables, stages, terms, scale, activations.
+DECODE_CASES = [
+    ("joint", 1, BOTH, "tensor", "int8"),
+    ("joint", 2, BOTH, "tensor", "int8"),
+    ("joint", 3, BOTH, "tensor", "int16"),
+    ("joint", 4, ONLY_W, "tensor", "int8"),
+    ("split", 1, ONLY_W, "tensor", "int8"),
+    ("split", 2, BOTH, "tensor", "int8"),
+    ("split", 2, BOTH, "row", "int8"),
+    ("split", 3, BOTH, "tile64", "int8"),
+    ("split", 4, BOTH, "row", "int16"),
+]
+
 
 def make_target(kernel: X86Codebook, features=None) -> Target:
     features = frozenset(kernel.isa.features if features is None else features)
@@ -79,6 +92,15 @@ def check(kernel, spec, parts, x, batch="many", **knobs) -> None:
     assert worst <= 0, f"off by {np.abs(got - want).max():.3g}, {worst:.3g} more than allowed"
 
 
+def check_alone(kernel, spec, parts, x, **knobs) -> None:
+    """Every row of batch ``decode`` is what batch ``single`` makes of it, bit for bit."""
+    together = run(kernel, spec, parts, x, "decode", **knobs)
+    for row, got in zip(x, together, strict=True):
+        np.testing.assert_array_equal(
+            got, run(kernel, spec, parts, row[None], "single", **knobs)[0]
+        )
+
+
 def check_extremes(kernel, code: int) -> None:
     """All products of a flush have one sign and full size, int16 activations of both digits."""
     for act in ("int8", "int16"):
@@ -88,6 +110,8 @@ def check_extremes(kernel, code: int) -> None:
         for value in (x, -x):
             for panels in kernel.knobs["panels"]:
                 check(kernel, spec, parts, value, panels=panels, tokens=1)
+            for tables in kernel.knobs["tables"]:
+                check_alone(kernel, spec, parts, value, tables=tables)
 
 
 def as_stored(isa: Isa, parts: list[PhaseTensor], mode: str) -> list[PhaseTensor]:
