@@ -1,18 +1,11 @@
 """TIR of the x86 phase GEMM for many tokens: AMX tiles of decoded weights and activations.
 
-A *tile* is 16 rows of 64 bytes. TDPBSSD adds to C, int32 (16 tokens, 16 weight rows), the product
-of A, int8 (16 tokens, 64 columns), and B, the 64 columns of 16 weight rows:
-
-    B[k][4 * row + j] = weight[row][4 * k + j]
-
-which is the order that 16 vectors of `X86Layout` codes have, so decoding is one pass over bytes.
-
-    for each row tile (in parallel):
-        for each block of columns, for each set of panels (see `x86_panels`):
-            decode the panels to L1
-            for each block of up to 32 tokens, for each flush of the columns:
-                C[half of x][re, im] = sums of both tiles of tokens
-                out[token][re, im] += weight scale * activation scale * C
+for each row tile (in parallel):
+    for each block of columns, for each set of panels (see `x86_panels`):
+        decode the panels to L1
+        for each 16 tokens, for each flush of the columns:
+            sums[half of x, re or im of y] = half of x times panel, see `x86_amx_tiles`
+            out[token][re, im] += weight scale * activation scale * sums
 """
 
 from __future__ import annotations
@@ -28,15 +21,11 @@ from fairy_compile.kernels.x86_amx_activations import BYTES, HALVES, ROWS, TileA
 from fairy_compile.kernels.x86_layout import BLOCK
 from fairy_compile.kernels.x86_outputs import RowTileOutputs
 from fairy_compile.kernels.x86_panel_layout import MIN_TOKENS, Panel
-from fairy_compile.kernels.x86_panels import PanelMultiply
+from fairy_compile.kernels.x86_panels import PANELS, PanelMultiply
 from fairy_compile.op import ACT_GROUP
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
-
-
-# Tiles of tokens that share a weight tile. Two make 4 C, 2 A and 2 B tiles, all there are.
-_BLOCK_TILES = 2
 
 
 class TileMultiply(PanelMultiply):
@@ -64,9 +53,7 @@ class TileMultiply(PanelMultiply):
             with T.serial(0, tokens * 2) as i:
                 store(self.out, span(i * ROWS, ROWS), T.broadcast(T.float32(0), ROWS))
             panels.allocate()
-            self.sums = T.alloc_buffer(
-                (HALVES * self.digits, 2, _BLOCK_TILES * ROWS, ROWS), "int32"
-            )
+            self.sums = T.alloc_buffer((PANELS, self.digits, ROWS, ROWS), "int32")
             panels.decode_all(tile, lambda *panel: self._multiply_all_tokens(tile, *panel))
             x86_amx_tiles.release()
             with T.serial(0, self.rows) as token:
@@ -76,82 +63,71 @@ class TileMultiply(PanelMultiply):
     # Products
 
     def _multiply_all_tokens(self, tile: Expr, panel: Panel, first: Expr, count: Expr) -> None:
-        size = _BLOCK_TILES * ROWS
         tokens = self.activations.tokens
-        blocks = T.bind(T.floordiv(tokens, size))
-        with T.serial(0, blocks) as block:
-            token = T.bind(block * size)
-            self._multiply_tokens(tile, panel, first, count, token, _BLOCK_TILES)
-        with T.If(blocks * size < tokens), T.Then():
-            self._multiply_tokens(tile, panel, first, count, T.bind(blocks * size), 1)
-
-    def _multiply_tokens(
-        self, tile: Expr, panel: Panel, first: Expr, count: Expr, token: Expr, tiles: int
-    ) -> None:
-        with T.serial(0, count) as i:
-            for half in range(HALVES):
+        with T.serial(0, T.floordiv(tokens, ROWS)) as block:
+            token = T.bind(block * ROWS)
+            with T.serial(0, count) as i:
                 for digit in range(self.digits):
-                    self._sum(first, i, half, digit, token, tiles)
-            self._scale_sums(tile, panel, T.bind(first + i), token, tiles)
+                    self._sum(first, i, digit, token)
+                # What comes next: more columns, more tokens, or the next block of columns.
+                here, last = i + 1 < count, token + ROWS == tokens
+                next_flush = T.Select(here, first + i + 1, T.Select(last, first + count, first))
+                next_token = T.Select(here, token, T.Select(last, T.int64(0), token + ROWS))
+                then = T.bind(next_flush), T.bind(next_token)
+                self._scale_sums(tile, panel, T.bind(first + i), token, then)
 
-    def _sum(self, first: Expr, i: Expr, half: int, digit: int, token: Expr, tiles: int) -> None:
-        """Sum a flush: tile registers 0-3 are C[re, im][tile of tokens], 4-5 A and 6-7 B."""
-        for c in range(2 * tiles):
-            x86_amx_tiles.zero(c)
-        for k in range(self.flush_tiles):
-            for t in range(tiles):
-                column_tile = (first + i) * self.flush_tiles + k
-                at = self.activations.address(column_tile, half, digit, token + t * ROWS)
-                x86_amx_tiles.load(4 + t, at)
-            at = self.panels.at(i, k * (BYTES // BLOCK))
-            for axis in (0, 1):
-                weights = T.address_of(self.panels.buffer[2 * half + axis, at])
-                x86_amx_tiles.load(6 + axis, weights)
-                for t in range(tiles):
-                    x86_amx_tiles.multiply(axis * tiles + t, 4 + t, 6 + axis)
-        for axis in (0, 1):
-            for t in range(tiles):
-                target = self.sums[half * self.digits + digit, axis, t * ROWS, 0]
-                x86_amx_tiles.save(axis * tiles + t, T.address_of(target))
+    def _sum(self, first: Expr, i: Expr, digit: int, token: Expr) -> None:
+        """Sum a flush of 16 tokens."""
+        tiles = self.flush_tiles
 
-    def _scale_sums(self, tile: Expr, panel: Panel, flush: Expr, token: Expr, tiles: int) -> None:
-        """Add a flush's sums, scaled, to the outputs of a block of tokens."""
-        lanes = ROWS
-        products = self._scale_products(tile, panel, flush, token, tiles)
-        with T.serial(0, tiles * ROWS) as t:
-            # The next flush's, while this one is scaled.
-            self.activations.prefetch((flush + 1) * self.flush_tiles, self.flush_tiles, token + t)
+        def activations(k: int, half: int) -> Expr:
+            return self.activations.address((first + i) * tiles + k, half, digit, token)
+
+        def weights(k: int, number: int) -> Expr:
+            return T.address_of(self.panels.buffer[number, self.panels.at(i, k * (BYTES // BLOCK))])
+
+        targets = [T.address_of(self.sums[number, digit, 0, 0]) for number in range(PANELS)]
+        products = [(number // 2, number) for number in range(PANELS)]
+        x86_amx_tiles.sum_products(tiles, products, activations, weights, targets)
+
+    def _scale_sums(
+        self, tile: Expr, panel: Panel, flush: Expr, token: Expr, then: tuple[Expr, Expr]
+    ) -> None:
+        """Add a flush's sums, scaled, to the outputs of 16 tokens; ``then`` is next."""
+        products = self._scale_products(tile, panel, flush, token)
+        with T.serial(0, ROWS) as t:
+            next_flush, next_token = then
+            self.activations.prefetch(
+                next_flush * self.flush_tiles, self.flush_tiles, next_token, t
+            )
             for axis in (0, 1):
-                at = span(T.bind(((token + t) * 2 + axis) * lanes), lanes)
+                at = span(T.bind(((token + t) * 2 + axis) * ROWS), ROWS)
                 total = self.out[at]
                 for half in range(HALVES):
-                    digits = [
-                        self.sums[half * self.digits + d, axis, t, span(0, lanes)]
-                        for d in range(self.digits)
+                    own = [
+                        self.sums[2 * half + axis, d, t, span(0, ROWS)] for d in range(self.digits)
                     ]
-                    value = T.cast(join_digits(digits, lanes), f"float32x{lanes}")
+                    value = T.cast(join_digits(own, ROWS), f"float32x{ROWS}")
                     total = total + value * products(half, axis, t)
                 store(self.out, at, total)
 
     def _scale_products(
-        self, tile: Expr, panel: Panel, flush: Expr, token: Expr, tiles: int
+        self, tile: Expr, panel: Panel, flush: Expr, token: Expr
     ) -> Callable[[int, int, Expr], Expr]:
         """Return (half of x, axis of y, token of the block) -> scale of the sums, for each row.
 
         Scales that all rows share are multiplied for 16 tokens at a time.
         """
-        lanes = ROWS
         weight = self.panels.scales(tile, panel, flush)
         group = T.bind(T.floordiv(flush, ACT_GROUP // self.panels.flush))
         if self.spec.scale == "row":
             return lambda half, axis, t: (
                 weight[half ^ axis]
-                * T.broadcast(self.activations.scale(group, half, token + t), lanes)
+                * T.broadcast(self.activations.scale(group, half, token + t), ROWS)
             )
-        products = T.alloc_buffer((HALVES, 2, _BLOCK_TILES * ROWS), "float32")
+        products = T.alloc_buffer((HALVES, 2, ROWS), "float32")
         for half in range(HALVES):
-            for t in range(0, tiles * ROWS, lanes):
-                activation = T.bind(self.activations.tile_scales(group, half, token + t))
-                for axis in (0, 1):
-                    store(products, (half, axis, span(t, lanes)), activation * weight[half ^ axis])
-        return lambda half, axis, t: T.broadcast(products[half, axis, t], lanes)
+            activation = T.bind(self.activations.tile_scales(group, half, token))
+            for axis in (0, 1):
+                store(products, (half, axis, span(0, ROWS)), activation * weight[half ^ axis])
+        return lambda half, axis, t: T.broadcast(products[half, axis, t], ROWS)

@@ -56,14 +56,13 @@ class TileActivations:
         """Return the scales of the 16 tokens of a tile, as a vector."""
         return self._scale[span(self._scale_at(group, half, token), ROWS)]
 
-    def prefetch(self, column_tile: Expr, column_tiles: int, token: Expr) -> None:
-        """Prefetch a 16th of some tiles of columns of the tile of tokens that ``token`` is in.
+    def prefetch(self, column_tile: Expr, column_tiles: int, token: Expr, part: Expr) -> None:
+        """Prefetch a 16th, ``part``, of some tiles of columns of the tile of tokens at ``token``.
 
-        Done for all its tokens this fetches the tiles from L2; past the end it does nothing.
+        All parts fetch the tiles from L2; past the end it does nothing.
         """
-        row = T.floormod(token, ROWS)
         lines = column_tiles * HALVES * self.digits
-        first = T.bind(self._at(column_tile, 0, 0, token - row) + row * (lines * BYTES))
+        first = T.bind(self._at(column_tile, 0, 0, token) + part * (lines * BYTES))
         for line in range(lines):
             address = T.address_of(self._q[first + line * BYTES])
             T.evaluate(T.call_intrin("void", "tirx.prefetch", address, 0, _PREFETCH_L1, 1))

@@ -8,14 +8,14 @@ sums in the same order (see `x86_codegen`).
     for each row tile (in parallel):
         for each flush of the columns:
             look the entries of all units up, to L1
-            for each block of up to 32 rows of x:
+            for each 16 rows of x, for each group of units:
                 sums[unit, product] = half of x that the product meets, times entries
                 out[row of x][re, im] += table scale * activation scale * sums, unit by unit
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,14 +35,12 @@ if TYPE_CHECKING:
 
     from fairy_compile.kernels.x86_codegen import CodebookFunction
 
-# As in `x86_amx`: tiles of rows of x, and units, whose sums are in registers at a time.
-_BLOCK_TILES = 2
-_UNITS = 2
+_GROUP = 4  # sums at a time, what there are registers for
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum that is kept: its place among all, its unit and the product."""
+    """A sum of a group: its place there, its unit and the product."""
 
     number: int
     unit: int
@@ -62,7 +60,10 @@ class TableTiles:
         self._flush_blocks = function.flush // BLOCK
         units = enumerate(function.book.units)
         products = [(u, product) for u, unit in units for product in unit.products]
-        self._sums = [_Sum(i, u, product) for i, (u, product) in enumerate(products)]
+        self._groups = [
+            [_Sum(number, *product) for number, product in enumerate(products[i : i + _GROUP])]
+            for i in range(0, len(products), _GROUP)
+        ]
 
     def usable(self) -> Expr:
         """Return whether there are enough rows, and tiles, as a condition."""
@@ -86,17 +87,11 @@ class TableTiles:
             with T.serial(0, rows * 2) as i:
                 store(self._out, span(i * ROWS, ROWS), T.broadcast(T.float32(0), ROWS))
             self._entries = T.alloc_buffer((units, self._flush_blocks * BYTES), "int8")
-            block_rows = _BLOCK_TILES * ROWS
-            self._found = T.alloc_buffer((len(self._sums), self._digits, block_rows, ROWS), "int32")
-            if function.spec.scale != "row":
-                self._scales = T.alloc_buffer((units, HALVES, block_rows), "float32")
+            self._found = T.alloc_buffer((_GROUP, self._digits, ROWS, ROWS), "int32")
             with T.serial(0, flushes) as flush:
                 self._look_up(tile, flush, tables)
-                blocks = T.bind(T.floordiv(rows, block_rows))
-                with T.serial(0, blocks) as block:
-                    self._multiply(tile, flush, T.bind(block * block_rows), _BLOCK_TILES)
-                with T.If(blocks * block_rows < rows), T.Then():
-                    self._multiply(tile, flush, T.bind(blocks * block_rows), 1)
+                with T.serial(0, T.floordiv(rows, ROWS)) as block:
+                    self._multiply(tile, flush, T.bind(block * ROWS))
             x86_amx_tiles.release()
             with T.serial(0, function.rows) as row:
                 at = T.bind(row * 2 * ROWS)
@@ -117,67 +112,71 @@ class TableTiles:
                 at = (i * function.step_blocks + entry.block) * BYTES
                 store(self._entries, (entry.unit, span(at, BYTES)), value)
 
-    def _multiply(self, tile: Expr, flush: Expr, row: Expr, tiles: int) -> None:
-        """Add a flush to the outputs of one or two tiles of rows of x, from ``row`` on."""
-        for half in range(HALVES):
-            for together in self._together(half):
-                for digit in range(self._digits):
-                    self._sum(flush, together, half, digit, row, tiles)
-        self._scale(tile, flush, row, tiles)
+    def _multiply(self, tile: Expr, flush: Expr, row: Expr) -> None:
+        """Add a flush to the outputs of 16 rows of x, from ``row`` on."""
+        scale_of = self._row_scales(tile, flush, row)
+        for number, group in enumerate(self._groups):
+            for digit in range(self._digits):
+                self._sum(flush, group, digit, row)
+            self._scale(flush, group, scale_of, row, prefetch=number == 0)
 
-    def _together(self, half: int) -> Iterator[list[_Sum]]:
-        """Yield the sums of a half of x that are in registers at a time."""
-        own = [s for s in self._sums if s.product.half == half]
-        for first in range(0, len(own), _UNITS):
-            yield own[first : first + _UNITS]
+    def _sum(self, flush: Expr, group: list[_Sum], digit: int, row: Expr) -> None:
+        """Sum a flush of 16 rows of x."""
+        tiles = self._function.flush // BYTES
 
-    def _sum(
-        self, flush: Expr, sums: list[_Sum], half: int, digit: int, row: Expr, tiles: int
-    ) -> None:
-        """Sum a flush: registers 0-3 are C[sum][tile of rows], 4-5 A and 6-7 B."""
-        for c in range(len(sums) * tiles):
-            x86_amx_tiles.zero(c)
-        flush_tiles = self._function.flush // BYTES
-        for k in range(flush_tiles):
-            for t in range(tiles):
-                at = self._activations.address(flush * flush_tiles + k, half, digit, row + t * ROWS)
-                x86_amx_tiles.load(4 + t, at)
-            for i, one in enumerate(sums):
-                entries = self._entries[one.unit, k * (BYTES // BLOCK) * BYTES]
-                x86_amx_tiles.load(6 + i, T.address_of(entries))
-                for t in range(tiles):
-                    x86_amx_tiles.multiply(i * tiles + t, 4 + t, 6 + i)
-        for i, one in enumerate(sums):
-            for t in range(tiles):
-                target = self._found[one.number, digit, t * ROWS, 0]
-                x86_amx_tiles.save(i * tiles + t, T.address_of(target))
+        def activations(k: int, half: int) -> Expr:
+            return self._activations.address(flush * tiles + k, half, digit, row)
 
-    def _scale(self, tile: Expr, flush: Expr, row: Expr, tiles: int) -> None:
-        """Add the sums, scaled, to the outputs, in the order of batch ``single``."""
+        def weights(k: int, unit: int) -> Expr:
+            return T.address_of(self._entries[unit, k * (BYTES // BLOCK) * BYTES])
+
+        targets = [T.address_of(self._found[one.number, digit, 0, 0]) for one in group]
+        products = [(one.product.half, one.unit) for one in group]
+        x86_amx_tiles.sum_products(tiles, products, activations, weights, targets)
+
+    def _row_scales(self, tile: Expr, flush: Expr, row: Expr) -> Callable[[_Sum, Expr], Expr]:
+        """Return (sum, row of the block) -> its scale, for each row of weights.
+
+        Scales that all rows of weights share are multiplied for 16 rows of x at a time.
+        """
         function, activations = self._function, self._activations
         group = T.bind(T.floordiv(flush, ACT_GROUP // function.flush))
-        by_row = function.spec.scale == "row"
-        weights = [T.bind(function.scale(tile, flush, u)) for u in range(len(function.book.units))]
-        if not by_row:
-            for half in range(HALVES):
-                for t in range(0, tiles * ROWS, ROWS):
-                    scales = T.bind(activations.tile_scales(group, half, row + t))
-                    for u, weight in enumerate(weights):
-                        store(self._scales, (u, half, span(t, ROWS)), weight * scales)
-        with T.serial(0, tiles * ROWS) as t:
+        units = range(len(function.book.units))
+        weights = [T.bind(function.scale(tile, flush, unit)) for unit in units]
+        if function.spec.scale == "row":
+            return lambda one, t: (
+                weights[one.unit]
+                * T.broadcast(activations.scale(group, one.product.half, row + t), ROWS)
+            )
+        products = T.alloc_buffer((len(weights), HALVES, ROWS), "float32")
+        for half in range(HALVES):
+            scales = T.bind(activations.tile_scales(group, half, row))
+            for unit, weight in enumerate(weights):
+                store(products, (unit, half, span(0, ROWS)), weight * scales)
+        return lambda one, t: T.broadcast(products[one.unit, one.product.half, t], ROWS)
+
+    def _scale(
+        self,
+        flush: Expr,
+        group: list[_Sum],
+        scale_of: Callable[[_Sum, Expr], Expr],
+        row: Expr,
+        prefetch: bool,
+    ) -> None:
+        """Add the sums of a group, scaled, to the outputs, in the order of batch ``single``."""
+        flush_tiles = self._function.flush // BYTES
+        last = row + ROWS == self._activations.tokens
+        next_flush = T.bind(T.Select(last, flush + 1, flush))
+        next_row = T.bind(T.Select(last, T.int64(0), row + ROWS))
+        with T.serial(0, ROWS) as t:
+            if prefetch:  # what the next rows of x meet, while these are scaled
+                self._activations.prefetch(next_flush * flush_tiles, flush_tiles, next_row, t)
             at = [span(T.bind(((row + t) * 2 + axis) * ROWS), ROWS) for axis in (0, 1)]
             totals = [self._out[where] for where in at]
-            for one in self._sums:
-                digits = [self._found[one.number, d, t, span(0, ROWS)] for d in range(self._digits)]
-                value = T.cast(join_digits(digits, ROWS), f"float32x{ROWS}")
-                half, output = one.product.half, one.product.output
-                if by_row:
-                    activation = T.broadcast(activations.scale(group, half, row + t), ROWS)
-                    scale = weights[one.unit] * activation
-                else:
-                    scale = T.broadcast(self._scales[one.unit, half, t], ROWS)
-                value = value * scale
-                total = totals[output]
+            for one in group:
+                sums = [self._found[one.number, d, t, span(0, ROWS)] for d in range(self._digits)]
+                value = T.cast(join_digits(sums, ROWS), f"float32x{ROWS}") * scale_of(one, t)
+                total, output = totals[one.product.output], one.product.output
                 totals[output] = T.bind(total - value if one.product.negative else total + value)
             for where, total in zip(at, totals, strict=True):
                 store(self._out, where, total)
