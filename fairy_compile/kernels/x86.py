@@ -184,7 +184,7 @@ class X86Codebook:
             "panels": ("combined", *words, "joint", "split"),
             "prefetch": (4096, 8192, 2048, 0),
             "tokens": (4, 2, 1),
-            "columns": (256, 128, 512, 1024),
+            "columns": (128, 256, 512, 1024),
         }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:

@@ -71,6 +71,7 @@ class Panels:
         arrays: those of `PanelLayout`.
         mode: what a panel holds.
         columns: columns to decode at a time, a multiple of 128.
+        prefetch: emits the prefetch of codes that are ahead of (row tile, step).
 
     Attributes:
         flush: columns between two changes of scale, 64 or 128.
@@ -83,8 +84,15 @@ class Panels:
     """
 
     def __init__(
-        self, spec: PhaseSpec, isa: Isa, arrays: dict[str, Buffer], mode: TableMode, columns: int
+        self,
+        spec: PhaseSpec,
+        isa: Isa,
+        arrays: dict[str, Buffer],
+        mode: TableMode,
+        columns: int,
+        prefetch: Callable[[Expr, Expr], None],
     ) -> None:
+        self._prefetch = prefetch
         self.spec, self.isa, self.arrays, self.mode = spec, isa, arrays, mode
         self.flush = SCALE_TILE if spec.scale == "tile64" else ACT_GROUP
         self.flushes = -(-spec.m // ACT_GROUP) * ACT_GROUP // self.flush
@@ -137,6 +145,8 @@ class Panels:
             loaded = {key: T.bind(table[span(0, width)]) for key, table in tables.items()}
             with T.serial(0, flush_steps) as s:
                 step = T.bind((first + i) * flush_steps + s)
+                if panel is self.sets[0]:
+                    self._prefetch(tile, step)
                 for block, of_block in enumerate(lookups):
                     entries = self._look_up(tile, step, of_block, loaded)
                     for vector, four in enumerate(entries):
@@ -351,7 +361,8 @@ class PanelMultiply(ABC):
         self.spec, self.isa, self.mode = function.spec, function.isa, mode
         self.x, self.arrays, self.y = function.x, function.arrays, function.y
         self.rows, self.digits = self.x.shape[0], DIGITS[self.spec.act]
-        self.panels = Panels(self.spec, self.isa, self.arrays, mode, columns)
+        prefetch = function.prefetch_codes
+        self.panels = Panels(self.spec, self.isa, self.arrays, mode, columns, prefetch)
 
     @abstractmethod
     def usable(self) -> Expr:
