@@ -126,14 +126,18 @@ def _powers(
 
 
 def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the upper R with R^T R = matrix^-1, damping more where rounding asks for it."""
+    """Return the upper R with R^T R = matrix^-1, damping more where rounding asks for it.
+
+    With matrix = M M^T, M upper, R is M^-1, and M is the Cholesky factor of the matrix read
+    backwards: half of the arithmetic of inverting first and factoring the inverse.
+    """
     eye = torch.eye(len(matrix), device=matrix.device)
     more = 0.0
     for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(matrix + more * eye)
+        lower, failed = torch.linalg.cholesky_ex((matrix + more * eye).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if upper.isfinite().all():
                 return upper
         more = max(10 * more, 0.01 * float(matrix.diagonal().mean()))
     raise RuntimeError("the Hessian of a layer cannot be factored even with strong damping")
