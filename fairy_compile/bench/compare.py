@@ -20,6 +20,7 @@ from fairy_compile.bench.run import Bench, warm_up
 from fairy_compile.bench.spread import Spread
 from fairy_compile.bench.workload import Settings, Workload, alternate
 from fairy_compile.config import check_choice
+from fairy_compile.errors import FairyError
 from fairy_compile.models import DecoderConfig, parse_config
 from fairy_compile.results import Progress, no_progress
 
@@ -42,6 +43,8 @@ def compare(
 ) -> Comparison:
     """Measure an artifact alone, then in turns with llama.cpp on random models of its shape.
 
+    A type that llama.cpp fails on is reported with its reason, and the others are run.
+
     Args:
         directory: what ``fairy_compile build`` wrote.
         settings: what to run.
@@ -52,8 +55,8 @@ def compare(
         progress: called as progress(what, done, total).
 
     Raises:
-        FairyError: a choice is unknown, extra ``bench`` is not installed, llama.cpp failed; and
-            see `run.bench`.
+        FairyError: a choice is unknown, extra ``bench`` is not installed, llama.cpp failed on every
+            type; and see `run.bench`.
     """
     settings = settings or Settings()
     directory = Path(directory)
@@ -66,9 +69,9 @@ def compare(
     with Bench(directory, settings, command) as ours:
         result = ours.result(progress, (*PACKAGES, *PEER_PACKAGES))
         ours.release_bandwidth_buffer()
-        runs = [_run_pairs(ours, file, config, progress) for file in files]
+        runs, failed = _run_all(ours, files, config, progress)
     version = result.versions.get("llama-cpp-python", "")
-    return Comparison(result, f"llama.cpp (llama-cpp-python {version})", tuple(runs))
+    return Comparison(result, f"llama.cpp (llama-cpp-python {version})", tuple(runs), failed)
 
 
 def artifact_config(directory: Path) -> DecoderConfig:
@@ -86,6 +89,21 @@ def artifact_config(directory: Path) -> DecoderConfig:
     if not isinstance(config, dict):
         raise ModelFileError(f"{directory / MLC_CHAT_CONFIG} has no model_config object")
     return parse_config(config)
+
+
+def _run_all(
+    ours: Bench, files: Sequence[PeerModel], config: DecoderConfig, progress: Progress
+) -> tuple[list[PeerRun], dict[str, str]]:
+    """Return what ran, and type -> why it did not."""
+    runs, failed = [], {}
+    for file in files:
+        try:
+            runs.append(_run_pairs(ours, file, config, progress))
+        except FairyError as error:
+            failed[file.mix] = str(error)
+    if not runs:
+        raise FairyError("; ".join(failed.values()))
+    return runs, failed
 
 
 def _run_pairs(ours: Bench, file: PeerModel, config: DecoderConfig, progress: Progress) -> PeerRun:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fairy_compile.bench.kernels import KernelTime
@@ -190,11 +191,13 @@ class Comparison:
         result: our artifact alone.
         peer: name and version of the other program.
         runs: one a type.
+        failed: type -> why the peer could not run it; not among ``runs``.
     """
 
     result: BenchResult
     peer: str
     runs: tuple[PeerRun, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dictionaries and lists."""

@@ -141,6 +141,7 @@ def _mixes(comparison: Comparison, form: str) -> str:
     for run in comparison.runs:
         sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in run.tensor_types.items())
         lines.append(f"{run.type} ({run.description}): {sizes}")
+    lines += [f"{name} could not be run: {why}" for name, why in comparison.failed.items()]
     if comparison.runs:
         lines.append(f"{comparison.peer}: {comparison.runs[0].system}")
     return bullets(lines, form)

@@ -79,11 +79,10 @@ def sum_products(
     for k in range(column_tiles):
         for half in sorted({half for half, _ in products}):
             _load(_A + half, activations(k, half))
-        last = None
-        register = _B
+        register, last = _B, None
         for c, (half, number) in enumerate(products):
             if number != last:
-                register = 2 * _B + 1 - register if last is not None else _B
+                register = _B + (register == _B)  # the other one of two
                 _load(register, weights(k, number))
                 last = number
             T.evaluate(_op("tdpbssd", *(T.uint8(r) for r in (c, _A + half, register))))

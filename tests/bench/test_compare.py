@@ -1,11 +1,16 @@
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fairy_compile.bench import Settings, llama_cpp
-from fairy_compile.bench.compare import artifact_config, compare
+from fairy_compile.bench.compare import _run_all, artifact_config, compare
+from fairy_compile.bench.gguf_model import PeerModel
 from fairy_compile.bench.llama_cpp import LlamaCppRunner
+from fairy_compile.bench.tables import render
 from fairy_compile.errors import FairyError, ModelFileError
+from tests.bench.results import COMPARISON
 
 TINY = Settings(n_prompt=(8,), n_gen=(4,), repetitions=2)
 
@@ -60,6 +65,23 @@ def test_the_worker_is_asked_and_its_death_is_told(fake_worker, tmp_path):
         assert runner.run(Workload(8, 0)) == 4.0
         with pytest.raises(FairyError, match=r"status 3 on model.gguf: illegal thing; delete"):
             runner.run(Workload(8, 0, 4))
+
+
+def test_a_type_that_fails_does_not_lose_the_others(monkeypatch):
+    files = [PeerModel(Path(f"{mix}.gguf"), mix, {}) for mix in ("Q2_K", "Q4_K_M", "TQ2_0")]
+
+    def run(_ours, file, _config, _progress):
+        if file.mix == "Q4_K_M":
+            raise FairyError("llama.cpp ended with signal 4")
+        return file.mix
+
+    monkeypatch.setitem(_run_all.__globals__, "_run_pairs", run)
+    runs, failed = _run_all(None, files, None, None)
+    assert (runs, failed) == (["Q2_K", "TQ2_0"], {"Q4_K_M": "llama.cpp ended with signal 4"})
+    with pytest.raises(FairyError, match="signal 4"):
+        _run_all(None, files[1:2], None, None)
+    table = render(replace(COMPARISON, failed=failed), "table")
+    assert "Q4_K_M could not be run: llama.cpp ended with signal 4" in table
 
 
 def test_llama_cpp_runs_the_random_model(artifact, tmp_path, monkeypatch):

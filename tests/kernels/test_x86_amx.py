@@ -59,7 +59,9 @@ def test_sums_do_not_overflow(code):
 def test_where_the_system_refuses_tiles_the_other_path_is_taken(monkeypatch):
     monkeypatch.setattr(x86_amx_tiles, "_TILE_DATA", 63)  # no feature: the system says no
     spec = make_spec(parts=(33,))
-    check(spec, "joint", 20, prefetch=0)  # the knob only keeps it apart from other tests' functions
+    knobs = {"prefetch": 0}  # only keeps them apart from other tests' functions
+    check(spec, "joint", 20, **knobs)
+    check_alone(KERNEL, spec, make_parts(spec), make_x(spec, 20), **knobs)
 
 
 def test_tiles_are_multiplied():
