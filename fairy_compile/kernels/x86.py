@@ -165,7 +165,7 @@ class X86Codebook:
             scales, T = 2 and both terms; elsewhere the same as ``joint``).
         panels: ``combined``, ``joint`` (with tensor scales and T >= 2) or ``split``, for many
             tokens; with AVX2 also ``words``.
-        prefetch: bytes of codes to prefetch ahead; 0 for none.
+        prefetch: bytes of codes to prefetch ahead; 0 for none; for panels on AMX alone.
         tokens: rows of x that share a look-up where there are several; half as many for int16.
         columns: columns to decode to panels at a time.
     """
