@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import tvm
 import tvm_ffi
 
 from tests.emulation.gpu_modules import (
+    CXX,
     Kernel,
     calling_python,
     install_device,
@@ -42,6 +44,8 @@ def missing_tools() -> str | None:
     """Return what to install to run these tests, or None."""
     if not LAVAPIPE.exists():
         return "needs the Debian packages mesa-vulkan-drivers and libvulkan1"
+    if not shutil.which(CXX):
+        return "needs the Debian package clang-22"
     try:
         import wgpu  # noqa: F401
     except ImportError:
