@@ -233,7 +233,7 @@ class _Nearest:
         self._width = TILE if start.scale == "tile64" else start.m
         points = [book.points(scales[:, k])[:2] for k in range(2)]  # term, (re, im)
         # (term, re or im, column tile, rows, points): the largest of neighbours in memory is found
-        # five times as fast as that of neighbouring rows.
+        # four times as fast as that of neighbouring rows.
         both = torch.from_numpy(np.array(points)).permute(0, 1, 4, 3, 2)
         if start.scale == "tile64":
             both = both.repeat_interleave(TILE, dim=-2)[..., : start.n, :]

@@ -1,11 +1,13 @@
 """TIR of the x86 phase GEMM for many tokens: AMX tiles of decoded weights and activations.
 
-for each row tile (in parallel):
-    for each block of columns, for each set of panels (see `x86_panels`):
-        decode the panels to L1
-        for each 16 tokens, for each flush of the columns:
-            sums[half of x, re or im of y] = half of x times panel, see `x86_amx_tiles`
-            out[token][re, im] += weight scale * activation scale * sums
+What tiles are and how they are multiplied, `x86_amx_tiles` says.
+
+    for each row tile (in parallel):
+        for each block of columns, for each set of panels (see `x86_panels`):
+            decode the panels to L1
+            for each 16 tokens, for each flush of the columns:
+                sums[half of x, re or im of y] = half of x times panel
+                out[token][re, im] += weight scale * activation scale * sums
 """
 
 from __future__ import annotations
