@@ -85,7 +85,7 @@ class _Fuser(PyExprMutator):
             return None
         func = self.module[value.args[0]]
         marked = isinstance(func, tirx.PrimFunc) and func.attrs is not None and NORM in func.attrs
-        return func.attrs if marked else None
+        return func.attrs if marked and not func.attrs["add"] else None
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Emit the call in place of a sum; the norm's variable then is a part of it."""

@@ -26,6 +26,7 @@ from fairy_compile.compiler.passes import (
     ParallelizeElementwise,
     keep_only,
 )
+from fairy_compile.compiler.quantize_once import QuantizeOnce
 from fairy_compile.compiler.system_lib import prefix_symbols
 from fairy_compile.targets import Target
 
@@ -64,7 +65,7 @@ def phases(
     if graph:
         schedule = (ScheduleLoops(), *schedule)
     if target.device == "cuda":
-        legalise = (FuseAddNorm(), *legalise)
+        legalise = (FuseAddNorm(), QuantizeOnce(), *legalise)
     if target.limits:
         # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
         legalise = (*legalise, t.RewriteDataflowReshape())

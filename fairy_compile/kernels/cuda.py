@@ -19,12 +19,14 @@ activations than ``int8``, and not as near as ``int16``.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.kernels.base import Batch, choose_knobs
+from fairy_compile.kernels.cuda_image import digits, image_bytes
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
 from fairy_compile.kernels.gpu import GpuKernel
@@ -36,10 +38,18 @@ if TYPE_CHECKING:
 
     from fairy_compile.targets import Target
 
+DECODE = "fairy.decode"
+"""Attribute of functions for one row of x, which `compiler.quantize_once` may replace by those that
+take an image of it: what `kernel_of` reads."""
+
 MIN_ARCH = 80  # integer mma of 32 bytes, cp.async
 
 _SHARED_BYTES = 48 * 1024  # static shared memory of a block, on every architecture
+_STATIC_BYTES = 47 * 1024  # of activations in it
+_DYNAMIC_BYTES = 96 * 1024  # of activations in dynamic shared memory, on every architecture
 _SUM_REGISTERS = 128  # of 255, for the integer sums of decode
+_QUANTIZE_THREADS = 128
+_IMAGE_FROM = 64  # groups of 128 columns, of all rows, that a block would quantise
 _MULTIPROCESSORS = 132  # of an H200
 
 
@@ -49,15 +59,15 @@ class Arrange:
 
     Attributes:
         function: name of the device function (x, image, batch).
-        blocks: ``blockIdx.x``; ``blockIdx.y`` counts ``threads`` rows of x.
-        threads: of a block; they divide the rows of x of a block of the other grid.
-        image_bytes: of the image, for the rows of x of a block of the other grid.
+        blocks: ``blockIdx.x``; ``blockIdx.y`` counts ``rows`` rows of x.
+        threads: of a block.
+        rows: of x of a block; they divide those of a block of the other grid.
     """
 
     function: str
     blocks: int
     threads: int
-    image_bytes: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -71,9 +81,10 @@ class Launch:
         rows: rows of x of a block; ``blockIdx.y`` counts these.
         threads: of a block.
         most: most rows of x it is meant for; None is any number.
+        image_bytes: of an image of ``rows`` rows of x, which the device function takes in place of
+            x, with a pointer to dynamic shared memory after ``batch``; 0 where it takes x.
         shared: bytes of dynamic shared memory of a block.
-        arrange: what runs before; then the device function takes an image of x in place of x, and
-            a pointer to the dynamic shared memory after ``batch``. ``source`` defines both.
+        arrange: what makes the image; None where another kernel did. ``source`` defines both.
     """
 
     function: str
@@ -82,8 +93,14 @@ class Launch:
     rows: int
     threads: int
     most: int | None
+    image_bytes: int = 0
     shared: int = 0
     arrange: Arrange | None = None
+
+    @property
+    def takes_image(self) -> bool:
+        """Tell whether the image comes from elsewhere."""
+        return bool(self.image_bytes) and self.arrange is None
 
 
 class CudaPlanes:
@@ -95,6 +112,8 @@ class CudaPlanes:
         passes: over the codes of a group while decoding, for fewer sums in registers at a time;
             ``auto`` takes more for more rows of x. T = 2 and 4 with both terms only.
         prefetch: groups of 128 columns on their way to the L2 cache, beyond the next.
+        image: rows of x are quantised once, by a grid of their own, not by every block that decodes
+            them; ``auto`` where that is much of a block's work.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
         prefill_warps: row tiles of a prefill block.
@@ -109,6 +128,7 @@ class CudaPlanes:
         "row_tiles": ("auto", 1, 2, 4, 7, 14),
         "passes": ("auto", 1),
         "prefetch": (0, 4),
+        "image": ("auto", False, True),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
@@ -147,7 +167,21 @@ class CudaPlanes:
         """
         from fairy_compile.kernels.cuda_launch import emit
 
-        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
+        attrs = {}
+        if batch == "single":
+            call = {"kernel": self.name, "spec": asdict(spec), "knobs": dict(knobs)}
+            attrs = {DECODE: json.dumps(call)}
+        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch, attrs)
+
+    def build_from_image(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> PrimFunc:
+        """Return a function (image, codes, scales, y) for one row that another kernel quantised.
+
+        ``image`` is uint8 (1, image_bytes(m, act)), see `cuda_image`.
+        """
+        from fairy_compile.kernels.cuda_launch import emit
+
+        (launch,) = self.launches(spec, "single", {**knobs, "image": True})
+        return emit(spec, self.layout, [replace(launch, arrange=None)], "single", {})
 
     def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.
@@ -156,7 +190,7 @@ class CudaPlanes:
         """
         chosen = choose_knobs(self, knobs)
         if batch == "single":
-            return [self._decode(spec, chosen, slots=2, operands=1, most=None)]
+            return [self._decode(spec, chosen, slots=1, operands=1, most=None)]
         most = chosen["switch"] - 1
         launches = []
         for slots, operands in self._shapes(spec):
@@ -186,8 +220,11 @@ class CudaPlanes:
         most: int | None,
     ) -> Launch:
         per_block, slices = self._block(spec, chosen, operands)
-        warps = per_block * slices
+        warps, rows = per_block * slices, slots * operands
         passes = operands if chosen["passes"] == "auto" else chosen["passes"]
+        image = chosen["image"]
+        if image == "auto":
+            image = self.layout.groups(spec) * rows >= _IMAGE_FROM
         constants = {
             "kWarps": warps,
             "kTileWarps": per_block,
@@ -196,9 +233,34 @@ class CudaPlanes:
             "kSlots": slots,
             "kOperands": operands,
             "kLevels": ACT_LEVELS[spec.act],
+            "kImage": int(image),
+            "kThreads": _QUANTIZE_THREADS,
+            "kSharedBytes": _DYNAMIC_BYTES if image else _STATIC_BYTES,
         }
-        rows = slots * operands
-        return self._launch("decode", spec, constants, per_block, rows, warps, most)
+        launch = self._launch("decode", spec, constants, per_block, rows, warps, most)
+        if not image:
+            return launch
+        groups = self.layout.groups(spec)
+        arrange = Arrange(
+            function=f"arrange_{launch.function}",
+            blocks=math.ceil(groups * 32 / _QUANTIZE_THREADS),
+            threads=_QUANTIZE_THREADS,
+            rows=1,
+        )
+        return replace(
+            launch,
+            image_bytes=rows * image_bytes(spec.m, spec.act),
+            shared=self._shared_bytes(spec, slots, operands, warps),
+            arrange=arrange,
+        )
+
+    def _shared_bytes(self, spec: PhaseSpec, slots: int, operands: int, warps: int) -> int:
+        """Return the dynamic shared memory of a block: ``Decode::Shared`` of `decode.cuh`."""
+        columns, rows = (8 if slots > 1 else digits(spec.act)), slots * operands
+        group_bytes = operands * columns * 128 + rows * 32
+        groups = self.layout.groups(spec)
+        chunks = math.ceil(groups / (_DYNAMIC_BYTES // group_bytes))
+        return max(math.ceil(groups / chunks) * group_bytes, warps * rows * 2 * 16 * 4)
 
     def _block(self, spec: PhaseSpec, chosen: Mapping[str, Any], operands: int) -> tuple[int, int]:
         """Return (row tiles, warps that split the columns of one) of a block that decodes.
@@ -273,6 +335,16 @@ class CudaPlanes:
 CUDA_PLANES = (CudaPlanes(),)
 CUDA_WORDS = (GpuKernel("cuda"),)
 """The kernel all GPUs share, for ``--act float``, which is exact."""
+
+
+def kernel_of(attribute: str) -> tuple[CudaPlanes, PhaseSpec, dict[str, Any]]:
+    """Return kernel, call and knobs of a function by its attribute `DECODE`."""
+    from fairy_compile.kernels.cuda_hopper import CUDA_HOPPER
+
+    call = json.loads(attribute)
+    spec = {k: tuple(v) if isinstance(v, list) else v for k, v in call["spec"].items()}
+    kernels = {kernel.name: kernel for kernel in (*CUDA_PLANES, *CUDA_HOPPER)}
+    return kernels[call["kernel"]], PhaseSpec(**spec), call["knobs"]
 
 
 def _call_name(spec: PhaseSpec) -> str:

@@ -84,10 +84,10 @@ class CudaHopper(CudaPlanes):
             function=f"arrange_{launch.function}",
             blocks=2 * blocks,
             threads=_ARRANGE_THREADS,
-            image_bytes=blocks * block_bytes,
+            rows=_ARRANGE_THREADS,
         )
         shared = buffers * block_bytes + tables + _BARRIER_BYTES
-        return replace(launch, shared=shared, arrange=arrange)
+        return replace(launch, image_bytes=blocks * block_bytes, shared=shared, arrange=arrange)
 
 
 CUDA_HOPPER = (CudaHopper(),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm.backend.cuda.op import cuda_func_call
@@ -24,12 +24,21 @@ def emit(
     layout: CudaLayout,
     launches: Sequence[Launch],
     batch: Batch,
+    attrs: Mapping[str, Any],
 ) -> PrimFunc:
-    """Return a function (x, codes, scales, y) that launches the first grid meant for its rows."""
+    """Return a function (x, codes, scales, y) that launches the first grid meant for its rows.
+
+    Launches that take an image of x and have no grid that makes it take it as argument
+    ``image`` uint8 (rows, bytes) in place of x.
+    """
     with IRBuilder() as ir, T.prim_func(s_tir=True):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, **attrs})
         rows = 1 if batch == "single" else T.int32()
-        x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
+        if launches[0].takes_image:
+            row_bytes = launches[0].image_bytes // launches[0].rows
+            x = T.arg("image", T.buffer((rows, row_bytes), "uint8"))
+        else:
+            x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
         arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
         y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
         _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)])
@@ -52,33 +61,26 @@ def _launch_first(launches: Sequence[Launch], count: Any, pointers: list[Any]) -
 def _launch(launch: Launch, count: Any, pointers: list[Any]) -> None:
     passes = (count + launch.rows - 1) // launch.rows
     if launch.arrange:
-        _launch_arranged(launch, passes, count, pointers)
-        return
+        image = T.alloc_buffer((passes * launch.image_bytes,), "uint8", scope="global")
+        _arrange(launch, passes, count, pointers[0], image)
+        pointers = [image.data, *pointers[1:]]
     with (
         T.thread_binding(0, launch.blocks, "blockIdx.x"),
         T.thread_binding(0, passes, "blockIdx.y"),
         T.thread_binding(0, launch.threads, "threadIdx.x"),
     ):
-        call = cuda_func_call(launch.function, *pointers, count, source_code=launch.source)
-        T.evaluate(call)
+        arguments = [*pointers, count]
+        if launch.image_bytes:
+            arguments.append(T.alloc_buffer((launch.shared,), "uint8", scope="shared.dyn").data)
+        T.evaluate(cuda_func_call(launch.function, *arguments, source_code=launch.source))
 
 
-def _launch_arranged(launch: Launch, passes: Any, count: Any, pointers: list[Any]) -> None:
-    arrange, (x, *others) = launch.arrange, pointers
-    image = T.alloc_buffer((passes * arrange.image_bytes,), "uint8", scope="global")
+def _arrange(launch: Launch, passes: Any, count: Any, x: Any, image: Any) -> None:
+    arrange = launch.arrange
     with (
         T.thread_binding(0, arrange.blocks, "blockIdx.x"),
-        T.thread_binding(0, passes * (launch.rows // arrange.threads), "blockIdx.y"),
+        T.thread_binding(0, passes * (launch.rows // arrange.rows), "blockIdx.y"),
         T.thread_binding(0, arrange.threads, "threadIdx.x"),
     ):
         call = cuda_func_call(arrange.function, x, image.data, count, source_code=launch.source)
-        T.evaluate(call)
-    with (
-        T.thread_binding(0, launch.blocks, "blockIdx.x"),
-        T.thread_binding(0, passes, "blockIdx.y"),
-        T.thread_binding(0, launch.threads, "threadIdx.x"),
-    ):
-        shared = T.alloc_buffer((launch.shared,), "uint8", scope="shared.dyn")
-        arguments = (image.data, *others, count, shared.data)
-        call = cuda_func_call(launch.function, *arguments, source_code=launch.source)
         T.evaluate(call)

@@ -9,7 +9,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from fairy_compile.kernels import cuda_norm, elementwise_gpu
+from fairy_compile.kernels import cuda_gate, cuda_norm, elementwise_gpu
 from fairy_compile.kernels.attention_cpu import vector_unit
 from fairy_compile.kernels.base import Activation, Batch
 from fairy_compile.kernels.elementwise_cpu import (
@@ -101,6 +101,10 @@ def gate_product(gate_up: Tensor, activation: Activation, target: Target) -> Ten
     """Return activation(gate) * up of gate_up (..., 2 size), gate first -> (..., size)."""
     size = int(gate_up.shape[-1]) // 2
     name = f"{activation}_product"
+    rows = product(gate_up.shape[:-1])
+    if target.device == "cuda" and rows == 1 and cuda_gate.serves(size, gate_up.dtype):
+        func = cuda_gate.build_gate_product(activation, size, gate_up.dtype)
+        return _per_row(lambda _: func, f"{name}_{size}", gate_up, [], size)
     if target.is_gpu:
         return op.tensor_expr_op(lambda a: _gate_product(a, activation), name, [gate_up])
 

@@ -23,6 +23,7 @@ _PREAMBLE_END = "#define ushort unsigned short\n#endif\n"
 _SIGNATURE = re.compile(
     r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{', re.DOTALL
 )
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
 _ENTRY = """
 // A value of TVM's calling convention.
 struct FfiAny {
@@ -74,6 +75,7 @@ class CudaRig:
         """Compile a device module and return what runs it."""
         kernels = read_cuda_module(data)
         source = for_shim(kernels[0].source.split(_PREAMBLE_END, 1)[1])
+        source = _DYNAMIC.sub(r"uchar* \1 = (uchar*)emulated::shared_bytes;", source)
         signatures = dict(_SIGNATURE.findall(source))
         parts = ['#include "cuda_shim_tvm.h"', source, _ENTRY]
         parts += [self._entry(kernel, signatures[kernel.name]) for kernel in kernels]

@@ -49,15 +49,20 @@ class Emulator:
         table = []
         for name in self.order:
             launch = self.functions[name]
-            given, shared, arrange = f"(const {x}*)pointers[0]", "", "0, 0, 0, nullptr"
+            given, shared, arrange = f"(const {x}*)pointers[0]", "", "0, 0, 0, 0, nullptr"
+            if launch.image_bytes:
+                given = "(const unsigned char*)pointers[0]"
+                shared = ", (unsigned char*)emulated::shared_bytes"
             if own := launch.arrange:
                 given = "(const unsigned char*)image"
-                shared = ", (unsigned char*)emulated::shared_bytes"
                 parts.append(
                     f"static void {own.function}_run() {{ {own.function}((const {x}*)pointers[0], "
                     "(unsigned char*)image, rows); }"
                 )
-                arrange = f"{own.blocks}, {own.threads}, {own.image_bytes}, {own.function}_run"
+                arrange = (
+                    f"{own.blocks}, {own.threads}, {own.rows}, {launch.image_bytes}, "
+                    f"{own.function}_run"
+                )
             parts.append(
                 f"static void run_{name}() {{ {name}({given}, (const unsigned char*)pointers[1], "
                 f"(const float*)pointers[2], ({y}*)pointers[3], rows{shared}); }}"
@@ -65,7 +70,7 @@ class Emulator:
             table.append(f"{{{launch.threads}, {launch.rows}, run_{name}, {arrange}}}")
         parts.append(
             "struct Launch { unsigned threads, rows; void (*run)(); unsigned arrange_blocks, "
-            "arrange_threads; size_t image_bytes; void (*arrange)(); } launches[] = "
+            "arrange_threads, arrange_rows; size_t image_bytes; void (*arrange)(); } launches[] = "
             f"{{{', '.join(table)}}};"
         )
         parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
@@ -87,7 +92,7 @@ class Emulator:
 
         Args:
             launch: one of those the emulator was made of.
-            x: (rows, 2m).
+            x: (rows, 2m), or what else the launch takes in its place.
             codes, scales: packed weight.
             features: real output features.
             order: of threads; 0 rising, 1 falling, others random.

@@ -36,7 +36,7 @@ int main() {
   if (launch.arrange) {
     image = guarded(launch.image_bytes * grid.y);
     memset(image, 0xff, launch.image_bytes * grid.y);
-    const Index before = {launch.arrange_blocks, launch.rows / launch.arrange_threads * grid.y, 1};
+    const Index before = {launch.arrange_blocks, launch.rows / launch.arrange_rows * grid.y, 1};
     error = emulated::run_grid(before, {launch.arrange_threads, 1, 1}, head[3], launch.arrange);
   }
   if (!error) error = emulated::run_grid(grid, {launch.threads, 1, 1}, head[3], launch.run);

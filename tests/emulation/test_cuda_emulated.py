@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fairy_compile.kernels.cuda import CudaPlanes, Launch
+from fairy_compile.kernels.cuda_image import make_image
 from fairy_compile.op import PhaseSpec, dequantize_activations, phase_gemm_reference
 from fairy_compile.op import quantize_activations as quantize
 from fairy_compile.phase import PhaseTensor, tile_shape
@@ -107,6 +108,51 @@ def test_batches(quick, spec):
         check(quick, spec, make_x(spec, batch).astype(np.float16))
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Emulator:
+    """Launches that quantise x in a grid of their own."""
+    return emulator(QUICK, "float16", tmp_path_factory.mktemp("images"), image=True)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("spec", QUICK, ids=PhaseSpec.describe)
+def test_quantised_once(images, spec, order):
+    for batch in (1, 2, 3, 7, 8):
+        x = make_x(spec, batch).astype(np.float16)
+        grids = launches(spec, "float16", image=True)
+        assert pick(grids, batch).arrange is not None
+        check(images, spec, x, order, image=True)
+
+
+def test_an_image_from_elsewhere(tmp_path):
+    grids = {}
+    for spec in QUICK:
+        (launch,) = launches(spec, "float16", "single", image=True)
+        grids[spec] = replace(launch, arrange=None)
+    emulated = Emulator(list(grids.values()), tmp_path, "float16", "float16")
+    for spec, grid in grids.items():
+        parts, x = make_parts(spec), make_x(spec, 1).astype(np.float16).astype(np.float32)
+        arrays, image = KERNEL.layout.pack(parts, spec), make_image(x, spec.act)
+        assert image.nbytes == grid.image_bytes
+        got = emulated.run(grid, image, *arrays.values(), spec.out_features).astype(np.float64)
+        want = phase_gemm_reference(x, parts, spec.act)
+        allowed = tolerance(spec, parts, x, prefill=False) + 2.0**-11 * np.abs(want)
+        assert np.all(np.abs(got - want) <= allowed)
+
+
+def test_long_rows_are_taken_in_several_turns(tmp_path):
+    """More groups of columns than shared memory holds, of one row and of four; both ways."""
+    spec = make_spec(parts=(16,), m=128 * 90 + 40, stages=1, act="int16")
+    for image in (False, True):
+        folder = tmp_path / str(image)
+        folder.mkdir()
+        emulated = emulator([spec], "float16", folder, image=image)
+        check(emulated, spec, make_x(spec, 4).astype(np.float16), image=image)
+        (folder / "single").mkdir()
+        emulated = emulator([spec], "float16", folder / "single", "single", image=image)
+        check(emulated, spec, make_x(spec, 1).astype(np.float16), batch="single", image=image)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_threads_in_another_order(quick, order):
     for spec in QUICK[:3]:
@@ -186,16 +232,18 @@ def test_knobs(tmp_path, knobs):
     ("program", "removed", "spec"),
     [
         ("decode", "warp, lane);\n      __syncthreads();", QUICK[1]),
+        ("decode", "wait_copies<0>();", QUICK[1]),
         ("decode", "lane);\n    __syncthreads();", QUICK[1]),
         ("prefill", "__syncthreads();", QUICK[1]),
         ("prefill", "__syncwarp();", QUICK[2]),
         ("prefill", "wait_copies<kBuffers - 2>();", QUICK[1]),
     ],
-    ids=["chunk", "partial sums", "x", "tables", "copies"],
+    ids=["chunk", "records", "partial sums", "x", "tables", "copies"],
 )
 def test_missing_synchronisation_is_noticed(tmp_path, program, removed, spec):
-    grid = next(g for g in launches(spec, "float16") if g.function.startswith(program))
-    kept = removed.split("__syncthreads")[0] if program == "decode" else ""
+    knobs = {"image": True} if "copies" in removed and program == "decode" else {}
+    grid = next(g for g in launches(spec, "float16", **knobs) if g.function.startswith(program))
+    kept = removed.partition("__syncthreads")[0] if "\n" in removed else ""
     assert removed in grid.source
     broken = replace(grid, source=grid.source.replace(removed, kept))
     emulated = Emulator([broken], tmp_path, "float16", "float16")

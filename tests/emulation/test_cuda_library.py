@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import tvm
 
 import fairy_compile as fc
 from fairy_compile.compiler import cuda_binary, pipeline
@@ -58,6 +60,36 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: st
         assert relative_error(np.array(logits), want) <= TOLERANCE[act]
         if act == "float":
             assert _greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+
+
+def test_rows_that_are_quantised_by_what_computes_them(rig, patch, tmp_path) -> None:
+    """Sizes of which norms and gates can write integers, as those of real models are."""
+    use_linux_host(patch, tmp_path / "targets", "cuda")
+    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
+    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    source, dump = tmp_path / "model", tmp_path / "dump"
+    # Weights of half the size at four times the width: rows of x keep theirs.
+    wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.06}
+    save_model(source, "llama", **wide)
+    sizes = {"context": 64, "prefill_chunk": 32}
+    results = []
+    for once in (True, False):
+        out = tmp_path / f"once-{once}"
+        if not once:
+            patch.setattr(pipeline, "QuantizeOnce", lambda: tvm.transform.Sequential([]))
+        fc.build(source, target="cuda", act="int16", output=out, debug_dump=dump, **sizes)
+        decode = (dump / "01-legalise-operators.py").read_text("utf-8").split("def decode(")[1]
+        decode = decode.split("\n    @R.function")[0]
+        # qkv, gate and up, and down of two layers, and the head; o takes what attention computes.
+        assert len(re.findall(r"= R.call_tir\(cls\.\w*_image", decode)) == (7 if once else 0)
+        with fc.load(out) as model:
+            sequence = model.engine.add_sequence()
+            logits = [model.engine.prefill(sequence, TOKENS[:3])]
+            logits += [model.engine.decode([sequence], [token])[0] for token in TOKENS[3:8]]
+            results.append(np.array(logits))
+    np.testing.assert_array_equal(*results)
+    oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
+    assert relative_error(results[0], oracle.logits(TOKENS[:8])[2:]) <= TOLERANCE["int16"]
 
 
 def test_graphs_give_the_same_when_they_are_replayed(rig, patch, tmp_path) -> None:

@@ -1,10 +1,12 @@
-"""Norms on a simulated CUDA device against NumPy, alone and with the sum before them."""
+"""Norms and gates on a simulated CUDA device against NumPy, as numbers and as integers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from fairy_compile.kernels.cuda_gate import build_gate_product
+from fairy_compile.kernels.cuda_image import image_bytes, make_image
 from fairy_compile.kernels.cuda_norm import build_rms_norm
 from tests.emulation import cuda_library, cuda_rig, metal_rig
 from tests.emulation.gpu_cases import call, compile_functions, host_target
@@ -52,3 +54,70 @@ def check(y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
     rounding = np.finfo(y.dtype).eps / 2
     allowed = (rounding + (x.shape[1] / 2 + 8) * 2.0**-24) * np.abs(want) + np.finfo(y.dtype).tiny
     assert np.all(np.abs(y - want) <= allowed)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("act", ["int16", "int8"])
+def test_norms_write_images_of_what_they_would_write(rig, tmp_path, dtype: str, act: str) -> None:
+    rng, target = np.random.default_rng(0), host_target("cuda")
+    sizes = (256, 2048 + 256)
+    functions = {
+        f"norm_{size}_{add}_{own or 'plain'}": build_rms_norm(
+            size, EPS, dtype, "single", add=add, act=own
+        )
+        for size in sizes
+        for add in (False, True)
+        for own in (None, act)
+    }
+    library = compile_functions(functions, target, tmp_path)
+    for size in sizes:
+        weight = rng.standard_normal(size).astype(np.float32)
+        x, other = rng.standard_normal((2, 1, size)).astype(dtype)
+        x[0, :128] = 0  # a group of zeros has scale 0
+        empty, image = np.full_like(x, np.nan), empty_image(size, act)
+        for add in (False, True):
+            given = [x, other, weight, empty] if add else [x, weight]
+            y = call(library, f"norm_{size}_{add}_plain", target, [*given, empty])[-1]
+            *_, total, got = call(library, f"norm_{size}_{add}_{act}", target, [*given, image])
+            check_image(got, y, act)
+            if add:
+                np.testing.assert_array_equal(total, x + other)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_gates_equal_numpy_and_write_images(rig, tmp_path, dtype: str, activation: str) -> None:
+    """An exponential is off by 2 units, its argument by 5; a quotient and a product round once."""
+    rng, target = np.random.default_rng(1), host_target("cuda")
+    size = 1280  # blocks that are not full
+    functions = {
+        str(act): build_gate_product(activation, size, dtype, act)
+        for act in (None, "int16", "int8")
+    }
+    library = compile_functions(functions, target, tmp_path)
+    x = (3 * rng.standard_normal((1, 2 * size))).astype(dtype)
+    x[0, :2] = 30, -30
+    y = call(library, "None", target, [x, np.full((1, size), np.nan, dtype)])[-1]
+    gate, up = x.astype(np.float64)[:, :size], x.astype(np.float64)[:, size:]
+    argument = gate
+    if activation == "gelu_tanh":
+        argument = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    with np.errstate(over="ignore"):
+        want = gate / (1 + np.exp(-argument)) * up
+    # An error of the argument is one of the exponential, relative to its size.
+    single = (6 + 5 * np.abs(argument)) * 2.0**-24
+    allowed = (np.finfo(dtype).eps / 2 + single) * np.abs(want) + np.finfo(dtype).tiny
+    assert np.all(np.abs(y - want) <= allowed)
+    for act in ("int16", "int8"):
+        check_image(call(library, act, target, [x, empty_image(size, act)])[-1], y, act)
+
+
+def empty_image(size: int, act: str) -> np.ndarray:
+    return np.full((1, image_bytes(size // 2, act)), 255, np.uint8)
+
+
+def check_image(got: np.ndarray, y: np.ndarray, act: str) -> None:
+    want = make_image(y, act)
+    groups = y.shape[1] // 256
+    records = [image.reshape(groups, -1)[:, :-8] for image in (got, want)]
+    np.testing.assert_array_equal(*records)

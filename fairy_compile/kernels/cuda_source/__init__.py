@@ -1,7 +1,8 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
 `decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `tables.cuh`
-is what the latter two share. `render` writes the struct of one call and a device function that runs
+is what the latter two share, and `quantize.cuh` is what the first shares with kernels that compute
+its x. `render` writes the struct of one call and a device function that runs
 it. A PrimFunc launches the grid and calls the function, see `kernels.cuda`.
 """
 
@@ -18,9 +19,13 @@ from fairy_compile.op import PhaseSpec
 Program = Literal["decode", "prefill", "hopper"]
 
 CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
-_CLASSES: dict[Program, str] = {"decode": "Decode", "prefill": "Prefill"}
+_CLASSES: dict[Program, str] = {
+    "decode": "Decode",
+    "prefill": "Prefill",
+    "hopper": "Hopper",
+}
 _FILES: dict[Program, tuple[str, ...]] = {
-    "decode": ("primitives.cuh", "decode.cuh"),
+    "decode": ("primitives.cuh", "quantize.cuh", "decode.cuh"),
     "prefill": ("primitives.cuh", "tables.cuh", "prefill.cuh"),
     "hopper": ("primitives.cuh", "hopper_primitives.cuh", "tables.cuh", "hopper.cuh"),
 }
@@ -29,15 +34,18 @@ WAIT_THEMSELVES = (
     "arrange_",
     "rms_norm_",
     "add_rms_norm_",
+    "gate_product_",
 )
 """Prefixes of the functions that wait for the kernel before where they need its results, so that
 they may be launched before it is over."""
 
 
 @cache
-def library_source(program: Program) -> str:
-    """Return the template of ``program`` and what it includes."""
+def library_source(program: Program, *, image: bool = False) -> str:
+    """Return the template of ``program`` and what it includes, e.g. what makes its image of x."""
     files = _FILES[program]
+    if image and program == "decode":
+        files = (*files, "quantize_x.cuh")
     return "\n".join(Path(__file__).with_name(file).read_text("utf-8") for file in files)
 
 
@@ -53,9 +61,10 @@ def render(
     Args:
         program: which template.
         name: of the function ``void name(const X* x, const unsigned char* codes, const float*
-            scales, Y* y, int batch)``. Program ``hopper`` defines two: ``arrange_name(const X* x,
-            unsigned char* image, int batch)`` and ``name(const unsigned char* image, const unsigned
-            char* codes, const float* scales, Y* y, int batch, unsigned char* shared)``.
+            scales, Y* y, int batch)``. Program ``hopper``, and ``decode`` with ``kImage``, define
+            two: ``arrange_name(const X* x, unsigned char* image, int batch)`` and ``name(const
+            unsigned char* image, const unsigned char* codes, const float* scales, Y* y, int batch,
+            unsigned char* shared)``.
         spec: the call.
         layout: of ``codes`` and ``scales``.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
@@ -73,38 +82,52 @@ def render(
     }
     x, y = (CUDA_TYPES[dtype] for dtype in (spec.dtype, spec.out_dtype))
     lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
-    return f"""{library_source(program)}
+    image = program == "hopper" or bool(values.get("kImage"))
+    return f"""{library_source(program, image=image)}
 #ifndef FAIRY_{name}
 #define FAIRY_{name}
 struct {name}_call {{
   typedef {x} X;
   typedef {y} Y;
+{_given(program, values)}
 {chr(10).join(lines)}
 {_feature_function(spec, layout)}
 }};
-{_functions(program, name, x, y)}
+{_functions(program, name, x, y, image=image)}
 #endif  // FAIRY_{name}
 """
 
 
-def _functions(program: Program, name: str, x: str, y: str) -> str:
-    if program == "hopper":
-        return f"""
-__device__ __forceinline__ void arrange_{name}(const {x}* x, unsigned char* image,
-                                               int batch) {{
-  fairy::ArrangeX<{name}_call>::run(x, (uint4*)image, batch);
-}}
+def _given(program: Program, values: Mapping[str, int]) -> str:
+    """Return what decode takes in place of x: see `quantize.cuh`."""
+    if program != "decode":
+        return ""
+    given = f"fairy::Record<{values['kLevels']}>" if values["kImage"] else "X"
+    return f"  typedef {given} Given;"
 
-__device__ __forceinline__ void {name}(const unsigned char* image, const unsigned char* codes,
-                                       const float* scales, {y}* y, int batch,
-                                       unsigned char* shared) {{
-  fairy::Hopper<{name}_call>::run((const uint4*)image, codes, scales, y, batch, shared);
+
+def _functions(program: Program, name: str, x: str, y: str, *, image: bool) -> str:
+    arguments = f"const unsigned char* codes, const float* scales, {y}* y, int batch"
+    if not image:
+        return f"""
+__device__ __forceinline__ void {name}(const {x}* x, {arguments}) {{
+  fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, y, batch);
 }}
 """
+    if program == "hopper":
+        arranger, shared, given = "ArrangeX", "shared", "uint4"
+    else:
+        arranger, given = "QuantizeX", f"{name}_call::Given"
+        shared = f"*(fairy::Decode<{name}_call>::Shared*)shared"
     return f"""
-__device__ __forceinline__ void {name}(const {x}* x, const unsigned char* codes,
-                                       const float* scales, {y}* y, int batch) {{
-  fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, y, batch);
+__device__ __forceinline__ void arrange_{name}(const {x}* x, unsigned char* image, int batch) {{
+  fairy::{arranger}<{name}_call>::run(x, ({given}*)image, batch);
+}}
+
+__device__ __forceinline__ void {name}(const unsigned char* image, {arguments},
+                                       unsigned char* shared) {{
+  fairy::{_CLASSES[program]}<{name}_call>::run((const {given}*)image, codes, scales, y, batch,
+                                               {shared});
 }}
 """
 

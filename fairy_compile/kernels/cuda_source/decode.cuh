@@ -4,8 +4,9 @@
 // A plane's bits, masked out of 128 bits of codes, are operand A as they lie: bytes of 0 or 2^s.
 // Operand B holds, in its 8 columns, the digits of Re x and Im x of some rows of x:
 //   int16  (re hi, re lo, im hi, im lo) of 2 rows     int8  (re, im) of 4 rows, or (re, -, im, -)
-// of 2 rows, which halves what a lane has to scale; so 1 row of x costs what 2 do. Let bq, bp be the bits of a code that tell the signs of
-// re - im and re + im (see kernels/cuda_layout.py), and x a real or imaginary part of activations:
+// of 2 rows, which halves what a lane has to scale; so 1 row of x costs what 2 do. Let bq, bp be the
+// bits of a code that tell the signs of re - im and re + im (see kernels/cuda_layout.py), and x a
+// real or imaginary part of activations:
 //   sum re x = sum x - sum bp x - sum bq x          sum im x = sum bq x - sum bp x
 // These are integers, exact for every group of 128 columns (64 with a scale for every 64x64 tile).
 // Then they are scaled and added up in float:
@@ -18,7 +19,7 @@ namespace fairy {
 
 template <class Call>
 struct Decode {
-  typedef typename Call::X X;
+  typedef typename Call::Given Given;  // numbers, or records of what another kernel quantised
   typedef typename Call::Y Y;
 
   static constexpr int kTerms = Call::kTerms;
@@ -40,14 +41,17 @@ struct Decode {
   static constexpr int kPassPlanes = kPlanes / kPasses;
 
   static constexpr bool kTwoDigits = Call::kLevels > 127;
+  static constexpr bool kImage = Call::kImage;
   static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
-  static constexpr bool kOneHalf = kSlots == 2;                 // of x in a lane's sums
+  static constexpr bool kOneHalf = kSlots <= 2;                 // of x in a lane's sums
+  // Of operand B, in shared memory. One row's columns are read twice, for those of a second.
+  static constexpr int kColumnsB = kSlots > 1 ? 8 : Record<Call::kLevels>::kDigits;
   static constexpr int kHalves = kOneHalf ? 1 : 2;
   static constexpr int kOperands = Call::kOperands;             // operands B of a pass
   static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
-  static constexpr int kGroupBytes = kOperands * (1024 + 48);     // of shared memory
-  static constexpr int kMost = (47 << 10) / kGroupBytes;          // groups in it at a time
+  static constexpr int kGroupBytes = kOperands * kColumnsB * 128 + kRows * 32;  // of shared memory
+  static constexpr int kMost = Call::kSharedBytes / kGroupBytes;  // groups in it at a time
   static constexpr int kChunks = (kGroups + kMost - 1) / kMost;
   static constexpr int kChunk = (kGroups + kChunks - 1) / kChunks;
 
@@ -58,9 +62,8 @@ struct Decode {
   // Activations of a chunk of groups, as operands B.
   struct Chunk {
     // Block, operand, column of B ^ block in its group (so that banks differ), 4 columns of x.
-    Word values[kChunk * 4][kOperands][8][8];
-    float scale[kChunk][kRows * 2];            // of a group: (row, half)
-    int sums[kChunk][2][kRows * 2];            // of 64 columns
+    alignas(16) Word values[kChunk * 4][kOperands][kColumnsB][8];
+    GroupScale scales[kChunk][kRows];
   };
   union Shared {
     Chunk chunk;
@@ -74,11 +77,17 @@ struct Decode {
   };
   typedef Sums Outputs[kOperands][2][kHalves];  // operand, row g or g + 8, half of x
   typedef float Scales[kPairs][2][kScaleRows];
+  typedef Quantize<Call::kLevels, 4> Lanes;
   typedef int PassSums[kCycle * kPassPlanes][kOperands][4];  // of bits: block of a cycle and plane
 
-  static __device__ void run(const X* x, const unsigned char* codes, const float* scales, Y* y,
+  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales, Y* y,
                              int batch) {
     __shared__ Shared shared;
+    run(x, codes, scales, y, batch, shared);
+  }
+
+  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales, Y* y,
+                             int batch, Shared& shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * Call::kTileWarps + warp % Call::kTileWarps;
     const int slice = warp / Call::kTileWarps, first_row = blockIdx.y * kRows;
@@ -104,7 +113,7 @@ struct Decode {
     for (int first = 0; first < kGroups; first += kChunk) {
       const int end = first + kChunk < kGroups ? first + kChunk : kGroups;
       if (first > 0) __syncthreads();
-      quantize(shared.chunk, x, batch, first_row, first, end, warp, lane);
+      take(shared.chunk, x, batch, first_row, first, end, warp, lane);
       __syncthreads();
       if (!active) continue;
       for (; group < end; group += kSlices) {
@@ -134,6 +143,12 @@ struct Decode {
     if (group < kGroups && lane < kLines) prefetch(line);
   }
 
+  // Returns which 8 columns of x a lane reads of a block's operand B.
+  static __device__ __forceinline__ int operand_at(int lane, int block) {
+    if (kSlots > 1) return lane ^ 4 * block;
+    return (lane / 4 % 4 * kColumnsB / 4 ^ block % kColumnsB) * 4 + lane % 4;
+  }
+
   // Sums of a pair of planes carry a factor, which its scales take back.
   static __device__ __forceinline__ void load_scales(Scales& scale, const float* scales, int tile,
                                                      int column_tile, int lane) {
@@ -153,106 +168,83 @@ struct Decode {
     return kCycle > 1 ? 128 : 2 << 2 * pair % 8;
   }
 
-  // Quantises groups [first, end) of the pass's rows as op.quantize_activations does: a warp takes
-  // a group, a lane four columns of it. It takes both halves of several groups at once, since each
-  // waits for what lanes tell each other. What belongs to rows beyond the last is not written, and
-  // reaches no output.
-  static __device__ __forceinline__ void quantize(Chunk& chunk, const X* x, int batch,
+  // Puts groups [first, end) of the pass's rows into shared memory. What belongs to rows beyond the
+  // last is not written, and reaches no output.
+  static __device__ __forceinline__ void take(Chunk& chunk, const Given* x, int batch,
+                                              int first_row, int first, int end, int warp,
+                                              int lane) {
+    const int rows = batch - first_row < kRows ? batch - first_row : kRows;
+    if constexpr (kImage)
+      copy(chunk, x + (size_t)first_row * kGroups, rows, first, end);
+    else
+      quantize(chunk, x, rows, first_row, first, end, warp, lane);
+  }
+
+  // Copies what another kernel quantised.
+  static __device__ __forceinline__ void copy(Chunk& chunk, const Record<Call::kLevels>* records,
+                                              int rows, int first, int end) {
+    constexpr int kVectors = sizeof(*records) / 16, kDigits = Record<Call::kLevels>::kDigits;
+    const int count = (end - first) * kVectors;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < rows * count; i += Call::kWarps * 32) {
+      const int row = i / count, group = i % count / kVectors, vector = i % count % kVectors;
+      const int block = vector / (2 * kDigits), digit = vector / 2 % kDigits;
+      const uint4* from = (const uint4*)(records + (size_t)row * kGroups + first + group) + vector;
+      uint4* to = (uint4*)&chunk.scales[group][row] + vector % 2;
+      if (block < 4)
+        to = (uint4*)chunk.values[group * 4 + block][row / kSlots][place(row, digit, block)] +
+             vector % 2;
+      copy_async(to, from, true);
+    }
+    commit_copies();
+    wait_copies<0>();
+  }
+
+  // Quantises as op.quantize_activations does: a warp takes a group, a lane four columns of it. It
+  // takes both halves of several groups at once.
+  static __device__ __forceinline__ void quantize(Chunk& chunk, const Given* x, int rows,
                                                   int first_row, int first, int end, int warp,
                                                   int lane) {
-    const int rows = batch - first_row < kRows ? batch - first_row : kRows;
     for (int task = warp; task < rows * kChunk; task += Call::kWarps * kTogether) {
       float value[kTogether * 2][4] = {};
 #pragma unroll
       for (int n = 0; n < kTogether * 2; ++n) {
         const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
-        const X* from = x + ((size_t)(first_row + row) * 2 + n % 2) * Call::kColumns;
         if (row < rows && group < end - first)
-          load_columns(value[n], from, (first + group) * 128 + 4 * lane);
+          load_four<Call::kColumns>(value[n],
+                                    x + ((size_t)(first_row + row) * 2 + n % 2) * Call::kColumns,
+                                    (first + group) * 128 + 4 * lane);
       }
-      Quantized quantized[kTogether * 2];
-#pragma unroll
-      for (int n = 0; n < kTogether * 2; ++n) quantized[n].peak = peak(value[n]);
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-#pragma unroll
-        for (int n = 0; n < kTogether * 2; ++n)
-          quantized[n].peak = fmaxf(quantized[n].peak, shuffle_xor(quantized[n].peak, lanes));
-#pragma unroll
-      for (int n = 0; n < kTogether * 2; ++n) round_all(quantized[n], value[n]);
-#pragma unroll
-      for (int lanes = 8; lanes > 0; lanes /= 2)
-#pragma unroll
-        for (int n = 0; n < kTogether * 2; ++n)
-          quantized[n].sum += shuffle_xor(quantized[n].sum, lanes);
+      typename Lanes::Quantized quantized[kTogether * 2];
+      Lanes::run(quantized, value);
 #pragma unroll
       for (int n = 0; n < kTogether * 2; ++n) {
         const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
-        if (row < rows && group < end - first)
-          keep(chunk, group, row * 2 + n % 2, quantized[n], lane);
+        if (row < rows && group < end - first) keep(chunk, group, row, n % 2, quantized[n], lane);
       }
     }
   }
 
-  // Four columns of a group: digits in bytes, their sum (of 64 columns in the end), the largest
-  // absolute value of the group.
-  struct Quantized {
-    Word high, low;
-    int sum;
-    float peak;
-  };
-
-  static __device__ __forceinline__ float peak(const float (&value)[4]) {
-    return fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])), fmaxf(fabsf(value[2]), fabsf(value[3])));
-  }
-
-  static __device__ __forceinline__ void round_all(Quantized& to, const float (&value)[4]) {
-    const float inverse = to.peak > 0 ? __fdiv_rn((float)Call::kLevels, to.peak) : 0.0f;
-    // Adding 1.5 2^23 rounds to an integer, whose low 16 bits are the low bits of the float.
-    Word q[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      q[i] = float_bits(__fadd_rn(__fmul_rn(value[i], inverse), 12582912.0f));
-    to.low = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
-    to.high = 0;
-    to.sum = add_bytes(to.low, 0);
-    if (kTwoDigits) {
-      to.high = pick_bytes(pick_bytes(q[0] + 128, q[1] + 128, 0x0051),
-                           pick_bytes(q[2] + 128, q[3] + 128, 0x0051), 0x5410);
-      to.sum += 256 * add_bytes(to.high, 0);
-    }
-  }
-
-  static __device__ __forceinline__ void keep(Chunk& chunk, int group, int row_half,
-                                              const Quantized& quantized, int lane) {
-    const int operand = row_half / (2 * kSlots), column = row_half % (2 * kSlots);
+  static __device__ __forceinline__ void keep(Chunk& chunk, int group, int row, int half,
+                                              const typename Lanes::Quantized& quantized,
+                                              int lane) {
     const int block = lane / 8, word = lane % 8;
-    Word(&values)[8][8] = chunk.values[group * 4 + block][operand];
+    Word(&values)[kColumnsB][8] = chunk.values[group * 4 + block][row / kSlots];
     if (kTwoDigits) {
-      values[2 * column ^ block][word] = quantized.high;
-      values[(2 * column + 1) ^ block][word] = quantized.low;
+      values[place(row, 2 * half, block)][word] = quantized.high[0];
+      values[place(row, 2 * half + 1, block)][word] = quantized.low[0];
     } else {
-      values[(kOneHalf ? 2 * column : column) ^ block][word] = quantized.low;
+      values[place(row, half, block)][word] = quantized.low[0];
     }
-    if (lane == 0)
-      chunk.scale[group][row_half] = __fmul_rn(quantized.peak, 1.0f / Call::kLevels);
-    if (lane % 16 == 0) chunk.sums[group][lane / 16][row_half] = quantized.sum;
+    GroupScale& scale = chunk.scales[group][row];
+    if (lane == 0) scale.scale[half] = Lanes::scale_of(quantized);
+    if (lane % 16 == 0) scale.sums[lane / 16][half] = quantized.sum;
   }
 
-  static __device__ __forceinline__ void load_columns(float (&value)[4], const X* from, int column) {
-    if (Call::kColumns % 4 == 0) {
-      if (column >= Call::kColumns) return;
-      struct alignas(4 * sizeof(X)) Four {
-        X x[4];
-      };
-      const Four four = *(const Four*)(from + column);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) value[i] = to_float(four.x[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (column + i < Call::kColumns) value[i] = to_float(from[column + i]);
-    }
+  // Returns where a digit of a row lies among the columns of operand B.
+  static __device__ __forceinline__ constexpr int place(int row, int digit, int block) {
+    constexpr int kDigits = Record<Call::kLevels>::kDigits, kOwn = kSlots == 1 ? kDigits : 8 / kSlots;
+    return (row % kSlots * kOwn + digit * (kOwn / kDigits)) ^ (block % kColumnsB);
   }
 
   // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`. Fragments
@@ -270,7 +262,7 @@ struct Decode {
         uint2 operand[kOperands];
 #pragma unroll
         for (int n = 0; n < kOperands; ++n)
-          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[lane ^ 4 * block];
+          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[operand_at(lane, block)];
 #pragma unroll
         for (int plane = 0; plane < kPassPlanes; ++plane) {
           const int bit = block * kPlanes + pass * kPassPlanes + plane;
@@ -293,10 +285,12 @@ struct Decode {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           // Which (row, half) of x a lane's sums are of: columns 2 t, 2 t + 1 of operand B.
-          const int row_half = kOneHalf ? 4 * n + lane % 4 : 8 * n + lane % 4 * 2 + half;
-          const float x_scale = chunk.scale[group][row_half];
-          int x_sum = chunk.sums[group][kTileScales ? flush : 0][row_half];
-          if (!kTileScales) x_sum += chunk.sums[group][1][row_half];
+          const int row = kOneHalf ? kSlots * n + lane % 4 / 2 % kSlots : 4 * n + lane % 4;
+          const int own = kOneHalf ? lane % 2 : half;
+          const GroupScale& of_x = chunk.scales[group][row];
+          const float x_scale = of_x.scale[own];
+          int x_sum = of_x.sums[kTileScales ? flush : 0][own];
+          if (!kTileScales) x_sum += of_x.sums[1][own];
 #pragma unroll
           for (int r = 0; r < 2; ++r)
             flush_sums(outputs[n][r][half], sums, pass, n, r, half, flush, x_sum, x_scale, scale);
@@ -351,7 +345,8 @@ struct Decode {
           contributions(re, im, outputs[n][r][0], imag);
           re += shuffle_xor(re, 1);
           im += shuffle_xor(im, 1);
-          partial[2 * n + lane % 4 / 2][imag][row] = imag ? im : re;
+          if (kSlots > 1 || lane % 4 < 2)
+            partial[kSlots * n + lane % 4 / 2 % kSlots][imag][row] = imag ? im : re;
         } else {
           float re[2], im[2];
 #pragma unroll

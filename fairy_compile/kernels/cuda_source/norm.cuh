@@ -1,4 +1,5 @@
-// y = x / sqrt(mean(x^2) + eps) * weight, row by row; with `kAdd`, of x + other, which is kept too.
+// y = x / sqrt(mean(x^2) + eps) * weight, row by row; with `kAdd`, of x + other, which is kept too. With
+// `kLevels`, y is written as an image, see quantize.cuh.
 // `Call` holds the constants of one call, see kernels/cuda_norm.py.
 //
 // A block works on one row, which its threads hold in registers between reading and writing it.
@@ -21,7 +22,7 @@ struct Norm {
     float squares[kWarps];
   };
 
-  static __device__ void run(const X* x, const X* other, const float* weight, X* sum, X* y) {
+  static __device__ void run(const X* x, const X* other, const float* weight, X* sum, void* y) {
     __shared__ Shared shared;
     const Unit* from = (const Unit*)(x + (size_t)blockIdx.x * Call::kSize);
     const Unit* more = (const Unit*)(other + (size_t)blockIdx.x * Call::kSize);
@@ -68,7 +69,10 @@ struct Norm {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j)
         store(&own[i].x[j], to_float(own[i].x[j]) * factor * weights[i][j]);
-      ((Unit*)(y + (size_t)blockIdx.x * Call::kSize))[unit] = own[i];
+      if constexpr (Call::kLevels > 0)
+        write_record<Call::kLevels, Call::kSize>(y, blockIdx.x, unit, own[i].x);
+      else
+        ((Unit*)((X*)y + (size_t)blockIdx.x * Call::kSize))[unit] = own[i];
     }
   }
 };
