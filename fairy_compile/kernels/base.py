@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -100,6 +100,26 @@ class PhaseKernel(Protocol):
         x is (b, 2m) in ``spec.dtype`` and y (b, 2n) in ``spec.out_dtype``, both float32 on CPUs; b
         is 1 for batch ``single`` and symbolic for the others.
         """
+
+
+SCRATCH = "fairy.scratch"
+"""Attribute of functions that take scratch memory: JSON, a list of [most rows, step, bytes].
+
+Up to so many rows (-1: any number), each ``step`` of them begun take ``bytes``; the largest need
+counts."""
+
+
+@runtime_checkable
+class TakesScratch(Protocol):
+    """A kernel whose functions may leave it to the caller to allocate what they need.
+
+    Then a model's memory plan covers it, and a recorded launch finds it where it was.
+    """
+
+    def build_with_scratch(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Do as `PhaseKernel.build`, with a last argument uint8 (bytes,) if `SCRATCH` says so."""
 
 
 def choose_knobs(kernel: PhaseKernel, knobs: Mapping[str, Any]) -> dict[str, Any]:

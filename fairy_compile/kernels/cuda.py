@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.kernels.base import Batch, choose_knobs
+from fairy_compile.kernels.base import SCRATCH, Batch, choose_knobs
 from fairy_compile.kernels.cuda_image import digits, image_bytes
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
@@ -167,11 +167,28 @@ class CudaPlanes:
         """
         from fairy_compile.kernels.cuda_launch import emit
 
-        attrs = {}
+        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
+
+    def build_with_scratch(
+        self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """See `TakesScratch`. A single row is left to be quantised by what computes it."""
+        from fairy_compile.kernels.cuda_launch import emit
+
+        attrs: dict[str, Any] = {}
         if batch == "single":
             call = {"kernel": self.name, "spec": asdict(spec), "knobs": dict(knobs)}
-            attrs = {DECODE: json.dumps(call)}
-        return emit(spec, self.layout, self.launches(spec, batch, knobs), batch, attrs)
+            attrs[DECODE] = json.dumps(call)
+            knobs = {"image": False, **knobs}
+        launches = self.launches(spec, batch, knobs)
+        needs = [
+            [-1 if launch.most is None else launch.most, launch.rows, launch.image_bytes]
+            for launch in launches
+            if launch.arrange
+        ]
+        if needs:
+            attrs[SCRATCH] = json.dumps(needs)
+        return emit(spec, self.layout, launches, batch, attrs, scratch=bool(needs))
 
     def build_from_image(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> PrimFunc:
         """Return a function (image, codes, scales, y) for one row that another kernel quantised.
@@ -181,7 +198,7 @@ class CudaPlanes:
         from fairy_compile.kernels.cuda_launch import emit
 
         (launch,) = self.launches(spec, "single", {**knobs, "image": True})
-        return emit(spec, self.layout, [replace(launch, arrange=None)], "single", {})
+        return emit(spec, self.layout, [replace(launch, arrange=None)], "single")
 
     def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.

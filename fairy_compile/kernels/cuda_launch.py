@@ -24,15 +24,18 @@ def emit(
     layout: CudaLayout,
     launches: Sequence[Launch],
     batch: Batch,
-    attrs: Mapping[str, Any],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    scratch: bool = False,
 ) -> PrimFunc:
     """Return a function (x, codes, scales, y) that launches the first grid meant for its rows.
 
     Launches that take an image of x and have no grid that makes it take it as argument
-    ``image`` uint8 (rows, bytes) in place of x.
+    ``image`` uint8 (rows, bytes) in place of x. With ``scratch``, the function takes the memory of
+    those images that it makes as a last argument, uint8 (bytes,), and allocates none.
     """
     with IRBuilder() as ir, T.prim_func(s_tir=True):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, **attrs})
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, **(attrs or {})})
         rows = 1 if batch == "single" else T.int32()
         if launches[0].takes_image:
             row_bytes = launches[0].image_bytes // launches[0].rows
@@ -41,27 +44,32 @@ def emit(
             x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
         arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
         y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
-        _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)])
+        memory = T.arg("scratch", T.buffer((T.int64(),), "uint8")) if scratch else None
+        _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)], memory)
         T.func_name(f"phase_gemm_{launches[-1].function}_{batch}")
     return ir.get()
 
 
-def _launch_first(launches: Sequence[Launch], count: Any, pointers: list[Any]) -> None:
+def _launch_first(
+    launches: Sequence[Launch], count: Any, pointers: list[Any], scratch: Any
+) -> None:
     first, *others = launches
     if first.most is None or not others:
-        _launch(first, count, pointers)
+        _launch(first, count, pointers, scratch)
         return
     with T.If(count <= first.most):
         with T.Then():
-            _launch(first, count, pointers)
+            _launch(first, count, pointers, scratch)
         with T.Else():
-            _launch_first(others, count, pointers)
+            _launch_first(others, count, pointers, scratch)
 
 
-def _launch(launch: Launch, count: Any, pointers: list[Any]) -> None:
+def _launch(launch: Launch, count: Any, pointers: list[Any], scratch: Any) -> None:
     passes = (count + launch.rows - 1) // launch.rows
     if launch.arrange:
-        image = T.alloc_buffer((passes * launch.image_bytes,), "uint8", scope="global")
+        image = scratch
+        if image is None:
+            image = T.alloc_buffer((passes * launch.image_bytes,), "uint8", scope="global")
         _arrange(launch, passes, count, pointers[0], image)
         pointers = [image.data, *pointers[1:]]
     with (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -13,7 +15,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from fairy_compile.kernels import dense, dense_gpu
-from fairy_compile.kernels.base import ArraySpec, Batch, PhaseKernel
+from fairy_compile.kernels.base import SCRATCH, ArraySpec, Batch, PhaseKernel, TakesScratch
 from fairy_compile.models.elementwise import add_bias
 from fairy_compile.models.shapes import product
 from fairy_compile.op.spec import PhaseSpec
@@ -152,15 +154,40 @@ def kernel_symbol(call: LinearCall, batch: str) -> str:
     )
 
 
-def kernel_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc:
-    """Return the scheduled function of a call for a batch class, opaque to operator fusion."""
+def kernel_function(
+    call: LinearCall, target: Any, batch: Batch, *, scratch: bool = False
+) -> tirx.PrimFunc:
+    """Return the scheduled function of a call for a batch class, opaque to operator fusion.
+
+    With ``scratch`` it may take memory as a last argument, see `scratch_bytes`.
+    """
     if call.kernel and call.spec:
-        func = call.kernel.build(call.spec, target, batch, call.knobs.get(batch, {}))
+        lifts = scratch and isinstance(call.kernel, TakesScratch)
+        build = call.kernel.build_with_scratch if lifts else call.kernel.build
+        func = build(call.spec, target, batch, call.knobs.get(batch, {}))
     elif target.is_gpu:
         func = dense_gpu.build_dense(call, target.limits, batch)
     else:
         func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
     return func.with_attr("op_pattern", 8)
+
+
+def scratch_bytes(func: tirx.PrimFunc, rows: Any) -> Any:
+    """Return an upper bound of the scratch memory a function takes for ``rows`` rows, in bytes.
+
+    0 is that of a function without an argument for it.
+    """
+    if func.attrs is None or SCRATCH not in func.attrs:
+        return 0
+    fixed, growing = 0, []
+    for most, step, size in json.loads(str(func.attrs[SCRATCH])):
+        known = rows if isinstance(rows, int) else most
+        if most >= 0 or isinstance(rows, int):
+            known = known if most < 0 else min(known, most)
+            fixed = max(fixed, -(-known // step) * size)
+        else:
+            growing.append((rows + (step - 1)) // step * size)
+    return reduce(tirx.max, growing, fixed) if growing else fixed
 
 
 _EACH_ALONE: ContextVar[bool] = ContextVar("each_alone", default=False)
@@ -196,12 +223,13 @@ class PlannedLinear(nn.Module):
         flat = op.reshape(x, (rows, in_features))
         out = sum(self.call.out_features)
         weights = [getattr(self, name) for name in self.array_names] or self._shared
-        y = op.tensor_ir_op(
-            kernel_function(self.call, self.target, batch),
-            kernel_symbol(self.call, batch),
-            [flat, *weights],
-            Tensor.placeholder((rows, out), self.call.out_dtype),
-        )
+        func = kernel_function(self.call, self.target, batch, scratch=True)
+        outputs = [Tensor.placeholder((rows, out), self.call.out_dtype)]
+        if scratch := scratch_bytes(func, rows):
+            outputs.append(Tensor.placeholder((scratch,), "uint8"))
+        symbol = kernel_symbol(self.call, batch)
+        y = op.tensor_ir_op(func, symbol, [flat, *weights], outputs)
+        y = y if isinstance(y, Tensor) else y[0]
         y = op.reshape(y, (*lead, out))
         return add_bias(y, self.bias) if self.bias is not None else y
 
