@@ -1,4 +1,4 @@
-"""CUDA phase GEMM: bit planes in integer tensor cores for few rows of x, float16 ones for many.
+"""CUDA phase GEMM: bit planes in integer tensor cores for few rows of x, 16-bit ones for many.
 
 The kernels are CUDA C++ (`cuda_source/decode.cuh`, `cuda_source/prefill.cuh`), not scheduled TIR.
 Both live on one lane owning particular bytes of tensor core fragments, which loops over tensors
@@ -14,7 +14,8 @@ kernels.
 Numerical contract: decode multiplies exactly what `op.quantize_activations` makes of x, for
 ``int8`` and ``int16``, and scales and adds in float32. Prefill does not quantise: it rounds x and
 the entries of the real matrix to float16 (2^-11) and adds in float32, which is nearer to exact
-activations than ``int8``, and not as near as ``int16``.
+activations than ``int8``, and not as near as ``int16``. Where activations are bfloat16, which may
+be more than float16 holds, operands are bfloat16 (2^-8), sums float32 as before.
 """
 
 from __future__ import annotations
@@ -328,7 +329,6 @@ class CudaPlanes:
             "kWarps": warps,
             "kTokens": tokens,
             "kBuffers": buffers,
-            "kHalfX": int(spec.dtype == "float16"),
         }
         return self._launch("prefill", spec, constants, warps, tokens, warps, most)
 

@@ -2,7 +2,8 @@
 
 `cuda_source/hopper.cuh` says how. Its instructions exist on sm_90a alone (H100, H200, GH200), so it
 serves targets that are compiled for nothing else. Numbers are those of `cuda.planes`: prefill
-rounds x and the entries of the real matrix to float16 and adds in float32.
+rounds x and the entries of the real matrix to float16, or to bfloat16 where x is, and adds in
+float32.
 """
 
 from __future__ import annotations
@@ -69,13 +70,12 @@ class CudaHopper(CudaPlanes):
         tokens, buffers = chosen["wide_tokens"], chosen["wide_buffers"]
         table_rows = TILE_ROWS if spec.scale == "row" else 1
         tables = _WARPS * table_rows * spec.stages * 4 * 4 ** len(spec.terms)
-        block_bytes = 2 * BLOCK * 2 * tokens  # both halves of x, float16
+        block_bytes = 2 * BLOCK * 2 * tokens  # both halves of x, 16 bits a number
         room = _SHARED_BYTES - _BARRIER_BYTES - tables
         buffers = min(buffers, room // block_bytes)
         constants = {
             "kTokens": tokens,
             "kBuffers": buffers,
-            "kHalfX": int(spec.dtype == "float16"),
             "kThreads": _ARRANGE_THREADS,
         }
         launch = self._launch("hopper", spec, constants, _TILES, tokens, _WARPS, None)

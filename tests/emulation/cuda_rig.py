@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  bfloat16 for NumPy
 import numpy as np
 
 from fairy_compile.kernels.cuda import Launch
@@ -76,7 +77,7 @@ class Emulator:
         parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
         source, self.program = folder / "emulated.cpp", folder / "emulated"
         source.write_text("\n".join(parts), "utf-8")
-        command = ["g++", *FLAGS, str(source), "-o", str(self.program)]
+        command = ["g++", *FLAGS, f"-I{HERE}", str(source), "-o", str(self.program)]
         subprocess.run(command, check=True)
 
     def run(

@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda_shim_bfloat16.h"
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -47,9 +49,6 @@ VECTORS(int)
 VECTORS(uint)
 VECTORS(longlong)
 #undef VECTORS
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
 struct Index {
   unsigned x, y, z;
 };
@@ -224,19 +223,10 @@ typedef unsigned Word;
 
 inline float to_float(float x) { return x; }
 inline float to_float(__half x) { return x; }
-inline float to_float(__nv_bfloat16 x) {
-  const uint32_t bits = (uint32_t)x.bits << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
+inline float to_float(__nv_bfloat16 x) { return x; }
 inline void store(float* to, float x) { *to = x; }
 inline void store(__half* to, float x) { *to = (__half)x; }
-inline void store(__nv_bfloat16* to, float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+inline void store(__nv_bfloat16* to, float x) { *to = __nv_bfloat16(x); }
 inline uint4 load_once(const uint4* from) { return *from; }
 inline void prefetch(const void* from) { (void)*(volatile const char*)from; }  // inside of arrays
 inline void launch_dependents() {}
@@ -293,11 +283,17 @@ inline void multiply_bytes(int (&sums)[4], const Word (&a)[4], uint2 b, const in
   emulated::wait(emulated::Wait::warp, line, M::together, &operands);
 }
 
-inline void multiply_halves(float (&sums)[4], const Word (&a)[4], Word b0, Word b1,
-                            int line = __builtin_LINE()) {
-  typedef Multiply<__half, __half, float> M;
+template <class T>
+void multiply_pairs(float (&sums)[4], const Word (&a)[4], Word b0, Word b1,
+                    int line = __builtin_LINE()) {
+  typedef Multiply<T, T, float> M;
   M operands = {sums, a, {b0, b1}, sums};
   emulated::wait(emulated::Wait::warp, line, M::together, &operands);
+}
+
+inline void multiply_halves(float (&sums)[4], const Word (&a)[4], Word b0, Word b1,
+                            int line = __builtin_LINE()) {
+  multiply_pairs<__half>(sums, a, b0, b1, line);
 }
 
 inline Word pick_bytes(Word low, Word high, Word selector) {
@@ -311,17 +307,22 @@ inline Word pick_bytes(Word low, Word high, Word selector) {
 
 inline Word mask_or(Word word, Word mask, Word or_with) { return (word & mask) | or_with; }
 
-inline Word pack_halves(float low, float high) {
-  const __half halves[2] = {(__half)low, (__half)high};
+template <class T>
+Word pack_pair(float low, float high) {
+  const T pair[2] = {(T)low, (T)high};
   Word packed;
-  memcpy(&packed, halves, 4);
+  memcpy(&packed, pair, 4);
   return packed;
 }
 
-inline Word add_halves(Word a, Word b) {
-  return pack_halves((float)element<__half>(a, 0) + (float)element<__half>(b, 0),
-                     (float)element<__half>(a, 1) + (float)element<__half>(b, 1));
+template <class T>
+Word add_pairs(Word a, Word b) {
+  return pack_pair<T>((float)element<T>(a, 0) + (float)element<T>(b, 0),
+                      (float)element<T>(a, 1) + (float)element<T>(b, 1));
 }
+
+inline Word pack_halves(float low, float high) { return pack_pair<__half>(low, high); }
+inline Word add_halves(Word a, Word b) { return add_pairs<__half>(a, b); }
 
 template <class T>
 struct Exchange {

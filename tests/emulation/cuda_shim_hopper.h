@@ -69,6 +69,7 @@ inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
 }
 
 struct GroupMultiply {
+  float (*number)(const void* at);  // of an operand
   float (*sums)[4];
   const Word* a;
   const char* b;
@@ -84,10 +85,18 @@ inline Word operand_at(const void* b) {
   return shared_address(b) / 16;
 }
 
-template <int kColumnCores>
+template <class T>
+float number_at(const void* at) {
+  T number;
+  memcpy(&number, at, sizeof number);
+  return number;
+}
+
+template <class T, int kColumnCores>
 void multiply_group(float (&sums)[16][4], const Word (&a)[4], Word b) {
   const char* at = emulated::shared_bytes + b * 16;
-  open_multiplications[emulated::current].push_back({sums, a, at, kColumnCores * 128});
+  open_multiplications[emulated::current].push_back(
+      {number_at<T>, sums, a, at, kColumnCores * 128});
 }
 
 inline void commit_multiplications() {
@@ -111,11 +120,13 @@ struct FinishMultiplications {
 
   static void finish(int thread, size_t i) {
     static float a[16][16];
-    for (int lane = 0; lane < 32; ++lane)
+    for (int lane = 0; lane < 32; ++lane) {
+      const GroupMultiply& own = multiplications[thread + lane].front()[i];
       for (int r = 0; r < 4; ++r)
         for (int e = 0; e < 2; ++e)
           a[lane / 4 + 8 * (r % 2)][2 * (lane % 4) + 8 * (r / 2) + e] =
-              element<__half>(multiplications[thread + lane].front()[i].a[r], e);
+              own.number((const char*)&own.a[r] + 2 * e);
+    }
     for (int lane = 0; lane < 32; ++lane) {
       const GroupMultiply& own = multiplications[thread + lane].front()[i];
       for (int core = 0; core < 16; ++core)
@@ -124,7 +135,7 @@ struct FinishMultiplications {
           double sum = own.sums[core][r];
           for (int k = 0; k < 16; ++k) {
             const char* line = own.b + (k / 8) * own.line + (core * 8 + column) * 16;
-            sum += (double)a[row][k] * (double)((const __half*)line)[k % 8];
+            sum += (double)a[row][k] * own.number(line + k % 8 * 2);
           }
           own.sums[core][r] = (float)sum;
         }

@@ -48,7 +48,9 @@ def pick(grids: list[Launch], rows: int) -> Launch:
     return next(launch for launch in grids if launch.most is None or rows <= launch.most)
 
 
-def tolerance(spec: PhaseSpec, parts: list[PhaseTensor], x: np.ndarray, prefill: bool):
+def tolerance(
+    spec: PhaseSpec, parts: list[PhaseTensor], x: np.ndarray, prefill: bool, unit: float = 2.0**-11
+):
     """Bound on |y - reference|, (b, 2n).
 
     S, the sum of |x| times the largest scale of a weight, bounds every partial sum.
@@ -59,8 +61,8 @@ def tolerance(spec: PhaseSpec, parts: list[PhaseTensor], x: np.ndarray, prefill:
     reference's weights and scales are rounded T times too.
 
     Prefill: entries of the real matrix are rounded to float16 once for every stage, and once for
-    every addition of stages, x once where it is not float16, each by 2^-11 of S. Products are
-    exact; tensor cores may truncate sums, so an addition is off by 2^-23 S.
+    every addition of stages, x once where it is not float16, each by ``unit`` = 2^-11 of S.
+    Products are exact; tensor cores may truncate sums, so an addition is off by 2^-23 S.
     """
     if not prefill:
         x = dequantize_activations(*quantize(x, act=spec.act))
@@ -69,7 +71,7 @@ def tolerance(spec: PhaseSpec, parts: list[PhaseTensor], x: np.ndarray, prefill:
     flushes = -(-spec.m // 128) * (2 if spec.scale == "tile64" else 1)
     if prefill:
         roundings = 2 * spec.stages
-        relative = roundings * 2.0**-11 + 2 * spec.m * 2.0**-23
+        relative = roundings * unit + 2 * spec.m * 2.0**-23
     else:
         relative = (3 * spec.stages + 2 * flushes + 12) * 2.0**-24
     bounds = []

@@ -12,6 +12,7 @@ import pytest
 from fairy_compile.compiler.cuda_binary import find_tool
 from fairy_compile.kernels.cuda import CudaPlanes
 from fairy_compile.kernels.cuda_hopper import ARCH, CudaHopper
+from fairy_compile.kernels.cuda_source import CUDA_TYPES
 
 pytestmark = pytest.mark.skipif(
     find_tool("nvcc") is None or find_tool("nvdisasm") is None,
@@ -45,16 +46,25 @@ def test_decode(static, tmp_path, stages):
     assert sum(code.loop.values()) / (16 * loads) <= BUDGET
 
 
-def test_prefill(static, tmp_path):
-    grids = CudaPlanes().launches(static.specs()[0], "many", {})
-    code = static.compile_kernel(grids[-1], "__half", "sm_80", tmp_path)
+# Operands of either type take the same instructions, and as many.
+OPERANDS = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+@OPERANDS
+def test_prefill(static, tmp_path, dtype):
+    spec = replace(static.specs()[0], dtype=dtype, out_dtype=dtype)
+    grids = CudaPlanes().launches(spec, "many", {})
+    code = static.compile_kernel(grids[-1], CUDA_TYPES[dtype], "sm_80", tmp_path)
     assert code.spilled == 0
     assert code.count("HMMA") >= 2 * grids[-1].rows  # 4 blocks x 8 for every 8 rows, twice
+    assert code.count("LDGSTS") > 0  # x is copied without a detour through registers
 
 
-def test_prefill_on_hopper(static, tmp_path):
-    launch = CudaHopper().launches(static.specs()[0], "many", {})[-1]
-    code = static.compile_kernel(launch, "__half", ARCH, tmp_path)
+@OPERANDS
+def test_prefill_on_hopper(static, tmp_path, dtype):
+    spec = replace(static.specs()[0], dtype=dtype, out_dtype=dtype)
+    launch = CudaHopper().launches(spec, "many", {})[-1]
+    code = static.compile_kernel(launch, CUDA_TYPES[dtype], ARCH, tmp_path)
     assert code.spilled == 0
     assert code.warnings == 0  # multiplications overlap with decoding
     assert code.count("HGMMA") == 4 * 8  # blocks of a group, steps and halves of the rows

@@ -19,6 +19,9 @@ from fairy_compile.op import PhaseSpec
 Program = Literal["decode", "prefill", "hopper"]
 
 CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+OPERANDS = {"float32": "float16", "float16": "float16", "bfloat16": "bfloat16"}
+"""dtype of x -> that of the operands of the tensor cores that multiply many rows of x. float16 has
+three more bits of precision than bfloat16, but does not hold what bfloat16 activations may be."""
 _CLASSES: dict[Program, str] = {
     "decode": "Decode",
     "prefill": "Prefill",
@@ -80,7 +83,8 @@ def render(
         "kScaleRows": scales[4],
         **constants,
     }
-    x, y = (CUDA_TYPES[dtype] for dtype in (spec.dtype, spec.out_dtype))
+    dtypes = (spec.dtype, spec.out_dtype, OPERANDS[spec.dtype])
+    x, y, operand = (CUDA_TYPES[dtype] for dtype in dtypes)
     lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
     image = program == "hopper" or bool(values.get("kImage"))
     return f"""{library_source(program, image=image)}
@@ -89,6 +93,7 @@ def render(
 struct {name}_call {{
   typedef {x} X;
   typedef {y} Y;
+  typedef {operand} Operand;
 {_given(program, values)}
 {chr(10).join(lines)}
 {_feature_function(spec, layout)}

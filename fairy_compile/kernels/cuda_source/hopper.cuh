@@ -7,10 +7,10 @@
 // decoded weight meets 256 rows of x. While one block of 32 columns is multiplied, the next is
 // decoded. One thread asks for x, several blocks ahead.
 //
-// `ArrangeX` runs before: it writes x as float16 in the order that operand B has in shared memory, so
-// that a block of columns is one bulk copy. A lane decodes columns 8 t .. 8 t + 7 (t = lane % 4) of a
-// block, which as operand A are rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of two steps of 16; rows of x
-// follow. The image of x, bytes:
+// `ArrangeX` runs before: it writes x as float16, or as bfloat16 where x is, in the order that operand B
+// has in shared memory, so that a block of columns is one bulk copy. A lane decodes columns
+// 8 t .. 8 t + 7 (t = lane % 4) of a block, which as operand A are rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+// of two steps of 16; rows of x follow. The image of x:
 //
 //     image[token block][block][half of x][step][line][token][2 t + c] = x[8 t + 4 step + 2 line + c]
 #ifndef FAIRY_HOPPER
@@ -30,6 +30,7 @@ struct HopperImage {
 template <class Call>
 struct ArrangeX {
   typedef typename Call::X X;
+  typedef typename Call::Operand Operand;
   typedef HopperImage<Call> Image;
 
   // A thread writes 32 columns of one half of one row; blockIdx.x counts (block, half).
@@ -50,7 +51,7 @@ struct ArrangeX {
  private:
   static __device__ __forceinline__ void read(Word (&pairs)[16], const X* row, bool inside,
                                               int column) {
-    if constexpr (sizeof(X) == 2 && Call::kHalfX && Call::kColumns % 32 == 0) {
+    if constexpr (kSame<X, Operand> && Call::kColumns % 32 == 0) {
       const uint4* from = (const uint4*)(row + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -67,7 +68,7 @@ struct ArrangeX {
           const int at = column + 2 * i + c;
           value[c] = inside && at < Call::kColumns ? to_float(row[at]) : 0.0f;
         }
-        pairs[i] = pack_halves(value[0], value[1]);
+        pairs[i] = pack_pair<Operand>(value[0], value[1]);
       }
     }
   }
@@ -77,6 +78,7 @@ template <class Call>
 struct Hopper : private Tables<Call> {
   typedef Tables<Call> Base;
   typedef typename Call::Y Y;
+  typedef typename Call::Operand Operand;
   typedef HopperImage<Call> Image;
 
   using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
@@ -187,8 +189,8 @@ struct Hopper : private Tables<Call> {
           begin_multiplications();
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
-            multiply_group<kTokens / 8>(sums[part], operands[b % 2][step],
-                                        at + 2 * step * Image::kLine + part * 128);
+            multiply_group<Operand, kTokens / 8>(sums[part], operands[b % 2][step],
+                                                 at + 2 * step * Image::kLine + part * 128);
           commit_multiplications();
           // The operands that are decoded now were those of three steps ago and before.
           wait_multiplications<3>();
@@ -213,7 +215,7 @@ struct Hopper : private Tables<Call> {
                                                     const float* scales, int tile, int column_tile,
                                                     int half, int lane) {
     Base::fill_tables(table, scales, tile, column_tile, lane, [half](const DigitWeights& weights) {
-      return half == 0 ? weights.for_re() : weights.for_im();
+      return half == 0 ? weights.for_re<Operand>() : weights.for_im<Operand>();
     });
   }
 
@@ -242,7 +244,7 @@ struct Hopper : private Tables<Call> {
     for (int stage = 0; stage < kStages; ++stage) {
       const Word at = Base::template entry_address<2>(row_tables, codes, block, stage, r, e);
       const Word entry = load_shared_word(at, stage * (kEntries * 4));
-      sum = stage == 0 ? entry : add_halves(sum, entry);
+      sum = stage == 0 ? entry : add_pairs<Operand>(sum, entry);
     }
     return sum;
   }

@@ -2,10 +2,10 @@
 // tests/emulation/cuda_shim_hopper.h has the same functions for the CPU.
 //
 // Warpgroup matrix instructions (PTX ISA, "wgmma.mma_async"): four warps multiply A (64 x 16
-// halves) by B (16 x 128). A comes from registers, rows 16 w .. 16 w + 15 from warp w as for
-// mma.m16n8k16; sums are those of 16 mma.m16n8k16 side by side. B lies in shared memory in core
-// matrices, 8 columns of 16 bytes (8 of the 16 rows) in a row: `kColumnCores` neighbours in a line
-// for columns, lines for rows.
+// halves, or bfloat16) by B (16 x 128). A comes from registers, rows 16 w .. 16 w + 15 from warp w
+// as for mma.m16n8k16; sums are those of 16 mma.m16n8k16 side by side. B lies in shared memory in
+// core matrices, 8 columns of 16 bytes (8 of the 16 rows) in a row: `kColumnCores` neighbours in a
+// line for columns, lines for rows.
 #ifndef FAIRY_HOPPER_PRIMITIVES
 #define FAIRY_HOPPER_PRIMITIVES
 
@@ -77,25 +77,37 @@ __device__ __forceinline__ Word operand_at(const void* b) {
   return (shared_address(b) & 0x3ffff) >> 4;
 }
 
-// sums += a b for 128 columns of B. Neither `sums` nor `a` may be touched before the wait.
-template <int kColumnCores>
+#define FAIRY_MULTIPLY_GROUP(type)                                                                 \
+  asm volatile(                                                                                    \
+      "{\n.reg .b64 at;\n.reg .b32 low;\n"                                                         \
+      "add.u32 low, %68, %69;\nmov.b64 at, {low, %70};\n"                                          \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                            \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "           \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "           \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "          \
+      "{%64, %65, %66, %67}, at, 1, 1, 1, 0;\n}"                                                   \
+      : FAIRY_SUMS(0), FAIRY_SUMS(1), FAIRY_SUMS(2), FAIRY_SUMS(3), FAIRY_SUMS(4), FAIRY_SUMS(5),  \
+        FAIRY_SUMS(6), FAIRY_SUMS(7), FAIRY_SUMS(8), FAIRY_SUMS(9), FAIRY_SUMS(10),                \
+        FAIRY_SUMS(11), FAIRY_SUMS(12), FAIRY_SUMS(13), FAIRY_SUMS(14), FAIRY_SUMS(15)             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(line << 16), "n"(core))
+
+template <class T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<__half> = true;
+
+// sums += a b for 128 columns of B, numbers of type T. Neither `sums` nor `a` may be touched before
+// the wait.
+template <class T, int kColumnCores>
 __device__ __forceinline__ void multiply_group(float (&d)[16][4], const Word (&a)[4], Word b) {
   constexpr Word line = kColumnCores * 128 >> 4, core = 128 >> 4;
-  asm volatile(
-      "{\n.reg .b64 at;\n.reg .b32 low;\n"
-      "add.u32 low, %68, %69;\nmov.b64 at, {low, %70};\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, at, 1, 1, 1, 0;\n}"
-      : FAIRY_SUMS(0), FAIRY_SUMS(1), FAIRY_SUMS(2), FAIRY_SUMS(3), FAIRY_SUMS(4), FAIRY_SUMS(5),
-        FAIRY_SUMS(6), FAIRY_SUMS(7), FAIRY_SUMS(8), FAIRY_SUMS(9), FAIRY_SUMS(10), FAIRY_SUMS(11),
-        FAIRY_SUMS(12), FAIRY_SUMS(13), FAIRY_SUMS(14), FAIRY_SUMS(15)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b),
-        "n"(line << 16), "n"(core));
+  if constexpr (kIsHalf<T>)
+    FAIRY_MULTIPLY_GROUP("f16");
+  else
+    FAIRY_MULTIPLY_GROUP("bf16");
 }
+#undef FAIRY_MULTIPLY_GROUP
 #undef FAIRY_SUMS
 
 }  // namespace fairy

@@ -1,4 +1,5 @@
-// Phase GEMM for many rows of x: codes become float16 operands of the tensor cores in registers.
+// Phase GEMM for many rows of x: codes become operands of the tensor cores in registers, in float16,
+// or in bfloat16 where x is.
 // `Call` holds the constants of one call, see kernels/cuda_source/__init__.py.
 //
 // A complex weight of all stages is a real 2x2 block, rows (Re y, Im y) and columns (Re x, Im x):
@@ -21,13 +22,14 @@ struct Prefill : private Tables<Call> {
   typedef Tables<Call> Base;
   typedef typename Call::X X;
   typedef typename Call::Y Y;
+  typedef typename Call::Operand Operand;
 
   using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
   using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kOperands = kTokens / 8;
   static constexpr int kBuffers = Call::kBuffers;
-  static constexpr bool kAsync = sizeof(X) == 2 && Call::kHalfX && Call::kColumns % 8 == 0;
+  static constexpr bool kAsync = kSame<X, Operand> && Call::kColumns % 8 == 0;
 
   struct Shared {
     alignas(128) uint2 table[Call::kWarps][kTableRows][kStages][kEntries];
@@ -84,7 +86,7 @@ struct Prefill : private Tables<Call> {
                                                     const float* scales, int tile, int column_tile,
                                                     int lane) {
     Base::fill_tables(table, scales, tile, column_tile, lane, [](const DigitWeights& weights) {
-      return uint2{weights.for_re(), weights.for_im()};
+      return uint2{weights.for_re<Operand>(), weights.for_im<Operand>()};
     });
   }
 
@@ -116,8 +118,8 @@ struct Prefill : private Tables<Call> {
 #pragma unroll
     for (int c = 0; c < 8; ++c)
       value[c] = inside && column + c < Call::kColumns ? to_float(from[c]) : 0.0f;
-    to = {pack_halves(value[0], value[1]), pack_halves(value[2], value[3]),
-          pack_halves(value[4], value[5]), pack_halves(value[6], value[7])};
+    to = {pack_pair<Operand>(value[0], value[1]), pack_pair<Operand>(value[2], value[3]),
+          pack_pair<Operand>(value[4], value[5]), pack_pair<Operand>(value[6], value[7])};
   }
 
   // Looks up a lane's weights of a block. Register r holds row g + 8 (r % 2), columns 8 t +
@@ -150,7 +152,9 @@ struct Prefill : private Tables<Call> {
     for (int stage = 0; stage < kStages; ++stage) {
       const Word at = Base::template entry_address<3>(row_tables, codes, block, stage, r, e);
       const uint2 entry = load_shared(at, stage * (kEntries * 8));
-      sum = stage == 0 ? entry : uint2{add_halves(sum.x, entry.x), add_halves(sum.y, entry.y)};
+      sum = stage == 0 ? entry
+                       : uint2{add_pairs<Operand>(sum.x, entry.x),
+                               add_pairs<Operand>(sum.y, entry.y)};
     }
     return sum;
   }
@@ -165,8 +169,8 @@ struct Prefill : private Tables<Call> {
         const uint4 b = x[half][8 * n + lane / 4][lane % 4];
 #pragma unroll
         for (int out = 0; out < 2; ++out) {
-          multiply_halves(sums[out][n], operands[out][half][0], b.x, b.y);
-          multiply_halves(sums[out][n], operands[out][half][1], b.z, b.w);
+          multiply_pairs<Operand>(sums[out][n], operands[out][half][0], b.x, b.y);
+          multiply_pairs<Operand>(sums[out][n], operands[out][half][1], b.z, b.w);
         }
       }
   }

@@ -5,6 +5,7 @@
 // "... mma.m16n8k16". With g = lane / 4 and t = lane % 4:
 //   A (16 x 32 bytes)   register r, byte e: row g + 8 (r % 2), column 4 t + 16 (r / 2) + e
 //   A (16 x 16 halves)  register r, half e: row g + 8 (r % 2), column 2 t +  8 (r / 2) + e
+//                       and bfloat16 in the same places
 //   B                   as A with columns for rows: register r is that of A's registers 2 r
 //   C, D (16 x 8)       register r: row g + 8 (r / 2), column 2 t + r % 2
 #ifndef FAIRY_PRIMITIVES
@@ -14,7 +15,7 @@
 
 namespace fairy {
 
-typedef unsigned int Word;  // four bytes, or two halves
+typedef unsigned int Word;  // four bytes, two halves or two bfloat16
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -93,6 +94,56 @@ __device__ __forceinline__ Word pack_halves(float low, float high) {
 __device__ __forceinline__ Word add_halves(Word a, Word b) {
   Word sum;
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+// The three above for either 16-bit type that tensor cores multiply. bfloat16 has the range of float
+// and 8 bits of precision, where a half has 11.
+template <class T>
+__device__ __forceinline__ void multiply_pairs(float (&sums)[4], const Word (&a)[4], Word b0,
+                                               Word b1);
+template <class T>
+__device__ __forceinline__ Word pack_pair(float low, float high);
+template <class T>
+__device__ __forceinline__ Word add_pairs(Word a, Word b);
+
+template <>
+__device__ __forceinline__ void multiply_pairs<__half>(float (&sums)[4], const Word (&a)[4],
+                                                       Word b0, Word b1) {
+  multiply_halves(sums, a, b0, b1);
+}
+
+template <>
+__device__ __forceinline__ Word pack_pair<__half>(float low, float high) {
+  return pack_halves(low, high);
+}
+
+template <>
+__device__ __forceinline__ Word add_pairs<__half>(Word a, Word b) {
+  return add_halves(a, b);
+}
+
+template <>
+__device__ __forceinline__ void multiply_pairs<__nv_bfloat16>(float (&sums)[4], const Word (&a)[4],
+                                                              Word b0, Word b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ Word pack_pair<__nv_bfloat16>(float low, float high) {
+  Word packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// a 1 + b, which rounds once as a sum does: before sm_90 there is no addition.
+template <>
+__device__ __forceinline__ Word add_pairs<__nv_bfloat16>(Word a, Word b) {
+  Word sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return sum;
 }
 

@@ -7,13 +7,24 @@
 
 namespace fairy {
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 // The scaled U and W of a digit; U is 0 where there is none.
 struct DigitWeights {
   float u_re, u_im, w_re, w_im;
 
-  // What (Re x, Im x) is multiplied by for Re y, and for Im y.
-  __device__ __forceinline__ Word for_re() const { return pack_halves(u_re + w_re, w_im - u_im); }
-  __device__ __forceinline__ Word for_im() const { return pack_halves(u_im + w_im, u_re - w_re); }
+  // What (Re x, Im x) is multiplied by for Re y, and for Im y, as numbers of operands.
+  template <class Operand>
+  __device__ __forceinline__ Word for_re() const {
+    return pack_pair<Operand>(u_re + w_re, w_im - u_im);
+  }
+  template <class Operand>
+  __device__ __forceinline__ Word for_im() const {
+    return pack_pair<Operand>(u_im + w_im, u_re - w_re);
+  }
 };
 
 template <class Call>
