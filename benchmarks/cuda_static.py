@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairy_compile.compiler.cuda_binary import find_tool
-from fairy_compile.kernels.cuda import CudaPlanes, Launch
+from fairy_compile.kernels.cuda import CudaPlanes
+from fairy_compile.kernels.cuda_grid import Launch
 from fairy_compile.kernels.cuda_hopper import ARCH, CudaHopper
 from fairy_compile.op import PhaseSpec
 

@@ -23,10 +23,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.kernels.base import SCRATCH, Batch, choose_knobs
+from fairy_compile.kernels.cuda_grid import Add, Arrange, Launch
 from fairy_compile.kernels.cuda_image import digits, image_bytes
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
@@ -50,58 +51,10 @@ _STATIC_BYTES = 47 * 1024  # of activations in it
 _DYNAMIC_BYTES = 96 * 1024  # of activations in dynamic shared memory, on every architecture
 _SUM_REGISTERS = 128  # of 255, for the integer sums of decode
 _QUANTIZE_THREADS = 128
+_ADD_THREADS = 128
+_MOST_SPLITS = 8
 _IMAGE_FROM = 64  # groups of 128 columns, of all rows, that a block would quantise
-_MULTIPROCESSORS = 132  # of an H200
-
-
-@dataclass(frozen=True)
-class Arrange:
-    """A grid that runs before another, which takes an image of x instead of x.
-
-    Attributes:
-        function: name of the device function (x, image, batch).
-        blocks: ``blockIdx.x``; ``blockIdx.y`` counts ``rows`` rows of x.
-        threads: of a block.
-        rows: of x of a block; they divide those of a block of the other grid.
-    """
-
-    function: str
-    blocks: int
-    threads: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A grid for some numbers of rows.
-
-    Attributes:
-        function: name of the device function.
-        source: CUDA C++ that defines it.
-        blocks: blocks along the output rows, ``blockIdx.x``.
-        rows: rows of x of a block; ``blockIdx.y`` counts these.
-        threads: of a block.
-        most: most rows of x it is meant for; None is any number.
-        image_bytes: of an image of ``rows`` rows of x, which the device function takes in place of
-            x, with a pointer to dynamic shared memory after ``batch``; 0 where it takes x.
-        shared: bytes of dynamic shared memory of a block.
-        arrange: what makes the image; None where another kernel did. ``source`` defines both.
-    """
-
-    function: str
-    source: str
-    blocks: int
-    rows: int
-    threads: int
-    most: int | None
-    image_bytes: int = 0
-    shared: int = 0
-    arrange: Arrange | None = None
-
-    @property
-    def takes_image(self) -> bool:
-        """Tell whether the image comes from elsewhere."""
-        return bool(self.image_bytes) and self.arrange is None
+MULTIPROCESSORS = 132  # of an H200
 
 
 class CudaPlanes:
@@ -119,6 +72,8 @@ class CudaPlanes:
         tokens: rows of x of a prefill block; fewer where shared memory is short.
         prefill_warps: row tiles of a prefill block.
         buffers: stages of x in shared memory for prefill.
+        splits: blocks of prefill that share the columns of a matrix; ``auto`` is as many as keep
+            multiprocessors busy where rows of x are few.
     """
 
     name = "cuda.planes"
@@ -134,6 +89,7 @@ class CudaPlanes:
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
         "buffers": (2, 3, 4),
+        "splits": ("auto", 1),
     }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
@@ -183,9 +139,9 @@ class CudaPlanes:
             knobs = {"image": False, **knobs}
         launches = self.launches(spec, batch, knobs)
         needs = [
-            [-1 if launch.most is None else launch.most, launch.rows, launch.image_bytes]
+            [-1 if launch.most is None else launch.most, launch.rows, launch.scratch_bytes]
             for launch in launches
-            if launch.arrange
+            if launch.scratch_bytes
         ]
         if needs:
             attrs[SCRATCH] = json.dumps(needs)
@@ -291,7 +247,7 @@ class CudaPlanes:
         per_block, warps = chosen["row_tiles"], chosen["warps"]
         if per_block == "auto":
             most = 14 if operands == 1 else 7
-            share = math.ceil(tiles / _MULTIPROCESSORS)
+            share = math.ceil(tiles / MULTIPROCESSORS)
             per_block = math.ceil(share / math.ceil(share / most))
         if warps == "auto":
             warps = 16 if operands > 1 else max(20, 2 * per_block)
@@ -302,11 +258,13 @@ class CudaPlanes:
     def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
         """Return prefill for few and for any number of rows."""
         tokens = chosen["tokens"]
-        smaller = [n for n in (32, 64) if n < tokens]
-        return [
-            *(self._prefill(spec, chosen, n, most=n) for n in smaller),
-            self._prefill(spec, chosen, tokens, most=None),
-        ]
+        limits = [*(n for n in (32, 64) if n < tokens), tokens, 4 * tokens]
+        launches = [self._prefill(spec, chosen, min(n, tokens), most=n) for n in limits]
+        if launches[-1].splits == 1:
+            launches.pop()
+        if launches[-1].splits == 1:
+            return [*launches[:-1], replace(launches[-1], most=None)]
+        return [*launches, self._prefill(spec, chosen, tokens, most=None)]
 
     def _prefill(
         self,
@@ -325,12 +283,48 @@ class CudaPlanes:
                 warps //= 2
             else:
                 buffers = 2
-        constants = {
-            "kWarps": warps,
-            "kTokens": tokens,
-            "kBuffers": buffers,
-        }
-        return self._launch("prefill", spec, constants, warps, tokens, warps, most)
+        constants = {"kWarps": warps, "kTokens": tokens, "kBuffers": buffers}
+        # A multiprocessor has registers for two blocks.
+        slots = 2 * MULTIPROCESSORS
+        return self._split("prefill", spec, constants, warps, tokens, warps, most, chosen, slots)
+
+    def _split(
+        self,
+        program: Program,
+        spec: PhaseSpec,
+        constants: dict[str, int],
+        tiles: int,
+        rows: int,
+        warps: int,
+        most: int | None,
+        chosen: Mapping[str, Any],
+        slots: int,
+        image_bytes: int = 0,
+    ) -> Launch:
+        """Return a launch whose blocks share columns where ``slots`` would not all have one.
+
+        ``most`` rows of x are what it has at most; any number is taken for enough. Each share has
+        at least four groups of columns, whose work hides what a block begins with.
+        """
+        groups, splits = self.layout.groups(spec), 1
+        if most is not None and chosen["splits"] == "auto":
+            blocks = math.ceil(self.layout.tiles(spec) / tiles) * math.ceil(most / rows)
+            splits = max(1, min(_MOST_SPLITS, groups // 4, slots // blocks))
+            splits = math.ceil(groups / math.ceil(groups / splits))  # no share is empty
+        constants |= {
+            "kSplits": splits, "kImageBytes": image_bytes, "kAddThreads": _ADD_THREADS,
+        }  # fmt: skip
+        launch = self._launch(program, spec, constants, tiles, rows, warps, most)
+        launch = replace(launch, image_bytes=image_bytes)
+        if splits == 1:
+            return launch
+        add = Add(
+            function=f"add_{launch.function}",
+            blocks=math.ceil(spec.out_features / (2 * _ADD_THREADS)),
+            threads=_ADD_THREADS,
+        )
+        size = 4 * splits * rows * spec.out_features
+        return replace(launch, splits=splits, add=add, sum_bytes=size)
 
     def _launch(
         self,

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.kernels.cuda import Arrange, CudaPlanes, Launch
+from fairy_compile.kernels.cuda import MULTIPROCESSORS, CudaPlanes
+from fairy_compile.kernels.cuda_grid import Arrange, Launch
 from fairy_compile.kernels.cuda_layout import BLOCK, TILE_ROWS
 from fairy_compile.op import PhaseSpec
 
@@ -62,24 +63,31 @@ class CudaHopper(CudaPlanes):
 
     def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
         """Return prefill for few and for any number of rows."""
-        narrow = super()._prefills(spec, chosen)
-        narrow[-1] = replace(narrow[-1], most=chosen["wide"] - 1)
-        return [*narrow, self._wide(spec, chosen)]
+        narrow, most, tokens = [], chosen["wide"] - 1, chosen["wide_tokens"]
+        for launch in super()._prefills(spec, chosen):
+            if launch.most is not None and launch.most < most:
+                narrow.append(launch)
+                continue
+            narrow.append(self._prefill(spec, chosen, chosen["tokens"], most))
+            break
+        wide = [self._wide(spec, chosen, n) for n in (tokens, 2 * tokens)]
+        while wide and wide[-1].splits == 1:
+            wide.pop()
+        return [*narrow, *wide, self._wide(spec, chosen, None)]
 
-    def _wide(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> Launch:
+    def _wide(self, spec: PhaseSpec, chosen: Mapping[str, Any], most: int | None) -> Launch:
         tokens, buffers = chosen["wide_tokens"], chosen["wide_buffers"]
         table_rows = TILE_ROWS if spec.scale == "row" else 1
         tables = _WARPS * table_rows * spec.stages * 4 * 4 ** len(spec.terms)
         block_bytes = 2 * BLOCK * 2 * tokens  # both halves of x, 16 bits a number
         room = _SHARED_BYTES - _BARRIER_BYTES - tables
         buffers = min(buffers, room // block_bytes)
-        constants = {
-            "kTokens": tokens,
-            "kBuffers": buffers,
-            "kThreads": _ARRANGE_THREADS,
-        }
-        launch = self._launch("hopper", spec, constants, _TILES, tokens, _WARPS, None)
+        constants = {"kTokens": tokens, "kBuffers": buffers, "kThreads": _ARRANGE_THREADS}
         blocks = math.ceil(spec.m / BLOCK)
+        launch = self._split(
+            "hopper", spec, constants, _TILES, tokens, _WARPS, most, chosen, MULTIPROCESSORS,
+            image_bytes=blocks * block_bytes,
+        )  # fmt: skip
         arrange = Arrange(
             function=f"arrange_{launch.function}",
             blocks=2 * blocks,
@@ -87,7 +95,7 @@ class CudaHopper(CudaPlanes):
             rows=_ARRANGE_THREADS,
         )
         shared = buffers * block_bytes + tables + _BARRIER_BYTES
-        return replace(launch, image_bytes=blocks * block_bytes, shared=shared, arrange=arrange)
+        return replace(launch, shared=shared, arrange=arrange)
 
 
 CUDA_HOPPER = (CudaHopper(),)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tvm.backend.cuda.op import cuda_func_call
@@ -16,7 +17,7 @@ from fairy_compile.op import PhaseSpec
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
-    from fairy_compile.kernels.cuda import Launch
+    from fairy_compile.kernels.cuda_grid import Launch
 
 
 def emit(
@@ -32,7 +33,7 @@ def emit(
 
     Launches that take an image of x and have no grid that makes it take it as argument
     ``image`` uint8 (rows, bytes) in place of x. With ``scratch``, the function takes the memory of
-    those images that it makes as a last argument, uint8 (bytes,), and allocates none.
+    what launches leave to each other as a last argument, uint8 (bytes,), and allocates none.
     """
     with IRBuilder() as ir, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, **(attrs or {})})
@@ -66,29 +67,47 @@ def _launch_first(
 
 def _launch(launch: Launch, count: Any, pointers: list[Any], scratch: Any) -> None:
     passes = (count + launch.rows - 1) // launch.rows
-    if launch.arrange:
-        image = scratch
-        if image is None:
-            image = T.alloc_buffer((passes * launch.image_bytes,), "uint8", scope="global")
-        _arrange(launch, passes, count, pointers[0], image)
-        pointers = [image.data, *pointers[1:]]
-    with (
-        T.thread_binding(0, launch.blocks, "blockIdx.x"),
-        T.thread_binding(0, passes, "blockIdx.y"),
-        T.thread_binding(0, launch.threads, "threadIdx.x"),
-    ):
-        arguments = [*pointers, count]
+    x, *arrays, y = pointers
+    if launch.scratch_bytes:
+        if scratch is None:
+            size = passes * launch.scratch_bytes
+            scratch = T.alloc_buffer((size,), "uint8", scope="global")
+        if launch.arrange:
+            _arrange(launch, passes, count, x, scratch)
+            x = scratch.data
+    extents = {"blockIdx.x": launch.blocks, "blockIdx.y": passes}
+    if launch.splits > 1:
+        extents["blockIdx.z"] = launch.splits
+    with _threads({**extents, "threadIdx.x": launch.threads}):
+        out = y if launch.splits == 1 else scratch.data
+        arguments = [x, *arrays, out, count]
         if launch.image_bytes:
             arguments.append(T.alloc_buffer((launch.shared,), "uint8", scope="shared.dyn").data)
         T.evaluate(cuda_func_call(launch.function, *arguments, source_code=launch.source))
+    if launch.add:
+        add = launch.add
+        extents = {"blockIdx.x": add.blocks, "blockIdx.y": count, "threadIdx.x": add.threads}
+        with _threads(extents):
+            call = cuda_func_call(add.function, scratch.data, y, count, source_code=launch.source)
+            T.evaluate(call)
+
+
+@contextmanager
+def _threads(extents: Mapping[str, Any]) -> Iterator[None]:
+    """Open a launch."""
+    with ExitStack() as stack:
+        for tag, extent in extents.items():
+            stack.enter_context(T.thread_binding(0, extent, tag))
+        yield
 
 
 def _arrange(launch: Launch, passes: Any, count: Any, x: Any, image: Any) -> None:
     arrange = launch.arrange
-    with (
-        T.thread_binding(0, arrange.blocks, "blockIdx.x"),
-        T.thread_binding(0, passes * (launch.rows // arrange.rows), "blockIdx.y"),
-        T.thread_binding(0, arrange.threads, "threadIdx.x"),
-    ):
+    extents = {
+        "blockIdx.x": arrange.blocks,
+        "blockIdx.y": passes * (launch.rows // arrange.rows),
+        "threadIdx.x": arrange.threads,
+    }
+    with _threads(extents):
         call = cuda_func_call(arrange.function, x, image.data, count, source_code=launch.source)
         T.evaluate(call)

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  bfloat16 for NumPy
 import numpy as np
 
-from fairy_compile.kernels.cuda import Launch
+from fairy_compile.kernels.cuda_grid import Launch
 from fairy_compile.kernels.cuda_source import CUDA_TYPES
 
 HERE = Path(__file__).parent
@@ -46,33 +46,44 @@ class Emulator:
         shims = ("cuda_shim.h", "cuda_shim_hopper.h")
         parts = [(HERE / shim).read_text("utf-8") for shim in shims]
         parts += [for_shim(launch.source) for launch in self.functions.values()]
-        parts.append("static void *pointers[4], *image;\nstatic int rows;")
+        parts.append("static void *pointers[4], *scratch;\nstatic int rows;")
         table = []
         for name in self.order:
             launch = self.functions[name]
             given, shared, arrange = f"(const {x}*)pointers[0]", "", "0, 0, 0, 0, nullptr"
+            out, add = f"({y}*)pointers[3]", "1, 0, 0, 0, nullptr"
             if launch.image_bytes:
                 given = "(const unsigned char*)pointers[0]"
                 shared = ", (unsigned char*)emulated::shared_bytes"
             if own := launch.arrange:
-                given = "(const unsigned char*)image"
+                given = "(const unsigned char*)scratch"
                 parts.append(
                     f"static void {own.function}_run() {{ {own.function}((const {x}*)pointers[0], "
-                    "(unsigned char*)image, rows); }"
+                    "(unsigned char*)scratch, rows); }"
                 )
                 arrange = (
                     f"{own.blocks}, {own.threads}, {own.rows}, {launch.image_bytes}, "
                     f"{own.function}_run"
                 )
+            if own := launch.add:
+                out = "scratch"
+                parts.append(
+                    f"static void {own.function}_run() {{ {own.function}((unsigned char*)scratch, "
+                    f"({y}*)pointers[3], rows); }}"
+                )
+                row_bytes = launch.sum_bytes // launch.rows
+                add = f"{launch.splits}, {row_bytes}, {own.blocks}, {own.threads}, "
+                add += f"{own.function}_run"
             parts.append(
                 f"static void run_{name}() {{ {name}({given}, (const unsigned char*)pointers[1], "
-                f"(const float*)pointers[2], ({y}*)pointers[3], rows{shared}); }}"
+                f"(const float*)pointers[2], {out}, rows{shared}); }}"
             )
-            table.append(f"{{{launch.threads}, {launch.rows}, run_{name}, {arrange}}}")
+            table.append(f"{{{launch.threads}, {launch.rows}, run_{name}, {arrange}, {add}}}")
         parts.append(
             "struct Launch { unsigned threads, rows; void (*run)(); unsigned arrange_blocks, "
-            "arrange_threads, arrange_rows; size_t image_bytes; void (*arrange)(); } launches[] = "
-            f"{{{', '.join(table)}}};"
+            "arrange_threads, arrange_rows; size_t image_bytes; void (*arrange)(); "
+            "unsigned splits; size_t row_sum_bytes; unsigned add_blocks, add_threads; "
+            f"void (*add)(); }} launches[] = {{{', '.join(table)}}};"
         )
         parts.append((HERE / "run_cuda.cpp").read_text("utf-8"))
         source, self.program = folder / "emulated.cpp", folder / "emulated"

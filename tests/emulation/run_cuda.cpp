@@ -31,15 +31,20 @@ int main() {
   const Launch& launch = launches[head[0]];
   for (int i = 0; i < 4; ++i) pointers[i] = arrays[i];
   rows = head[4];
-  const Index grid = {(unsigned)head[1], (unsigned)head[2], 1};
+  const Index grid = {(unsigned)head[1], (unsigned)head[2], launch.splits};
+  const size_t size = launch.image_bytes * grid.y + launch.row_sum_bytes * rows;
+  scratch = guarded(size);
+  memset(scratch, 0xff, size);
   const char* error = nullptr;
   if (launch.arrange) {
-    image = guarded(launch.image_bytes * grid.y);
-    memset(image, 0xff, launch.image_bytes * grid.y);
     const Index before = {launch.arrange_blocks, launch.rows / launch.arrange_rows * grid.y, 1};
     error = emulated::run_grid(before, {launch.arrange_threads, 1, 1}, head[3], launch.arrange);
   }
   if (!error) error = emulated::run_grid(grid, {launch.threads, 1, 1}, head[3], launch.run);
+  if (!error && launch.add) {
+    const Index after = {launch.add_blocks, (unsigned)rows, 1};
+    error = emulated::run_grid(after, {launch.add_threads, 1, 1}, head[3], launch.add);
+  }
   if (error) {
     fprintf(stderr, "%s\n", error);
     return 3;

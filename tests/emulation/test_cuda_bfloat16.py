@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fairy_compile.kernels.cuda import CudaPlanes, Launch
+from fairy_compile.kernels.cuda import CudaPlanes
+from fairy_compile.kernels.cuda_grid import Launch
 from fairy_compile.kernels.cuda_hopper import CudaHopper
 from fairy_compile.op import PhaseSpec, phase_gemm_reference
 from fairy_compile.phase import PhaseTensor

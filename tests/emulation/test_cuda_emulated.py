@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fairy_compile.kernels.cuda import CudaPlanes, Launch
+from fairy_compile.kernels.cuda import CudaPlanes
+from fairy_compile.kernels.cuda_grid import Launch
 from fairy_compile.kernels.cuda_image import make_image
 from fairy_compile.op import PhaseSpec, dequantize_activations, phase_gemm_reference
 from fairy_compile.op import quantize_activations as quantize
@@ -153,6 +154,28 @@ def test_long_rows_are_taken_in_several_turns(tmp_path):
         (folder / "single").mkdir()
         emulated = emulator([spec], "float16", folder / "single", "single", image=image)
         check(emulated, spec, make_x(spec, 1).astype(np.float16), batch="single", image=image)
+
+
+LONG = [
+    make_spec((37, 9), 1003, stages=2, act="int16"),
+    make_spec((35,), 1160, stages=1, scale="row", act="int16"),
+    make_spec((70,), 1160, stages=2, scale="tile64", act="int8"),
+]
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory) -> Emulator:
+    return emulator(LONG, "float16", tmp_path_factory.mktemp("long"))
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("spec", LONG, ids=PhaseSpec.describe)
+def test_columns_are_shared_by_blocks(long_rows, spec, order):
+    """Of few rows; shares end within a block of 32 columns, and are not of one size."""
+    for batch in (9, 33, 65, 130):
+        x = make_x(spec, batch).astype(np.float16)
+        assert pick(launches(spec, "float16"), batch).splits == 2
+        check(long_rows, spec, x, order)
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairy_compile.kernels.cuda import Launch
+from fairy_compile.kernels.cuda_grid import Launch
 from fairy_compile.kernels.cuda_hopper import CudaHopper
 from fairy_compile.op import PhaseSpec, phase_gemm_reference
 from tests.emulation.cuda_rig import Emulator, missing_tools
-from tests.emulation.test_cuda_emulated import ALL, QUICK, tolerance
+from tests.emulation.test_cuda_emulated import ALL, LONG, QUICK, tolerance
 from tests.kernels.cases import make_parts, make_spec, make_x
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
@@ -53,6 +53,16 @@ def narrow(tmp_path_factory) -> Emulator:
 def test_rows_of_one_block_and_of_two(narrow, spec):
     for batch in (1, 128, 131):
         check(narrow, wide(spec, "float16", **NARROW), spec, make_x(spec, batch).astype(np.float16))
+
+
+@pytest.mark.parametrize("spec", LONG, ids=PhaseSpec.describe)
+def test_columns_are_shared_by_blocks(tmp_path, spec):
+    grids = KERNEL.launches(replace(spec, dtype="float16", out_dtype="float16"), "many", NARROW)
+    shared = [g for g in grids if g.arrange and g.splits > 1]
+    assert [(g.splits, g.most) for g in shared] == [(2, 128), (2, 256)]
+    emulated = Emulator(shared[1:], tmp_path, "float16", "float16")
+    for batch, order in ((5, 2), (140, 0)):
+        check(emulated, shared[1], spec, make_x(spec, batch).astype(np.float16), order)
 
 
 @pytest.mark.parametrize("order", [1, 2])

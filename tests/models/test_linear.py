@@ -23,7 +23,7 @@ SPEC = replace(
 
 
 def function(kernel: CudaPlanes, target: str, batch: str):
-    return kernel.build_with_scratch(SPEC, load_target(target), batch, {})
+    return kernel.build_with_scratch(SPEC, load_target(target), batch, {"splits": 1})
 
 
 @pytest.mark.parametrize("rows", [4, 8, 200])
@@ -42,6 +42,13 @@ def test_any_number_of_rows() -> None:
     want = tirx.max(tirx.const(8 * 20 * 544, "int64"), (rows + 255) // 256 * block)
     tvm.ir.assert_structural_equal(scratch_bytes(many, rows), want, map_free_vars=True)
     assert scratch_bytes(many, 257) == 2 * block
+
+
+def test_sums_of_blocks_that_share_columns() -> None:
+    """Of 32 rows, in five shares; 79 complex outputs."""
+    many = CudaPlanes().build_with_scratch(SPEC, load_target("cuda"), "many", {})
+    most, step, size = json.loads(many.attrs[SCRATCH])[2]
+    assert (most, step, size) == (32, 32, 5 * 32 * 158 * 4)
 
 
 def test_a_row_alone_takes_none() -> None:

@@ -1,8 +1,8 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
 `decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `tables.cuh`
-is what the latter two share, and `quantize.cuh` is what the first shares with kernels that compute
-its x. `render` writes the struct of one call and a device function that runs
+and `splits.cuh` are what the latter two share, and `quantize.cuh` is what the first shares with
+kernels that compute its x. `render` writes the struct of one call and a device function that runs
 it. A PrimFunc launches the grid and calls the function, see `kernels.cuda`.
 """
 
@@ -29,12 +29,20 @@ _CLASSES: dict[Program, str] = {
 }
 _FILES: dict[Program, tuple[str, ...]] = {
     "decode": ("primitives.cuh", "quantize.cuh", "decode.cuh"),
-    "prefill": ("primitives.cuh", "tables.cuh", "prefill.cuh"),
-    "hopper": ("primitives.cuh", "hopper_primitives.cuh", "tables.cuh", "hopper.cuh"),
+    "prefill": ("primitives.cuh", "tables.cuh", "splits.cuh", "prefill.cuh"),
+    "hopper": (
+        "primitives.cuh",
+        "hopper_primitives.cuh",
+        "tables.cuh",
+        "splits.cuh",
+        "hopper.cuh",
+    ),
 }
 WAIT_THEMSELVES = (
     *(f"{program}_" for program in _FILES),
     "arrange_",
+    "add_prefill_",
+    "add_hopper_",
     "rms_norm_",
     "add_rms_norm_",
     "gate_product_",
@@ -67,7 +75,8 @@ def render(
             scales, Y* y, int batch)``. Program ``hopper``, and ``decode`` with ``kImage``, define
             two: ``arrange_name(const X* x, unsigned char* image, int batch)`` and ``name(const
             unsigned char* image, const unsigned char* codes, const float* scales, Y* y, int batch,
-            unsigned char* shared)``.
+            unsigned char* shared)``. With ``kSplits`` above 1, y is scratch memory, and
+            ``add_name(unsigned char* scratch, Y* y, int batch)`` writes y.
         spec: the call.
         layout: of ``codes`` and ``scales``.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
@@ -99,6 +108,7 @@ struct {name}_call {{
 {_feature_function(spec, layout)}
 }};
 {_functions(program, name, x, y, image=image)}
+{_add_function(name, y) if values.get("kSplits", 1) > 1 else ""}
 #endif  // FAIRY_{name}
 """
 
@@ -112,7 +122,8 @@ def _given(program: Program, values: Mapping[str, int]) -> str:
 
 
 def _functions(program: Program, name: str, x: str, y: str, *, image: bool) -> str:
-    arguments = f"const unsigned char* codes, const float* scales, {y}* y, int batch"
+    out = f"{y}*" if program == "decode" else "void*"
+    arguments = f"const unsigned char* codes, const float* scales, {out} y, int batch"
     if not image:
         return f"""
 __device__ __forceinline__ void {name}(const {x}* x, {arguments}) {{
@@ -133,6 +144,14 @@ __device__ __forceinline__ void {name}(const unsigned char* image, {arguments},
                                        unsigned char* shared) {{
   fairy::{_CLASSES[program]}<{name}_call>::run((const {given}*)image, codes, scales, y, batch,
                                                {shared});
+}}
+"""
+
+
+def _add_function(name: str, y: str) -> str:
+    return f"""
+__device__ __forceinline__ void add_{name}(unsigned char* scratch, {y}* y, int batch) {{
+  fairy::AddSplits<{name}_call>::run(scratch, y, batch);
 }}
 """
 

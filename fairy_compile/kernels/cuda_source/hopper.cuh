@@ -77,11 +77,12 @@ struct ArrangeX {
 template <class Call>
 struct Hopper : private Tables<Call> {
   typedef Tables<Call> Base;
-  typedef typename Call::Y Y;
+  typedef Splits<Call> Share;
+  typedef typename Share::Out Out;
   typedef typename Call::Operand Operand;
   typedef HopperImage<Call> Image;
 
-  using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
+  using Base::kEntries, Base::kFragments, Base::kGroups;
   using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kParts = kTokens / 128;  // multiplications of a step
@@ -108,7 +109,7 @@ struct Hopper : private Tables<Call> {
   typedef float Sums[kParts][16][4];
 
   static __device__ void run(const uint4* image, const unsigned char* codes, const float* scales,
-                             Y* y, int batch, unsigned char* bytes) {
+                             void* y, int batch, unsigned char* bytes) {
     Shared& shared = *(Shared*)bytes;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_tile = blockIdx.x * kTiles;
@@ -121,17 +122,18 @@ struct Hopper : private Tables<Call> {
       publish_barriers();
     }
     __syncthreads();
-    image += (size_t)blockIdx.y * kBlocks * Image::kVectors;
+    const int blocks = Share::end_block() - 4 * Share::first_group();
+    image += ((size_t)blockIdx.y * Image::kBlocks + 4 * Share::first_group()) * Image::kVectors;
     launch_dependents();
     wait_for_inputs();
     if (threadIdx.x == 0)
-      for (int block = 0; block < kBuffers && block < kBlocks; ++block) fill(shared, image, block, block);
+      for (int block = 0; block < kBuffers && block < blocks; ++block) fill(shared, image, block, block);
     // Row tiles beyond the last are multiplied like the last and not stored.
     const int own = first_tile + warp / 4 * 2 + warp % 2;
     const int tile = own < Call::kRowTiles ? own : Call::kRowTiles - 1;
     Sums sums = {};
     multiply_all(sums, shared, image, codes, scales, tile, warp, lane);
-    store_all(shared, sums, y, batch, first_tile, warp, lane);
+    store_all(shared, sums, Share::outputs(y, batch), batch, first_tile, warp, lane);
   }
 
  private:
@@ -157,7 +159,11 @@ struct Hopper : private Tables<Call> {
                                                       const unsigned char* codes,
                                                       const float* scales, int tile, int warp,
                                                       int lane) {
-    const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
+    // Blocks and groups count from the first of this block's share of the columns.
+    const int first_group = Share::first_group(), groups = Share::end_group() - first_group;
+    const int blocks = Share::end_block() - 4 * first_group;
+    const uint4* own =
+        (const uint4*)codes + ((size_t)tile * kGroups + first_group) * kFragments * 32 + lane;
     const int half = warp % 4 / 2;  // of y
     Word(&table)[kTableRows][kStages][kEntries] = shared.table[warp];
     uint4 fragments[kFragments];
@@ -168,19 +174,19 @@ struct Hopper : private Tables<Call> {
     // A quarter of the next block is decoded after each of the four steps, whose multiplications
     // run meanwhile. Steps are in the order in which quarters complete them.
     Operands operands[2];
-    if (kTileScales) fill_table(table, scales, tile, 0, half, lane);
+    if (kTileScales) fill_table(table, scales, tile, 2 * first_group, half, lane);
 #pragma unroll
     for (int r = 0; r < 4; ++r) decode(operands[0], shared_address(&table), fragments, 0, r, lane);
-    if (kGroups > 1) Base::refill(fragments, own, 1, 0);
+    if (groups > 1) Base::refill(fragments, own, 1, 0);
     const Word first_operand = operand_at(&shared.stages);
     Turn turn = {}, refilled = {};
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < groups; ++group) {
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const int block = group * 4 + b, next = (b + 1) % 4;
-        if (block >= kBlocks) break;
-        if (kTileScales && next % 2 == 0 && block + 1 < kBlocks)
-          fill_table(table, scales, tile, (block + 1) / 2, half, lane);
+        if (block >= blocks) break;
+        if (kTileScales && next % 2 == 0 && block + 1 < blocks)
+          fill_table(table, scales, tile, 2 * first_group + (block + 1) / 2, half, lane);
         wait_barrier(&shared.full[turn.buffer], turn.parity);
         const Word at = first_operand + turn.buffer * Image::kVectors;
 #pragma unroll
@@ -197,13 +203,13 @@ struct Hopper : private Tables<Call> {
           decode(operands[next % 2], shared_address(&table), fragments, next, i, lane);
           if (i != 2) continue;
           if (block > 0 && lane == 0) arrive(&shared.empty[turn.before()]);
-          if (threadIdx.x == 0 && block >= kBehind && block - kBehind + kBuffers < kBlocks) {
+          if (threadIdx.x == 0 && block >= kBehind && block - kBehind + kBuffers < blocks) {
             wait_barrier(&shared.empty[refilled.buffer], refilled.parity);
             fill(shared, image, block - kBehind + kBuffers, refilled.buffer);
             refilled.advance();
           }
         }
-        if ((block + 1) / 4 + 1 < kGroups) Base::refill(fragments, own, (block + 1) / 4 + 1, next);
+        if ((block + 1) / 4 + 1 < groups) Base::refill(fragments, own, (block + 1) / 4 + 1, next);
         turn.advance();
       }
     }
@@ -251,7 +257,7 @@ struct Hopper : private Tables<Call> {
 
   // Stores outputs through shared memory, half of the rows of x at a time, so that neighbouring
   // threads store neighbouring features.
-  static __device__ __forceinline__ void store_all(Shared& shared, const Sums& sums, Y* y, int batch,
+  static __device__ __forceinline__ void store_all(Shared& shared, const Sums& sums, Out* y, int batch,
                                                    int first_tile, int warp, int lane) {
 #pragma unroll
     for (int turn = 0; turn < 2; ++turn) {

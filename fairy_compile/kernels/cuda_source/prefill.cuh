@@ -21,10 +21,11 @@ template <class Call>
 struct Prefill : private Tables<Call> {
   typedef Tables<Call> Base;
   typedef typename Call::X X;
-  typedef typename Call::Y Y;
+  typedef Splits<Call> Share;
+  typedef typename Share::Out Out;
   typedef typename Call::Operand Operand;
 
-  using Base::kBlocks, Base::kEntries, Base::kFragments, Base::kGroups;
+  using Base::kEntries, Base::kFragments, Base::kGroups;
   using Base::kStages, Base::kTableRows, Base::kTileScales;
   static constexpr int kTokens = Call::kTokens;
   static constexpr int kOperands = kTokens / 8;
@@ -37,7 +38,7 @@ struct Prefill : private Tables<Call> {
   };
   typedef Word Operands[2][2][2][4];  // half of y, half of x, columns 0-3 or 4-7, register
 
-  static __device__ void run(const X* x, const unsigned char* codes, const float* scales, Y* y,
+  static __device__ void run(const X* x, const unsigned char* codes, const float* scales, void* y,
                              int batch) {
     __shared__ Shared shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -47,37 +48,40 @@ struct Prefill : private Tables<Call> {
 
     const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
     uint4 fragments[kFragments];
+    const int first_group = Share::first_group(), end_group = Share::end_group();
+    const int end_block = Share::end_block();
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
-      if (active) fragments[f] = load_once(own + f * 32);
+      if (active) fragments[f] = load_once(own + (first_group * kFragments + f) * 32);
     if (active && !kTileScales) fill_table(table, scales, tile, 0, lane);
     launch_dependents();
     wait_for_inputs();
 #pragma unroll
-    for (int block = 0; block < kBuffers - 1; ++block) {
-      if (block < kBlocks) copy_x(shared.x[block], x, batch, first_row, block);
+    for (int i = 0; i < kBuffers - 1; ++i) {
+      const int block = 4 * first_group + i;
+      if (block < end_block) copy_x(shared.x[block % kBuffers], x, batch, first_row, block);
       commit_copies();
     }
     float sums[2][kOperands][4] = {};  // half of y
 
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = first_group; group < end_group; ++group) {
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const int block = group * 4 + b, ahead = block + kBuffers - 1;
-        if (block >= kBlocks) break;
+        if (block >= end_block) break;
         wait_copies<kBuffers - 2>();
         __syncthreads();
-        if (ahead < kBlocks) copy_x(shared.x[ahead % kBuffers], x, batch, first_row, ahead);
+        if (ahead < end_block) copy_x(shared.x[ahead % kBuffers], x, batch, first_row, ahead);
         commit_copies();
         if (!active) continue;
         if (kTileScales && b % 2 == 0) fill_table(table, scales, tile, block / 2, lane);
         Operands operands;
         decode(operands, shared_address(&table), fragments, b, lane);
-        if (group + 1 < kGroups) Base::refill(fragments, own, group + 1, b);
+        if (group + 1 < end_group) Base::refill(fragments, own, group + 1, b);
         multiply(sums, operands, shared.x[block % kBuffers], lane);
       }
     }
-    if (active) store_sums(sums, y, batch, first_row, tile, lane);
+    if (active) store_sums(sums, Share::outputs(y, batch), batch, first_row, tile, lane);
   }
 
  private:
@@ -175,7 +179,7 @@ struct Prefill : private Tables<Call> {
       }
   }
 
-  static __device__ __forceinline__ void store_sums(const float (&sums)[2][kOperands][4], Y* y,
+  static __device__ __forceinline__ void store_sums(const float (&sums)[2][kOperands][4], Out* y,
                                                     int batch, int first_row, int tile, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
