@@ -9,9 +9,10 @@ Two steps, so that the GPU machine needs no compiler:
 libtvm_runtime.so and libtvm_runtime_cuda.so (TVM_LIBRARY_PATH names their folder). It stops if a
 kernel is wrong: it compares rows of every call with the float64 reference on fresh random data.
 Then it times the phase kernel, the float16 kernel of the same compiler and cuBLAS in float16, all
-in CUDA graphs whose launches take other weights in turn, so that none is found in the L2 cache. It
-writes results as it goes: JSON, a table and a plot. Whole models, beside 4 bits of the same
-compiler: `gpu_model.py`.
+in CUDA graphs whose launches take other weights in turn, so that none is found in the L2 cache.
+One row of x is timed twice: in float16, and as the integers that norms and gates of a model leave
+to its layers. It writes results as it goes: JSON, a table and a plot. Whole models, beside 4 bits
+of the same compiler: `gpu_model.py`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def build(arguments: argparse.Namespace) -> None:
             for batch in ("single", "many"):
                 function = kernel.build(spec, target, batch, {})
                 functions[symbol(f"phase{stages}", name, batch)] = function
+            function = kernel.build_from_image(spec, {})
+            functions[symbol(f"phase{stages}", name, "image")] = function
     module = tvm.IRModule({s: f.with_attr("global_symbol", s) for s, f in functions.items()})
     with machine_code(target):
         library = tvm.compile(module, target=target.to_tvm(), tir_pipeline=tir_pipeline(target))
@@ -122,10 +125,11 @@ def run(arguments: argparse.Namespace) -> None:
     for call in contents["calls"]:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in call["spec"].items()}
         spec, shape = PhaseSpec(**fields), call["shape"]
-        for batch in gpu_run.batches_within(arguments.batch, over):
+        integers = [(1, True)] if 1 in arguments.batch else []
+        for batch, image in gpu_run.within(
+            sorted([*((n, False) for n in arguments.batch), *integers]), over
+        ):
             kind = "single" if batch == 1 else "many"
-            phase = library[symbol(f"phase{spec.stages}", shape, kind)]
-            decodes = batch <= contents["decode_rows"]
             if (shape, batch) not in peers:
                 dense = library[symbol("dense", shape, kind)]
                 peers[shape, batch] = {
@@ -134,10 +138,13 @@ def run(arguments: argparse.Namespace) -> None:
                         gpu_run.torch_matmul, SHAPES[shape], batch, weights
                     ),
                 }
+            phase = library[symbol(f"phase{spec.stages}", shape, "image" if image else kind)]
+            decodes = batch <= contents["decode_rows"]
             row = {"call": shape, "stages": spec.stages, "act": spec.act, "batch": batch}
-            row["phase"] = gpu_run.measure_phase(phase, spec, batch, decodes, weights)
-            results["rows"].append(row | peers[shape, batch])
-            gpu_report.print_row(results, results["rows"][-1])
+            row |= {"image": image} | peers[shape, batch]
+            row["phase"] = gpu_run.measure_phase(phase, spec, batch, decodes, weights, image=image)
+            results["rows"].append(row)
+            gpu_report.print_row(results, row)
             if arguments.output:
                 gpu_report.write_json(results, arguments.output)
     if over():

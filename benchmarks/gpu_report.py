@@ -37,13 +37,17 @@ def _line(results: dict[str, Any], row: dict[str, Any]) -> str:
     flops = 2 * row["batch"] * (dense["bytes"] / 2) / phase["us"] / 1e6
     share = "in L2" if phase["fits_l2"] else f"{rate / results['copy_gb_per_s']:.0%}"
     cells = (
-        row["call"], row["stages"], row["batch"], f"{phase['error']:.1e}",
+        row["call"], row["stages"], _rows(row), f"{phase['error']:.1e}",
         f"{phase['us']:.1f} ({phase['low_us']:.1f}-{phase['high_us']:.1f})", f"{rate:.0f}", share,
         f"{dense['us']:.1f}", f"{cublas['us']:.1f}", f"{dense['us'] / phase['us']:.2f}",
         f"{cublas['us'] / phase['us']:.2f}", f"{flops:.0f}",
         f"{cublas['us'] / phase['us']:.0%}",
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _rows(row: dict[str, Any]) -> str:
+    return f"{row['batch']}, integers" if row.get("image") else str(row["batch"])
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
@@ -77,7 +81,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axis, count in zip(axes if len(stages) > 1 else [axes], stages, strict=True):
         rows = [row for row in results["rows"] if row["stages"] == count]
         for call in dict.fromkeys(row["call"] for row in rows):
-            own = [row for row in rows if row["call"] == call]
+            own = [row for row in rows if row["call"] == call and not row.get("image")]
             speedups = [row["cublas"]["us"] / row["phase"]["us"] for row in own]
             axis.plot([row["batch"] for row in own], speedups, marker="o", label=call)
         axis.axhline(1, color="grey", linewidth=1)

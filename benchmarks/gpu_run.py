@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import tvm_ffi
 
+from fairy_compile.kernels.cuda_image import make_image
 from fairy_compile.kernels.cuda_layout import CudaLayout
 from fairy_compile.op import PhaseSpec, phase_gemm_reference
 
@@ -123,9 +124,17 @@ def _cut(pool: torch.Tensor, shape: tuple[int, ...], most: int = 48) -> list[tor
 
 
 def measure_phase(
-    function: Any, spec: PhaseSpec, batch: int, decodes: bool, weights: Weights
+    function: Any,
+    spec: PhaseSpec,
+    batch: int,
+    decodes: bool,
+    weights: Weights,
+    *,
+    image: bool = False,
 ) -> dict[str, Any]:
     """Check one phase call for a number of rows, then time it.
+
+    With ``image`` the call takes x as `kernels.cuda_image` makes it.
 
     Raises:
         SystemExit: the kernel is wrong.
@@ -138,14 +147,17 @@ def measure_phase(
     scales = torch.from_numpy(host_scales.copy()).cuda()
     x = torch.randn(batch, spec.in_features, dtype=torch.float16, device="cuda")
     y = torch.full((batch, spec.out_features), torch.nan, dtype=torch.float16, device="cuda")
-    function(x, codes[-1], scales, y)
+    given = x
+    if image:
+        given = torch.from_numpy(make_image(x.cpu().numpy(), spec.act)).cuda()
+    function(given, codes[-1], scales, y)
     tiles = {
         "codes": codes[-1][:_CHECKED_TILES].cpu().numpy(),
         "scales": host_scales[:_CHECKED_TILES],
     }
     error = _check(spec, tiles, x, y, decodes)
     times = graph_times(
-        lambda i: function(x, codes[i % len(codes)], scales, y), 48 if batch < 64 else 6
+        lambda i: function(given, codes[i % len(codes)], scales, y), 48 if batch < 64 else 6
     )
     nbytes = codes[0].numel() + scales.numel() * 4
     return {"error": error, "bytes": nbytes, "fits_l2": nbytes * len(codes) < L2_BYTES} | summary(
@@ -203,9 +215,9 @@ def until(seconds: float | None) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-def batches_within(batches: list[int], over: Callable[[], bool]) -> Iterator[int]:
-    """Yield batches while there is time."""
-    for batch in batches:
+def within(values: list[Any], over: Callable[[], bool]) -> Iterator[Any]:
+    """Yield values while there is time."""
+    for value in values:
         if over():
             return
-        yield batch
+        yield value

@@ -184,7 +184,7 @@ struct Hopper : private Tables<Call> {
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const int block = group * 4 + b, next = (b + 1) % 4;
-        if (block >= blocks) break;
+        if (Share::kRagged && block >= blocks) break;
         if (kTileScales && next % 2 == 0 && block + 1 < blocks)
           fill_table(table, scales, tile, 2 * first_group + (block + 1) / 2, half, lane);
         wait_barrier(&shared.full[turn.buffer], turn.parity);

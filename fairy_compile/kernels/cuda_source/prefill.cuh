@@ -68,7 +68,7 @@ struct Prefill : private Tables<Call> {
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const int block = group * 4 + b, ahead = block + kBuffers - 1;
-        if (block >= end_block) break;
+        if (Share::kRagged && block >= end_block) break;
         wait_copies<kBuffers - 2>();
         __syncthreads();
         if (ahead < end_block) copy_x(shared.x[ahead % kBuffers], x, batch, first_row, ahead);
