@@ -132,7 +132,11 @@ def compile_module(
     steps = phases(entry_points, target, symbol_prefix, graph, cuda_graphs)
     tvm_target = target.to_tvm()
     options = {"relax.backend.use_cuda_graph": cuda_graphs is not None}
-    with tvm_target, tvm.transform.PassContext(opt_level=3, config=options):
+    # Kernels for CPUs allocate what they touch, and what operators leave to each other there is
+    # touched whole; finding that out took half of a build.
+    disabled = [] if graph or target.is_gpu else ["s_tir.CompactBufferAllocation"]
+    context = tvm.transform.PassContext(opt_level=3, config=options, disabled_pass=disabled)
+    with tvm_target, context:
         _dump(debug_dump, 0, "input", module)
         for i, phase in enumerate(steps):
             if progress:

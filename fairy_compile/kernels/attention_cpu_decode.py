@@ -30,6 +30,7 @@ from fairy_compile.kernels.attention_cpu_tile import (
     page_tile,
 )
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
+from fairy_compile.kernels.opaque import opaque
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -122,7 +123,7 @@ class _Decode:
         if self.local is None:
             return None
         at = (self.position[sequence], self.offset[sequence])
-        return vec.opaque(first_key(self.shape, self.local, *at))
+        return opaque(first_key(self.shape, self.local, *at))
 
     def _first_page(self, sequence: Expr) -> Expr | int:
         """Return the first of a sequence's pages that its query sees, at most their number."""
@@ -130,7 +131,7 @@ class _Decode:
         if first is None:
             return 0
         pages = self.indptr[sequence + 1] - self.indptr[sequence]
-        return vec.opaque(T.min(T.shift_right(first, T.int32(4)), pages))
+        return opaque(T.min(T.shift_right(first, T.int32(4)), pages))
 
     def _task(self, sequence: Expr, head: Expr, part: Expr) -> Expr:
         """Number the tasks, sequences innermost: a thread's share has short and long ones."""
@@ -138,14 +139,14 @@ class _Decode:
 
     def _attend_part(self, task: Expr) -> None:
         shape = self.shape
-        b = vec.opaque(T.truncmod(task, self.batch))
+        b = opaque(T.truncmod(task, self.batch))
         rest = T.bind(T.truncdiv(task, self.batch))
-        head = vec.opaque(T.truncmod(rest, T.int32(shape.kv_heads)))
-        part = vec.opaque(T.truncdiv(rest, T.int32(shape.kv_heads)))
+        head = opaque(T.truncmod(rest, T.int32(shape.kv_heads)))
+        part = opaque(T.truncdiv(rest, T.int32(shape.kv_heads)))
         first_key = self._first_key(b)
         unseen = self._first_page(b)
-        begin = vec.opaque(self.indptr[b] + unseen)
-        pages = vec.opaque(self.indptr[b + 1] - begin)
+        begin = opaque(self.indptr[b] + unseen)
+        pages = opaque(self.indptr[b + 1] - begin)
         queries = QueryTile(self.unit, shape, shape.group)
         lanes = queries.unit.lanes
         queries.start(
@@ -153,21 +154,21 @@ class _Decode:
             shape.group,
             self.sm_scale,
         )
-        parts = vec.opaque(self._parts_of(pages))
-        first = vec.opaque(T.truncdiv(pages * T.min(part, parts), parts))
-        end = vec.opaque(T.truncdiv(pages * T.min(part + 1, parts), parts))
+        parts = opaque(self._parts_of(pages))
+        first = opaque(T.truncdiv(pages * T.min(part, parts), parts))
+        end = opaque(T.truncdiv(pages * T.min(part + 1, parts), parts))
         with T.serial(0, end - first) as i:
             at = T.bind(first + i)
-            page = vec.opaque(T.cast(self.page_values[begin + at], "int64"), "int64")
+            page = opaque(T.cast(self.page_values[begin + at], "int64"), "int64")
             more = T.bind(at + 1 < end)
             next_head = T.min(head + 1, shape.kv_heads - 1)
             self._prefetch(
                 T.bind(begin + T.if_then_else(more, at + 1, first)),
                 T.bind(T.if_then_else(more, head, next_head)),
             )
-            count = vec.opaque(T.if_then_else(at == pages - 1, self.last_page[b], T.int32(TILE)))
+            count = opaque(T.if_then_else(at == pages - 1, self.last_page[b], T.int32(TILE)))
             tile = page_tile(self.pages, page, head, count, lanes)
-            hidden = None if first_key is None else vec.opaque(first_key - (unseen + at) * TILE)
+            hidden = None if first_key is None else opaque(first_key - (unseen + at) * TILE)
             queries.attend(tile, shape.group, lambda _: Visible(count, hidden))
         with T.serial(0, shape.group) as row:
             lse = queries.finish(

@@ -24,6 +24,7 @@ from fairy_compile.kernels.attention_cpu_tile import (
     page_tile,
 )
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, store
+from fairy_compile.kernels.opaque import opaque
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -85,8 +86,8 @@ class _Prefill:
             with T.parallel(0, tiles * shape.heads) as task:
                 # Heads are outermost, so that a thread's share has early and late tiles, which
                 # see few and many keys.
-                head = vec.opaque(T.truncdiv(task, tiles))
-                self._attend(vec.opaque(task - head * tiles), head)
+                head = opaque(T.truncdiv(task, tiles))
+                self._attend(opaque(task - head * tiles), head)
         return ir.get()
 
     def _key_args(self) -> None:
@@ -105,14 +106,14 @@ class _Prefill:
         found = self._find(tile)
         with T.If(found[0] >= 0), T.Then():
             sequence, first = T.bind(found[0]), T.bind(found[1])
-            begin = vec.opaque(self.q_indptr[sequence] + first)
-            length = vec.opaque(self.q_indptr[sequence + 1] - self.q_indptr[sequence])
-            count = vec.opaque(T.min(length - first, ROWS))
-            keys = vec.opaque(self._key_count(sequence))
+            begin = opaque(self.q_indptr[sequence] + first)
+            length = opaque(self.q_indptr[sequence + 1] - self.q_indptr[sequence])
+            count = opaque(T.min(length - first, ROWS))
+            keys = opaque(self._key_count(sequence))
             # Row r sees the keys below reach + r.
             ahead = T.bind(keys - length + first + 1)
-            reach = vec.opaque(T.if_then_else(self.causal > 0, ahead, keys))
-            end = vec.opaque(T.min(keys, reach + count - 1))
+            reach = opaque(T.if_then_else(self.causal > 0, ahead, keys))
+            end = opaque(T.min(keys, reach + count - 1))
             hidden = self._first_keys(sequence, begin, count)
             queries = QueryTile(self.unit, self.shape, ROWS)
             queries.start(
@@ -120,18 +121,18 @@ class _Prefill:
                 count,
                 self.sm_scale,
             )
-            tiles = vec.opaque(T.shift_right(end + (TILE - 1), T.int32(4)))
+            tiles = opaque(T.shift_right(end + (TILE - 1), T.int32(4)))
             unseen: Expr | int = 0
             if hidden is not None:
-                unseen = vec.opaque(T.min(T.shift_right(hidden[ROWS], 4), tiles))
+                unseen = opaque(T.min(T.shift_right(hidden[ROWS], 4), tiles))
             with T.serial(0, tiles - unseen) as i:
-                at = vec.opaque((unseen + i) * TILE)
-                kv_head = vec.opaque(T.floordiv(head, self.shape.group))
+                at = opaque((unseen + i) * TILE)
+                kv_head = opaque(T.floordiv(head, self.shape.group))
                 key_tile = self._key_tile(sequence, kv_head, at, keys)
 
                 def visible(row: Expr) -> Visible:
-                    first = None if hidden is None else vec.opaque(hidden[row] - at)
-                    return Visible(vec.opaque(T.min(reach + row, keys) - at), first)
+                    first = None if hidden is None else opaque(hidden[row] - at)
+                    return Visible(opaque(T.min(reach + row, keys) - at), first)
 
                 queries.attend(key_tile, count, visible)
             with T.serial(0, count) as row:
@@ -154,7 +155,7 @@ class _Prefill:
         store(hidden, ROWS, T.int32(2**31 - 1))
         with T.serial(0, ROWS) as row:
             position = self.position[begin + T.min(row, count - 1)]
-            first = vec.opaque(first_key(self.shape, self.local, position, self.offset[sequence]))
+            first = opaque(first_key(self.shape, self.local, position, self.offset[sequence]))
             store(hidden, row, first)
             store(hidden, ROWS, T.min(hidden[ROWS], first))
         return hidden
@@ -194,8 +195,8 @@ class _PagedPrefill(_Prefill):
 
     def _key_tile(self, sequence: Expr, head: Expr, first: Expr, keys: Expr) -> KeyTile:
         number = self.indptr[sequence] + T.shift_right(first, T.int32(4))
-        page = vec.opaque(T.cast(self.page_values[number], "int64"), "int64")
-        count = vec.opaque(T.min(keys - first, TILE))
+        page = opaque(T.cast(self.page_values[number], "int64"), "int64")
+        count = opaque(T.min(keys - first, TILE))
         return page_tile(self.pages, page, head, count, self.lanes)
 
 
@@ -215,11 +216,11 @@ class _RaggedPrefill(_Prefill):
         return self.indptr[sequence + 1] - self.indptr[sequence]
 
     def _key_tile(self, sequence: Expr, head: Expr, first: Expr, keys: Expr) -> KeyTile:
-        begin = vec.opaque(self.indptr[sequence] + first)
-        last = vec.opaque(self.indptr[sequence] + keys - 1)
+        begin = opaque(self.indptr[sequence] + first)
+        last = opaque(self.indptr[sequence] + keys - 1)
         # A short tile repeats the last key: those rows are masked, but must not be read past.
         return KeyTile(
             key=lambda row, at: vec.load(self.k, (T.min(begin + row, last), head, at), self.lanes),
             value=lambda row, at: vec.load(self.v, (begin + row, head, at), self.lanes),
-            count=vec.opaque(T.min(keys - first, TILE)),
+            count=opaque(T.min(keys - first, TILE)),
         )

@@ -89,18 +89,6 @@ def save(buffer: Buffer, index: Sequence[Any], value: Expr, lanes: int) -> None:
     store(buffer, (*outer, span(first, lanes)), value)
 
 
-def opaque(value: Expr, dtype: str = "int32") -> Expr:
-    """Return an integer as a name of which TVM knows nothing.
-
-    It puts the definitions of names into the expressions it simplifies, again for every vector
-    access: with indices that come of divisions and look-ups this takes seconds a kernel. Reading
-    memory ends that, and LLVM removes it.
-    """
-    holder = T.alloc_buffer((1,), dtype)
-    store(holder, 0, value)
-    return T.bind(holder[0])
-
-
 def fill(buffer: Buffer, first: Expr | int, count: int, value: float, lanes: int) -> None:
     """Set ``count`` elements, a multiple of ``lanes``, of a float32 buffer."""
     with T.serial(0, count // lanes) as i:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels import x86_amx_tiles
+from fairy_compile.kernels.opaque import opaque
 from fairy_compile.kernels.x86_activations import join_digits, span, store
 from fairy_compile.kernels.x86_amx_activations import BYTES, HALVES, ROWS, TileActivations
 from fairy_compile.kernels.x86_layout import BLOCK
@@ -75,7 +76,7 @@ class TileMultiply(PanelMultiply):
                 here, last = i + 1 < count, token + ROWS == tokens
                 next_flush = T.Select(here, first + i + 1, T.Select(last, first + count, first))
                 next_token = T.Select(here, token, T.Select(last, T.int64(0), token + ROWS))
-                then = T.bind(next_flush), T.bind(next_token)
+                then = opaque(next_flush, "int64"), opaque(next_token, "int64")
                 self._scale_sums(tile, panel, T.bind(first + i), token, then)
 
     def _sum(self, first: Expr, i: Expr, digit: int, token: Expr) -> None:
@@ -121,7 +122,7 @@ class TileMultiply(PanelMultiply):
         Scales that all rows share are multiplied for 16 tokens at a time.
         """
         weight = self.panels.scales(tile, panel, flush)
-        group = T.bind(T.floordiv(flush, ACT_GROUP // self.panels.flush))
+        group = opaque(T.floordiv(flush, ACT_GROUP // self.panels.flush), "int64")
         if self.spec.scale == "row":
             return lambda half, axis, t: (
                 weight[half ^ axis]
