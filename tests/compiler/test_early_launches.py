@@ -59,7 +59,8 @@ def test_programs_wait_once():
     """What `WAIT_THEMSELVES` promises: each program waits, after what it may read before."""
     for launch in CudaHopper().launches(SPEC, "many", {}):
         waits = launch.source.count("wait_for_inputs();")
-        assert waits == (2 if launch.arrange else 1)  # of the program and of what runs before it
+        # Of the program, of what runs before it and of what runs after it.
+        assert waits == 1 + (launch.arrange is not None) + (launch.add is not None)
 
 
 def test_launches_are_tagged(tmp_path):

@@ -52,11 +52,19 @@ they may be launched before it is over."""
 
 
 @cache
-def library_source(program: Program, *, image: bool = False) -> str:
-    """Return the template of ``program`` and what it includes, e.g. what makes its image of x."""
-    files = _FILES[program]
+def library_source(program: Program, *, image: bool = False, splits: bool = False) -> str:
+    """Return the template of ``program`` and what it includes.
+
+    Args:
+        program: which template.
+        image: it takes an image of x; what makes one is included.
+        splits: blocks share columns; what adds their sums up is included.
+    """
+    files = list(_FILES[program])
     if image and program == "decode":
-        files = (*files, "quantize_x.cuh")
+        files.append("quantize_x.cuh")
+    if splits:
+        files.append("add_splits.cuh")
     return "\n".join(Path(__file__).with_name(file).read_text("utf-8") for file in files)
 
 
@@ -96,7 +104,8 @@ def render(
     x, y, operand = (CUDA_TYPES[dtype] for dtype in dtypes)
     lines = [f"  static constexpr int {key} = {value};" for key, value in values.items()]
     image = program == "hopper" or bool(values.get("kImage"))
-    return f"""{library_source(program, image=image)}
+    splits = values.get("kSplits", 1) > 1
+    return f"""{library_source(program, image=image, splits=splits)}
 #ifndef FAIRY_{name}
 #define FAIRY_{name}
 struct {name}_call {{
@@ -108,7 +117,7 @@ struct {name}_call {{
 {_feature_function(spec, layout)}
 }};
 {_functions(program, name, x, y, image=image)}
-{_add_function(name, y) if values.get("kSplits", 1) > 1 else ""}
+{_add_function(name, y) if splits else ""}
 #endif  // FAIRY_{name}
 """
 

@@ -2,7 +2,7 @@
 // block for all columns would leave multiprocessors without work. `Call` holds the constants of one
 // call, see kernels/cuda_source/__init__.py.
 //
-// Each writes its sums as float to scratch memory; `AddSplits` runs after all of them. Scratch memory:
+// Each writes its sums as float to scratch memory; add_splits.cuh runs after all of them. Scratch memory:
 //
 //     image of x, if there is one: kImageBytes for every kTokens rows of x
 //     float sums[split][row of x][feature]
@@ -51,28 +51,6 @@ struct Splits {
   static __device__ __forceinline__ Out* outputs(void* y, int batch) {
     if (kSplits == 1) return (Out*)y;
     return (Out*)(sums(y, batch) + (size_t)blockIdx.z * batch * Call::kFeatures);
-  }
-};
-
-// Adds the sums of all splits, in their order. A thread adds two features of a row, blockIdx.y.
-template <class Call>
-struct AddSplits {
-  typedef typename Call::Y Y;
-
-  static __device__ void run(void* scratch, Y* y, int batch) {
-    const int feature = 2 * (blockIdx.x * Call::kAddThreads + threadIdx.x), row = blockIdx.y;
-    launch_dependents();
-    wait_for_inputs();
-    if (row >= batch || feature >= Call::kFeatures) return;
-    const float* from = Splits<Call>::sums(scratch, batch) + (size_t)row * Call::kFeatures + feature;
-    float2 sum = {0, 0};
-#pragma unroll
-    for (int split = 0; split < Call::kSplits; ++split) {
-      const float2 own = *(const float2*)(from + (size_t)split * batch * Call::kFeatures);
-      sum.x += own.x, sum.y += own.y;
-    }
-    Y* to = y + (size_t)row * Call::kFeatures + feature;
-    store(to, sum.x), store(to + 1, sum.y);
   }
 };
 
