@@ -60,7 +60,7 @@ def compile_kernel(launch: Launch, dtype: str, arch: str, folder: Path) -> Code:
     """Compile a launch as a kernel of its own and read it."""
     source, binary = folder / "kernel.cu", folder / "kernel.cubin"
     x, shared, pointer = f"const {dtype}* x", "", ""
-    if launch.arrange:
+    if launch.image_bytes:
         x, pointer = "const unsigned char* x", ", shared"
         shared = "  extern __shared__ __align__(128) unsigned char shared[];\n"
     kernel = (
@@ -175,8 +175,8 @@ def prefill_rows(arch: str, folder: Path) -> list[str]:
             code = compile_kernel(launch, "__half", arch, folder)
             loads = _wide_loads(code)
             rows.append(
-                f"| {arch} | T={spec.stages} {spec.scale} | {launch.rows} | {launch.threads} |"
-                f" {code.registers} | {code.spilled} | {code.shared} | {loads} |"
+                f"| {arch} | T={spec.stages} {spec.scale} | {launch.rows} | {launch.splits} |"
+                f" {launch.threads} | {code.registers} | {code.spilled} | {code.shared} | {loads} |"
                 f" {code.count('HMMA')} | {code.count('LDS')} | {code.count('LDGSTS')} |"
                 f" {sum(code.loop.values())} |"
             )
@@ -187,14 +187,17 @@ def hopper_rows(folder: Path) -> list[str]:
     """Return the table rows of the kernels for many rows of x on Hopper."""
     rows = []
     for spec in specs()[:1] + specs()[2:5]:
-        launch = CudaHopper().launches(spec, "many", {})[-1]
-        code = compile_kernel(launch, "__half", ARCH, folder)
-        rows.append(
-            f"| {ARCH} | T={spec.stages} {spec.scale} | {launch.rows} | {launch.threads} |"
-            f" {code.registers} | {code.spilled} | {code.shared} | {code.warnings} |"
-            f" {_wide_loads(code)} | {code.count('HGMMA')} | {code.count('LDS')} |"
-            f" {sum(code.loop.values())} |"
-        )
+        wide = [
+            g for g in CudaHopper().launches(spec, "many", {}) if g.function.startswith("hopper")
+        ]
+        for launch in wide:
+            code = compile_kernel(launch, "__half", ARCH, folder)
+            rows.append(
+                f"| {ARCH} | T={spec.stages} {spec.scale} | {launch.rows} | {launch.splits} |"
+                f" {launch.threads} | {code.registers} | {code.spilled} | {code.shared} |"
+                f" {code.warnings} | {_wide_loads(code)} | {code.count('HGMMA')} |"
+                f" {code.count('LDS')} | {sum(code.loop.values())} |"
+            )
     return rows
 
 
@@ -218,17 +221,17 @@ def main() -> None:
         for arch in archs:
             print("\n".join(decode_rows(arch, folder)), flush=True)
         print(
-            "\n| arch | call | rows of x | threads | registers | spilled bytes | shared bytes |"
-            " 128-bit loads | HMMA | LDS | LDGSTS | instructions |"
+            "\n| arch | call | rows of x | shares | threads | registers | spilled bytes |"
+            " shared bytes | 128-bit loads | HMMA | LDS | LDGSTS | instructions |"
         )
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         for arch in archs:
             print("\n".join(prefill_rows(arch, folder)), flush=True)
         print(
-            "\n| arch | call | rows of x | threads | registers | spilled bytes | shared bytes |"
-            " serialised | 128-bit loads | HGMMA | LDS | instructions |"
+            "\n| arch | call | rows of x | shares | threads | registers | spilled bytes |"
+            " shared bytes | serialised | 128-bit loads | HGMMA | LDS | instructions |"
         )
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         print("\n".join(hopper_rows(folder)), flush=True)
 
 
