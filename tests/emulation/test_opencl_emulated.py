@@ -1,4 +1,7 @@
-"""OpenCL on PoCL: phase kernels against NumPy, whole models against PyTorch, in float32."""
+"""OpenCL on PoCL: phase kernels against NumPy, whole models against PyTorch.
+
+In float32 and in bfloat16, which is stored as integers; float16 is none of PoCL's.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> opencl_rig.OpenCLRig:
     return opencl_rig.OpenCLRig(tmp_path_factory.mktemp("opencl"))
 
 
-def check(shape: tuple, batch: int, directory: Path, **options) -> None:
-    spec, target = gpu_spec(shape, "float32"), host_target("opencl")
+def check(shape: tuple, batch: int, directory: Path, dtype: str = "float32", **options) -> None:
+    spec, target = gpu_spec(shape, dtype), host_target("opencl")
     assert largest_error(KERNEL, spec, target, batch, directory, **options) <= 1
 
 
@@ -39,11 +42,24 @@ def test_phase_kernel_matches_reference(tmp_path: Path, shape: tuple, batch: int
     check(shape, batch, tmp_path)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e30])
+def test_bfloat16_activations(tmp_path: Path, size: float) -> None:
+    for batch in (1, 17):
+        check(SHAPES[0], batch, tmp_path, "bfloat16", size=size)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 17, 64])
 @pytest.mark.parametrize("shape", SHAPES[3:])
 def test_every_shape_matches_reference(tmp_path: Path, shape: tuple, batch: int) -> None:
     check(shape, batch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 17, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_in_bfloat16(tmp_path: Path, shape: tuple, batch: int) -> None:
+    check(shape, batch, tmp_path, "bfloat16")
 
 
 @pytest.mark.slow
