@@ -12,9 +12,17 @@ import pytest
 import tvm
 
 import fairy_compile as fc
+from fairy_compile.kernels import elementwise_gpu
 from fairy_compile.kernels.opencl import OPENCL_KERNELS
 from tests.emulation import opencl_rig
-from tests.emulation.gpu_cases import SHAPES, gpu_spec, host_target, largest_error
+from tests.emulation.gpu_cases import (
+    SHAPES,
+    call,
+    compile_functions,
+    gpu_spec,
+    host_target,
+    largest_error,
+)
 from tests.emulation.gpu_targets import use_linux_host
 from tests.greedy import greedy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
@@ -46,6 +54,20 @@ def test_phase_kernel_matches_reference(tmp_path: Path, shape: tuple, batch: int
 def test_bfloat16_activations(tmp_path: Path, size: float) -> None:
     for batch in (1, 17):
         check(SHAPES[0], batch, tmp_path, "bfloat16", size=size)
+
+
+def test_norms_read_bfloat16(tmp_path: Path) -> None:
+    """Here numbers are bound to names, which TVM alone would read as integers."""
+    target = host_target("opencl")
+    function = elementwise_gpu.build_rms_norm(72, 1e-5, "bfloat16", "many")
+    library = compile_functions({"norm": function}, target, tmp_path)
+    x = np.random.default_rng(0).standard_normal((3, 72)).astype(np.float32) * 2**17
+    weight = np.linspace(0.5, 2, 72).astype(np.float32)
+    x = x.astype("bfloat16")
+    y = call(library, "norm", target, [x, weight, np.zeros_like(x)])[-1]
+    exact = x.astype(np.float64)
+    want = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True)) * weight
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=2.0**-8 + 1e-5)
 
 
 @pytest.mark.slow
