@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.config import ActContract, check_choice
-from fairy_compile.errors import FairyError, nearest
+from fairy_compile.errors import FairyError, UnsupportedError, nearest
 
 try:
     import tomllib
@@ -52,7 +52,8 @@ class Target:
         tvm: keys of the TVM target, e.g. ``{"kind": "llvm", "mcpu": "haswell"}``; for a GPU, its
             ``host`` is the CPU target of the code that launches kernels.
         features: what kernels may ask for: instruction sets of CPUs in LLVM's names (``avx2``,
-            ``avx512vnni``, ``dotprod``); of GPUs ``float16`` and names their kernel files define.
+            ``avx512vnni``, ``dotprod``); of GPUs ``float16`` and ``bfloat16``, which activations
+            may be, and names their kernel files define.
         kernels: kernel family names in order of preference.
         library: ``so``, ``dylib``, ``dll``, ``wasm`` or ``tar`` (objects to link elsewhere).
         device: TVM device kind the artifact runs on, one of `DEVICES`.
@@ -141,13 +142,40 @@ def _has_device(kind: str) -> bool:
         return False
 
 
-def activation_dtype(target: Target, act: ActContract) -> str:
+ACT_DTYPES = ("float16", "float32", "bfloat16")
+"""What ``--act-dtype`` takes."""
+
+
+def activation_dtypes(target: Target) -> tuple[str, ...]:
+    """Return the dtypes that activations between a target's kernels can have."""
+    return tuple(
+        dtype for dtype in ACT_DTYPES if dtype == "float32" or (target.is_gpu and target.has(dtype))
+    )
+
+
+def activation_dtype(target: Target, act: ActContract, asked: str | None = None) -> str:
     """Return the dtype of activations between kernels.
 
-    CPUs keep them in float32. GPUs that compute in float16 keep them in float16, except under the
-    contract ``float``, which asks for exact activations; sums are float32 either way.
+    CPUs keep them in float32. GPUs that compute in float16 keep them in float16 unless another
+    dtype is ``asked`` for, except under the contract ``float``, which asks for exact activations;
+    sums are float32 either way.
+
+    Raises:
+        FairyError: ``asked`` is no dtype of activations.
+        UnsupportedError: the target has no kernels for it.
     """
-    return "float16" if target.is_gpu and target.has("float16") and act != "float" else "float32"
+    if asked is None:
+        half = target.is_gpu and target.has("float16") and act != "float"
+        return "float16" if half else "float32"
+    check_choice("--act-dtype", asked, ACT_DTYPES)
+    allowed = activation_dtypes(target)
+    if asked not in allowed:
+        lack = f"has no kernels for {asked} activations" if target.is_gpu else "computes in float32"
+        raise UnsupportedError(
+            f"--act-dtype {asked}: target {target.name} {lack}; allowed: {', '.join(allowed)}. "
+            f"Build with --act-dtype {allowed[-1]}, or leave it out"
+        )
+    return asked
 
 
 def targets_directory() -> Path:

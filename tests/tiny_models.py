@@ -124,6 +124,24 @@ def save_model(directory: Path, family: str, dtype: str = "float32", **changes: 
     return directory
 
 
+def scale_hidden_states(directory: Path, factor: float) -> None:
+    """Multiply the hidden states of a Gemma 3 model, and no logits, whose head is not tied.
+
+    That is what comes in by the embedding and, through norms after each block, by the layers; norms
+    before blocks take it out again.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("embed_tokens.weight"):
+            tensors[name] = tensor * factor
+        elif "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+            tensors[name] = (tensor + 1) * factor - 1  # these norms add one to their weights
+    save_file(tensors, path, {"format": "pt"})
+
+
 def name_it(directory: Path, name: str) -> None:
     """Name a model in its config.json; one with Fairy2i in it holds weights for the phase rule."""
     path = directory / "config.json"

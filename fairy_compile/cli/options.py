@@ -9,6 +9,7 @@ import typer
 
 from fairy_compile.config import ACT_CONTRACTS, GRANULARITIES, METHODS, QUANTS
 from fairy_compile.errors import FairyError
+from fairy_compile.targets import ACT_DTYPES
 
 if TYPE_CHECKING:
     from fairy_compile.calibrate import Calibration
@@ -36,6 +37,14 @@ Scale = Annotated[
     typer.Option("--scale", help=f"One scale per: {', '.join(GRANULARITIES)}  [default: tensor]"),
 ]
 Act = Annotated[str, typer.Option("--act", help=f"Activations: {', '.join(ACT_CONTRACTS)}.")]
+ActDtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--act-dtype",
+        help=f"dtype of activations between kernels, GPU targets: {', '.join(ACT_DTYPES)}  "
+        "[default: float32 if --act float, else float16]",
+    ),
+]
 KvDtype = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(

@@ -16,6 +16,8 @@ from fairy_compile.artifact.system_lib import (
 )
 from fairy_compile.compiler.clock import Clock
 from fairy_compile.compiler.cuda_graphs import plan_graphs
+from fairy_compile.compiler.dtypes import kv_dtype as kv_dtype_of
+from fairy_compile.compiler.dtypes import range_notes
 from fairy_compile.compiler.export import check_linker, export_library
 from fairy_compile.compiler.gate import check_executable, check_objects
 from fairy_compile.compiler.graph import build_graph
@@ -29,15 +31,15 @@ from fairy_compile.compiler.write import (
     write_configs,
     write_params,
 )
-from fairy_compile.config import Granularity, QuantConfig, check_choice
-from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.config import Granularity, QuantConfig
+from fairy_compile.errors import FairyError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.graph import Graph
 from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, parse_config
-from fairy_compile.models.config import KV_DTYPES, at_context, for_target
+from fairy_compile.models.config import at_context, for_target
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -64,6 +66,7 @@ def build(
     bits: float | None = None,
     rotate: bool = False,
     act: str | None = None,
+    act_dtype: str | None = None,
     kv_dtype: str | None = None,
     output: str | Path | None = None,
     force: bool = False,
@@ -94,7 +97,9 @@ def build(
         bits: mean bits a weight under which T is chosen for every layer, see `convert`.
         rotate: spread outliers over all channels first, see `convert`.
         act: activation contract, ``int8``, ``int16`` or ``float``. GPU kernels without the asked
-            one keep activations in float16, or in float32 for ``float``.
+            one keep activations in ``act_dtype``.
+        act_dtype: dtype of activations between kernels of GPU targets, ``float16``, ``float32`` or
+            ``bfloat16``; default float16, or float32 for act ``float`` and without 16-bit floats.
         kv_dtype: dtype of cached keys and values, ``float16`` or ``float32``; default float32 with
             float activations and on GPUs without 16-bit floats, else float16.
         output: artifact directory; may be left out for a dry run.
@@ -128,6 +133,7 @@ def build(
                 "--calibrate": calibrate,
                 "--bits": bits,
                 "--rotate": rotate or None,
+                "--act-dtype": act_dtype,
                 "--kv-dtype": kv_dtype,
                 "--context": context,
                 "--prefill-chunk": prefill_chunk,
@@ -166,8 +172,8 @@ def build(
         decoder = parse_config(source.config)
         decoder = replace(
             decoder,
-            kv_dtype=_kv_dtype(kv_dtype, config_quant.act, compile_for),
-            act_dtype=activation_dtype(compile_for, config_quant.act),
+            kv_dtype=kv_dtype_of(kv_dtype, config_quant.act, compile_for),
+            act_dtype=activation_dtype(compile_for, config_quant.act, act_dtype),
         )
         most = DEFAULT_MAX_BATCH if max_batch is None else max_batch
         sizes, notes = _sizes(for_target(decoder, compile_for), context, prefill_chunk, most)
@@ -175,11 +181,7 @@ def build(
         graph_rows = plan_graphs(compile_for, cuda_graphs, sizes.max_batch, notes)
         if quant_note:
             notes.append(quant_note)
-        if decoder.wide_activations and decoder.act_dtype == "float16":
-            notes.append(
-                f"hidden states of {decoder.model_type} models can exceed what float16 holds; "
-                "--act float keeps them in float32"
-            )
+        notes += range_notes(decoder, compile_for)
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
@@ -316,18 +318,6 @@ def _system_lib(target: Target, asked: str | None, output: str | Path | None) ->
     name = asked or default_system_lib_name(Path(output or "model").expanduser().resolve())
     check_system_lib_name(name)
     return name
-
-
-def _kv_dtype(asked: str | None, act: str, target: Target) -> str:
-    lacks_float16 = target.is_gpu and not target.has("float16")
-    if asked is None:
-        return "float32" if act == "float" or lacks_float16 else "float16"
-    check_choice("--kv-dtype", asked, KV_DTYPES)
-    if asked == "float16" and lacks_float16:
-        raise UnsupportedError(
-            f"--kv-dtype float16: target {target.name} has no 16-bit floats; allowed: float32"
-        )
-    return asked
 
 
 def _sizes(

@@ -1,8 +1,10 @@
-"""What is done to device code after TVM's own lowering.
+"""What is done to device code before and after TVM's own lowering.
 
 TVM reduces across threads by register shuffles and then lets every thread read the lane that has
 the sum, numbered within the whole thread group. CUDA takes that number modulo the width of its
 instruction; Metal has no width, and lanes beyond the simdgroup are undefined there.
+
+Devices other than CUDA's have bfloat16 in memory alone, see `compiler.bfloat16`.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
+from fairy_compile.compiler.bfloat16 import widen_bound_values
 from fairy_compile.compiler.early_launches import request_early_launches, wait_for_inputs
 from fairy_compile.targets import Target
 
 METAL_PIPELINE = "fairy_metal"
+GPU_PIPELINE = "fairy_gpu"
 EARLY_PIPELINE = "fairy_cuda_early"
 _LANE = 2  # the argument of a shuffle that names a lane
 
@@ -27,20 +31,23 @@ def tir_pipeline(target: Target) -> str:
     if target.extra.get("early_launches", False):
         compilation_pipeline.PIPELINE_MAP[EARLY_PIPELINE] = _early_pipeline
         return EARLY_PIPELINE
-    if target.device != "metal" or target.limits is None:
+    if target.device in ("cpu", "cuda"):
         return "default"
-    simd_width = target.limits.simd_width
+    metal = target.device == "metal" and target.limits is not None
+    simd_width = target.limits.simd_width if metal else 0
 
     def pipeline() -> Any:
         lower, finish_host, finish_device = compilation_pipeline.get_tir_pipeline("default")
 
         def finish() -> Any:
-            return tvm.transform.Sequential([lanes_within(simd_width), finish_device()])
+            own = [lanes_within(simd_width)] if metal else []
+            return tvm.transform.Sequential([*own, finish_device()])
 
-        return lower, finish_host, finish
+        return tvm.transform.Sequential([widen_bound_values(), lower]), finish_host, finish
 
-    compilation_pipeline.PIPELINE_MAP[METAL_PIPELINE] = pipeline
-    return METAL_PIPELINE
+    name = METAL_PIPELINE if metal else GPU_PIPELINE
+    compilation_pipeline.PIPELINE_MAP[name] = pipeline
+    return name
 
 
 def _early_pipeline() -> Any:

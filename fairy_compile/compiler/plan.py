@@ -81,6 +81,7 @@ class Planner:
         quant: how they become codes.
         target: what is compiled for.
         demands: call name -> knobs its weights turned out to need, see `PhaseKernel.demands`.
+        act_dtype: of activations between kernels; default the target's.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Planner:
         quant: QuantConfig,
         target: Target,
         demands: Mapping[str, Mapping[str, Any]] | None = None,
+        act_dtype: str | None = None,
     ) -> None:
         self.source = source
         self.quant = quant
@@ -97,7 +99,7 @@ class Planner:
         self.calls: list[LinearCall] = []
         self.layer_plans: dict[str, LayerPlan] = {}
         self._names = frozenset(source.names())
-        self.act_dtype = activation_dtype(target, quant.act)
+        self.act_dtype = activation_dtype(target, quant.act, act_dtype)
         self.schedules = Schedules(target)
 
     def dtype(self, name: str) -> str:

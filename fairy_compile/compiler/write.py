@@ -68,7 +68,8 @@ class Work:
 
     def define(self, demands: parameters.Demands | None = None) -> None:
         """Plan kernels and build the Relax module."""
-        self.planner = Planner(self.source, self.quant, self.target, demands)
+        act_dtype = self.decoder.act_dtype
+        self.planner = Planner(self.source, self.quant, self.target, demands, act_dtype)
         self.module, self.params, self.metadata = define(
             self.decoder, self.planner, self.target, self.sizes, f"fairy-{self.quant.quant}"
         )
@@ -101,6 +102,7 @@ class Work:
             [[p.name, p.shape, p.dtype] for p in self.params],
             [self.sizes.context, self.sizes.prefill_chunk, self.sizes.max_batch],
             self.decoder.kv_dtype,
+            self.decoder.act_dtype,
             TVM_PAIR,
             package_metadata.version("fairy-compile"),
         ]

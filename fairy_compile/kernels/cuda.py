@@ -108,6 +108,10 @@ class CudaPlanes:
         unknown = {spec.dtype, spec.out_dtype} - set(CUDA_TYPES)
         if unknown:
             return f"it takes {', '.join(CUDA_TYPES)}; this call has {', '.join(unknown)}"
+        if spec.dtype == "float32":
+            return (
+                "it rounds many rows of x to float16 or bfloat16; this call has float32 activations"
+            )
         return None
 
     def demands(self, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> Mapping[str, Any]:

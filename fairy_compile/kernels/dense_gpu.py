@@ -21,7 +21,7 @@ from fairy_compile.kernels.gpu_builder import (
     store,
     when,
 )
-from fairy_compile.kernels.gpu_tile import DEPTH, GROUP, OUTPUTS, TileGemm
+from fairy_compile.kernels.gpu_tile import DEPTH, GROUP, OUTPUTS, TileGemm, tile_dtype
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -101,7 +101,7 @@ def _load(into: Buffer, source: Buffer, row: Any, step: Expr, lanes: int) -> Non
 
 def _tiled(x: Buffer, weight: Buffer, y: Buffer, call: LinearCall) -> TileGemm:
     features, size = (int(d) for d in weight.shape)
-    dtype = call.act_dtype
+    dtype = tile_dtype(call.act_dtype)
 
     def fill_weight(tile: Buffer, block: Expr, step: Expr, thread: Expr) -> None:
         for turn in range(OUTPUTS * DEPTH // GROUP):

@@ -88,8 +88,11 @@ class GpuKernel:
             return f"it is for {self.device}; target {target.name} runs on {target.device}"
         if spec.act != "float":
             return f"it keeps activations in floating point; this call asks for {spec.act}"
-        if spec.dtype == "float16" and not target.has("float16"):
-            return f"target {target.name} has no 16-bit floats; --act float computes in float32"
+        if spec.dtype != "float32" and not target.has(spec.dtype):
+            return (
+                f"target {target.name} keeps no activations in {spec.dtype}; --act float computes "
+                "in float32"
+            )
         most = target.limits.max_threads
         if most < GROUP:
             return f"it needs {GROUP} threads a group; target {target.name} has {most}"

@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.gpu_builder import local, store, when
 from fairy_compile.kernels.gpu_layout import UNIT
-from fairy_compile.kernels.gpu_tile import DEPTH, GROUP, OUTPUTS, TileGemm
+from fairy_compile.kernels.gpu_tile import DEPTH, GROUP, OUTPUTS, TileGemm, tile_dtype
 from fairy_compile.kernels.gpu_weights import Weights
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def phase_tile_gemm(
         outputs=-(-weights.spec.n // ROWS),
         steps=weights.units,
         tokens=tokens,
-        dtype=weights.spec.dtype,
+        dtype=tile_dtype(weights.spec.dtype),
         fill_weight=lambda *at: _fill_weight(weights, *at),
         x_column=lambda step, depth: _x_column(weights, step, depth),
         write=lambda *at: _write(weights, y, *at),
@@ -41,7 +41,7 @@ def phase_tile_gemm(
 
 
 def _fill_weight(weights: Weights, tile: Buffer, block: Expr, step: Expr, thread: Expr) -> None:
-    spec = weights.spec
+    spec, dtype = weights.spec, tile_dtype(weights.spec.dtype)
     per_row = UNIT // _COLUMNS
     own = T.bind(T.floordiv(thread, per_row))
     row = T.bind(T.min(block * ROWS + own, spec.n - 1))
@@ -62,7 +62,7 @@ def _fill_weight(weights: Weights, tile: Buffer, block: Expr, step: Expr, thread
             for half_in in range(2):
                 value = values[2 * half_out + half_in]
                 at = (half_in * UNIT + column + c, half_out * ROWS + own)
-                store(tile, at, value if spec.dtype == "float32" else T.cast(value, spec.dtype))
+                store(tile, at, value if dtype == "float32" else T.cast(value, dtype))
 
 
 def _x_column(weights: Weights, step: Expr, depth: Expr) -> tuple[Expr, Any]:

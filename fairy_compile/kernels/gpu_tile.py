@@ -27,6 +27,14 @@ GROUP = SIDE * SIDE
 _VECTOR = 4
 
 
+def tile_dtype(dtype: str) -> str:
+    """Return the dtype of tiles for x of ``dtype``.
+
+    bfloat16 is widened as it is loaded: devices that take it in memory alone multiply in float32.
+    """
+    return "float32" if dtype == "bfloat16" else dtype
+
+
 @dataclass(frozen=True)
 class TileGemm:
     """One launch of y = x A^T.
@@ -35,7 +43,7 @@ class TileGemm:
         outputs: number of groups of `OUTPUTS` features.
         steps: number of steps of `DEPTH` input features.
         tokens: rows of x of a thread group, a multiple of `SIDE`.
-        dtype: of the tiles.
+        dtype: of the tiles, see `tile_dtype`.
         fill_weight: fill_weight(tile, block, step, thread) fills tile[d, j].
         x_column: x_column(step, d) is the column of x at depth d, a multiple of 4, and tells
             whether columns from there on exist (None: always).
@@ -93,11 +101,16 @@ class TileGemm:
             source = T.bind(T.min(token_block * self.tokens + token, batch - 1))
             first, inside = self.x_column(step, depth)
             if inside is None:
-                store(values, T.ramp(0, 1, _VECTOR), x[source, T.ramp(first, 1, _VECTOR)])
+                loaded = x[source, T.ramp(first, 1, _VECTOR)]
+                if str(x.dtype) != self.dtype:
+                    loaded = T.cast(loaded, f"{self.dtype}x{_VECTOR}")
+                store(values, T.ramp(0, 1, _VECTOR), loaded)
             else:
                 for c in range(_VECTOR):
                     valid = inside(c)
                     value = x[source, T.if_then_else(valid, first + c, 0)]
+                    if str(x.dtype) != self.dtype:
+                        value = T.cast(value, self.dtype)
                     zero = T.cast(T.float32(0), self.dtype)
                     store(values, c, T.if_then_else(valid, value, zero))
             for c in range(_VECTOR):

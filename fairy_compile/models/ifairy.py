@@ -243,7 +243,7 @@ class Network(CausalLM):
         if config.act_dtype != "float32":
             raise UnsupportedError(
                 f"{MODEL_TYPE} computes with float32 activations; target {target.name} would use "
-                f"{config.act_dtype}. Build with --act float"
+                f"{config.act_dtype}. Build with --act float, without --act-dtype"
             )
         self.config, self.target = config, target
 

@@ -80,7 +80,9 @@ def _to_float16(x: te.Tensor) -> te.Tensor:
     """Round to float16, saturating: an infinity would make NaNs of a whole row."""
 
     def convert(*at: Any) -> Any:
-        return tirx.Cast("float16", te.max(te.min(x[at], _FLOAT16_MAX), -_FLOAT16_MAX))
+        # In float32, since bfloat16 would round the limit itself up to 65536.
+        value, limit = tirx.Cast("float32", x[at]), tirx.const(_FLOAT16_MAX, "float32")
+        return tirx.Cast("float16", te.max(te.min(value, limit), -limit))
 
     return te.compute(x.shape, convert, name="to_float16")
 

@@ -22,7 +22,7 @@ class PhaseSpec:
         terms: ("U", "W") or ("W",).
         scale: granularity of the scales in the source tensors.
         act: activation contract.
-        dtype: of x, ``float32`` or ``float16``.
+        dtype: of x, ``float32``, ``float16`` or ``bfloat16``.
         out_dtype: of y, likewise.
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 
 from fairy_compile.op import ACT_LEVELS, PhaseSpec, phase_gemm_reference
@@ -18,7 +19,7 @@ from fairy_compile.tune.tasks import Task
 
 _ROWS = 512  # complex rows of a weight that are dequantised at a time; a multiple of tile64's
 _CONFIDENCE = 8.0  # lambda: an error beyond the bound has a probability below 2 n exp(-32)
-_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11}
+_UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _bound(x: np.ndarray, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> np.n
     bounds S. With quantised activations integers are exact and there is one term for each flush
     (64 or 128 columns), stage, term, half of x and axis; with float activations one for each
     column. Scales and their products add a few roundings each, which N counts as well. Weights of
-    float16 are rounded themselves, which adds lambda u16 |x| w, in root mean square.
+    float16 and bfloat16 are rounded themselves, which adds lambda u |x| w, in root mean square.
     """
     weight = max(float(p.scales.max(axis=2).sum(axis=(0, 1)).max()) for p in parts)
     size = np.abs(x.astype(np.float64)).sum(axis=1, keepdims=True) * weight
@@ -129,7 +130,7 @@ def _bound(x: np.ndarray, parts: Sequence[PhaseTensor], spec: PhaseSpec) -> np.n
     else:
         terms = spec.in_features * spec.stages * len(spec.terms)
     bound = _CONFIDENCE * np.sqrt(3 * terms + 11) * _UNIT["float32"] * size
-    if spec.dtype == "float16":
+    if spec.dtype != "float32":
         norm = np.sqrt((x.astype(np.float64) ** 2).sum(axis=1, keepdims=True)) * weight
-        bound = bound + _CONFIDENCE * 2 * _UNIT["float16"] * norm
+        bound = bound + _CONFIDENCE * 2 * _UNIT[spec.dtype] * norm
     return bound

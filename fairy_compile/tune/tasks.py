@@ -171,7 +171,8 @@ def _calls_of_artifact(directory: Path, target: Target) -> list[Call]:
                 "version; build it again, or tune the model it was built from"
             )
         act = layer.act if layer.act in ("int8", "int16") else "float"
-        dtype = activation_dtype(target, manifest.quant.get("act", act))
+        recorded = manifest.model.sizes.get("act_dtype")  # a graph's is the target's
+        dtype = activation_dtype(target, manifest.quant.get("act", act), recorded)
         spec = PhaseSpec(
             parts=layer.parts,
             m=_columns(layer.parts, layer.shape),

@@ -54,6 +54,7 @@ def test_options_reach_the_compiler(cli, checkpoint):
         (["--target", "cpuu", "-o", "x"], "unknown target 'cpuu'"),
         (["--quant", "w9", "-o", "x"], "unknown --quant 'w9'"),
         (["--act", "int4", "-o", "x"], "unknown --act 'int4'"),
+        (["--act-dtype", "bfloat16", "-o", "x"], "--act-dtype bfloat16: target cpu computes in"),
         (["--context", "0", "-o", "x"], "--context is 0"),
         ([], "give it with -o DIR"),
     ],

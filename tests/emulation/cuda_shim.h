@@ -45,6 +45,7 @@ typedef long long longlong;
   static inline T##4 make_##T##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 VECTORS(float)
 VECTORS(half)
+VECTORS(nv_bfloat16)
 VECTORS(int)
 VECTORS(uint)
 VECTORS(longlong)

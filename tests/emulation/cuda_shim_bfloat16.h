@@ -20,3 +20,4 @@ struct __nv_bfloat16 {
     return x;
   }
 };
+typedef __nv_bfloat16 nv_bfloat16;

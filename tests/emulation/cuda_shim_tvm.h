@@ -5,6 +5,16 @@
 static unsigned __activemask() { return 0xffffffffu; }
 static __half __float2half_rn(float x) { return (__half)x; }
 
+#define ROUNDED(op)                                                   \
+  static nv_bfloat16 operator op(nv_bfloat16 a, nv_bfloat16 b) {      \
+    return nv_bfloat16((float)a op(float) b);                         \
+  }
+ROUNDED(+)
+ROUNDED(-)
+ROUNDED(*)
+ROUNDED(/)
+#undef ROUNDED
+
 template <class T>
 struct Fetch {
   T value, other;

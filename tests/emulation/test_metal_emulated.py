@@ -52,7 +52,14 @@ def error(shape: tuple, dtype: str, batch: int, directory: Path, **options) -> f
 
 
 @pytest.mark.parametrize(
-    ("order", "dtype", "batch"), [(0, "float16", 1), (1, "float16", 2), (7, "float32", 17)]
+    ("order", "dtype", "batch"),
+    [
+        (0, "float16", 1),
+        (1, "float16", 2),
+        (7, "float32", 17),
+        (0, "bfloat16", 1),
+        (1, "bfloat16", 17),
+    ],
 )
 def test_phase_kernel_matches_reference(rig, tmp_path, order, dtype, batch) -> None:
     rig.order = order
@@ -61,11 +68,17 @@ def test_phase_kernel_matches_reference(rig, tmp_path, order, dtype, batch) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 17, 64])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_matches_reference(rig, tmp_path, shape, dtype, batch) -> None:
     rig.order = ORDERS[batch % 3]
     assert error(shape, dtype, batch, tmp_path) <= 1
+
+
+@pytest.mark.parametrize("size", [1e5, 1e30])
+def test_bfloat16_activations_beyond_float16(rig, tmp_path, size) -> None:
+    for batch in (1, 17):
+        assert error(SHAPES[0], "bfloat16", batch, tmp_path, size=size) <= 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""OpenCL on PoCL: phase kernels against NumPy, whole models against PyTorch, in float32."""
+"""OpenCL on PoCL: phase kernels against NumPy, whole models against PyTorch.
+
+In float32 and in bfloat16, which is stored as integers; float16 is none of PoCL's.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,17 @@ import pytest
 import tvm
 
 import fairy_compile as fc
+from fairy_compile.kernels import elementwise_gpu
 from fairy_compile.kernels.opencl import OPENCL_KERNELS
 from tests.emulation import opencl_rig
-from tests.emulation.gpu_cases import SHAPES, gpu_spec, host_target, largest_error
+from tests.emulation.gpu_cases import (
+    SHAPES,
+    call,
+    compile_functions,
+    gpu_spec,
+    host_target,
+    largest_error,
+)
 from tests.emulation.gpu_targets import use_linux_host
 from tests.greedy import greedy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
@@ -28,8 +39,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> opencl_rig.OpenCLRig:
     return opencl_rig.OpenCLRig(tmp_path_factory.mktemp("opencl"))
 
 
-def check(shape: tuple, batch: int, directory: Path, **options) -> None:
-    spec, target = gpu_spec(shape, "float32"), host_target("opencl")
+def check(shape: tuple, batch: int, directory: Path, dtype: str = "float32", **options) -> None:
+    spec, target = gpu_spec(shape, dtype), host_target("opencl")
     assert largest_error(KERNEL, spec, target, batch, directory, **options) <= 1
 
 
@@ -39,11 +50,38 @@ def test_phase_kernel_matches_reference(tmp_path: Path, shape: tuple, batch: int
     check(shape, batch, tmp_path)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e30])
+def test_bfloat16_activations(tmp_path: Path, size: float) -> None:
+    for batch in (1, 17):
+        check(SHAPES[0], batch, tmp_path, "bfloat16", size=size)
+
+
+def test_norms_read_bfloat16(tmp_path: Path) -> None:
+    """Here numbers are bound to names, which TVM alone would read as integers."""
+    target = host_target("opencl")
+    function = elementwise_gpu.build_rms_norm(72, 1e-5, "bfloat16", "many")
+    library = compile_functions({"norm": function}, target, tmp_path)
+    x = np.random.default_rng(0).standard_normal((3, 72)).astype(np.float32) * 2**17
+    weight = np.linspace(0.5, 2, 72).astype(np.float32)
+    x = x.astype("bfloat16")
+    y = call(library, "norm", target, [x, weight, np.zeros_like(x)])[-1]
+    exact = x.astype(np.float64)
+    want = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True)) * weight
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=2.0**-8 + 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 17, 64])
 @pytest.mark.parametrize("shape", SHAPES[3:])
 def test_every_shape_matches_reference(tmp_path: Path, shape: tuple, batch: int) -> None:
     check(shape, batch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 17, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_in_bfloat16(tmp_path: Path, shape: tuple, batch: int) -> None:
+    check(shape, batch, tmp_path, "bfloat16")
 
 
 @pytest.mark.slow

@@ -55,13 +55,15 @@ class Case:
     scale: str = "tensor"
     graphs: bool = True
     target: str = "cuda"
+    act_dtype: str | None = None
 
     @property
     def name(self) -> str:
         """Folder of the artifact, and id of its tests."""
         graphs = "" if self.graphs else "-nographs"
         target = self.target.removeprefix("cuda")
-        return f"{self.family}-{self.quant}-{self.act}-{self.scale}{graphs}{target}"
+        dtype = f"-{self.act_dtype}" if self.act_dtype else ""
+        return f"{self.family}-{self.quant}-{self.act}-{self.scale}{dtype}{graphs}{target}"
 
 
 HOPPER = "cuda-hopper"
@@ -85,6 +87,9 @@ CASES = [
     Case("llama", "w2", "int16", graphs=False),
     Case("llama", "w2", "int16", scale="row"),
     Case("qwen2", "w2", "int16", scale="tile64"),
+    Case("llama", "w2", "int16", act_dtype="bfloat16"),
+    Case("llama", "w2", "float", act_dtype="bfloat16"),
+    Case("qwen2", "w2", "int16", target=HOPPER, act_dtype="bfloat16"),
 ]
 
 
@@ -120,6 +125,7 @@ def build_case(case: Case, directory: Path, archs: list[str] | None = None) -> N
             quant=case.quant,
             scale=case.scale,
             act=case.act,
+            act_dtype=case.act_dtype,
             output=out,
             force=True,
             context=CONTEXT,

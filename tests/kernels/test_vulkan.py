@@ -55,7 +55,8 @@ def error(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch"), [("float16", 1), ("float16", 17), ("float32", 1), ("float32", 17)]
+    ("dtype", "batch"),
+    [(dtype, batch) for dtype in ("float16", "float32", "bfloat16") for batch in (1, 17)],
 )
 def test_few_and_many_rows_match_the_reference(tmp_path: Path, dtype: str, batch: int) -> None:
     assert error(SHAPES[0], dtype, batch, tmp_path) <= 1
@@ -63,10 +64,15 @@ def test_few_and_many_rows_match_the_reference(tmp_path: Path, dtype: str, batch
 
 @slow
 @pytest.mark.parametrize("batch", [1, 2, 17, 64])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_matches_the_reference(tmp_path: Path, shape, dtype: str, batch: int) -> None:
     assert error(shape, dtype, batch, tmp_path) <= 1
+
+
+def test_bfloat16_activations_beyond_float16(tmp_path: Path) -> None:
+    for batch in (1, 17):
+        assert error(SHAPES[0], "bfloat16", batch, tmp_path, size=1e30) <= 1
 
 
 @slow

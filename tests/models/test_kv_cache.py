@@ -6,17 +6,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  bfloat16 for NumPy
 import numpy as np
 import pytest
 import tvm
-from tvm import relax
+from tvm import relax, te
 from tvm.relax.frontend.nn import Tensor
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 import fairy_compile as fc
 from fairy_compile.errors import FairyError
 from fairy_compile.models.config import DecoderConfig
-from fairy_compile.models.kv_cache import CREATE, add_kv_cache, attend
+from fairy_compile.models.kv_cache import CREATE, _to_float16, add_kv_cache, attend
 from fairy_compile.models.rope import Rope
 from fairy_compile.op.rope import rotate
 from fairy_compile.runtime.kv_cache import PAGE_SIZE, KVCache
@@ -174,3 +175,16 @@ def test_the_default_follows_the_activation_contract(source: Path) -> None:
 def test_an_unknown_dtype_is_refused(source: Path) -> None:
     with pytest.raises(FairyError, match="float16, float32"):
         fc.build(source, kv_dtype="int4", dry_run=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_float16_cannot_hold_is_cut_off(dtype: str) -> None:
+    """The limit itself is no bfloat16: the nearest is 65536, which would become an infinity."""
+    x = np.array([1e5, -1e30, 65536, 3, -0.1], dtype)
+    placeholder = te.placeholder(x.shape, dtype, "x")
+    function = te.create_prim_func([placeholder, _to_float16(placeholder)])
+    library = tvm.compile(function, target="llvm")
+    y = tvm.runtime.tensor(np.zeros(x.shape, "float16"))
+    library(tvm.runtime.tensor(x), y)
+    want = np.clip(x.astype("float32"), -65504, 65504).astype("float16")
+    np.testing.assert_array_equal(y.numpy(), want)

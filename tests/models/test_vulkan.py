@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,19 @@ def test_generates_the_same_tokens(build):
             seen.append(int(np.argmax(logits)))
             logits = engine.decode([sequence], [seen[-1]])[0]
     assert seen == expected[-8:]
+
+
+@slow
+def test_bfloat16_activations(tmp_path):
+    """Roundings to 8 bits, see tests/emulation/test_bfloat16_models.py: 22 of them."""
+    source, out = save_model(tmp_path / "model", "llama"), tmp_path / "out"
+    sizes = {"context": 128, "prefill_chunk": 32}
+    fc.build(source, target="vulkan", act_dtype="bfloat16", output=out, **sizes)
+    for kernel in kernels_in((out / "model.so").read_bytes()).values():
+        validate(kernel.code)
+    expected = Oracle(source, fc.QuantConfig("w2", act="float")).logits(TOKENS)
+    with fc.load(out) as model:
+        assert relative_error(model.logits(TOKENS), expected) <= math.sqrt(22) * 2.0**-8
 
 
 @pytest.fixture(scope="module")

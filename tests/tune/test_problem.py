@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ def test_expected_is_the_reference():
     x = make_problem(task).x[3]
     want = phase_gemm_reference(x, make_parts(spec), "int8")
     np.testing.assert_allclose(make_problem(task).expected[3], want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_are_right_and_others_wrong(dtype):
+    spec = replace(make_spec(act="float"), dtype=dtype, out_dtype=dtype)
+    problem = make_problem(Task("generic", spec, "many", (3,)))
+    rounded = [part.dequantize().astype(dtype).astype(np.float64) for part in make_parts(spec)]
+    y = problem.x[3].astype(np.float64) @ np.concatenate(rounded).T
+    assert problem.error(3, y.astype(dtype)) is None
+    y[1, 2] += 2 * problem.bound[3][1, 0] + 0.1 * abs(y[1, 2])
+    assert "1 of" in problem.error(3, y.astype(dtype))
 
 
 @pytest.mark.parametrize(
