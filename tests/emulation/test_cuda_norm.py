@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 EPS = 1e-5
 # Less than a warp, a block that is not full, rows that take threads several turns.
-SIZES = {"float16": (64, 1000, 8200), "float32": (36, 4100)}
+SIZES = {"float16": (64, 1000, 8200), "bfloat16": (64, 8200), "float32": (36, 4100)}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.CudaRig:
     return cuda_library.CudaRig(tmp_path_factory.mktemp("cuda"))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", list(SIZES))
 def test_norms_equal_numpy(rig, tmp_path, dtype: str) -> None:
     """A sum of n squares errs by n eps, 2^-24 each; outputs round to ``dtype`` once."""
     rng, target = np.random.default_rng(0), host_target("cuda")
@@ -51,12 +52,14 @@ def test_norms_equal_numpy(rig, tmp_path, dtype: str) -> None:
 def check(y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
     exact = x.astype(np.float64)
     want = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + EPS) * weight
-    rounding = np.finfo(y.dtype).eps / 2
-    allowed = (rounding + (x.shape[1] / 2 + 8) * 2.0**-24) * np.abs(want) + np.finfo(y.dtype).tiny
+    rounding = float(ml_dtypes.finfo(y.dtype).eps) / 2
+    allowed = (rounding + (x.shape[1] / 2 + 8) * 2.0**-24) * np.abs(want) + float(
+        ml_dtypes.finfo(y.dtype).tiny
+    )
     assert np.all(np.abs(y - want) <= allowed)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", list(SIZES))
 @pytest.mark.parametrize("act", ["int16", "int8"])
 def test_norms_write_images_of_what_they_would_write(rig, tmp_path, dtype: str, act: str) -> None:
     rng, target = np.random.default_rng(0), host_target("cuda")
@@ -85,7 +88,7 @@ def test_norms_write_images_of_what_they_would_write(rig, tmp_path, dtype: str, 
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", list(SIZES))
 def test_gates_equal_numpy_and_write_images(rig, tmp_path, dtype: str, activation: str) -> None:
     """An exponential is off by 2 units, its argument by 5; a quotient and a product round once."""
     rng, target = np.random.default_rng(1), host_target("cuda")
@@ -106,7 +109,8 @@ def test_gates_equal_numpy_and_write_images(rig, tmp_path, dtype: str, activatio
         want = gate / (1 + np.exp(-argument)) * up
     # An error of the argument is one of the exponential, relative to its size.
     single = (6 + 5 * np.abs(argument)) * 2.0**-24
-    allowed = (np.finfo(dtype).eps / 2 + single) * np.abs(want) + np.finfo(dtype).tiny
+    kind = ml_dtypes.finfo(y.dtype)
+    allowed = (float(kind.eps) / 2 + single) * np.abs(want) + float(kind.tiny)
     assert np.all(np.abs(y - want) <= allowed)
     for act in ("int16", "int8"):
         check_image(call(library, act, target, [x, empty_image(size, act)])[-1], y, act)
