@@ -110,16 +110,21 @@ counts."""
 
 
 @runtime_checkable
-class TakesScratch(Protocol):
-    """A kernel whose functions may leave it to the caller to allocate what they need.
+class ModelKernel(Protocol):
+    """A kernel that takes more off a model than `PhaseKernel` asks.
 
-    Then a model's memory plan covers it, and a recorded launch finds it where it was.
+    It leaves it to the caller to allocate what it needs: then a model's memory plan covers it, and
+    a recorded launch finds it where it was. And it adds biases.
     """
 
-    def build_with_scratch(
+    def build_for_model(
         self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
     ) -> PrimFunc:
-        """Do as `PhaseKernel.build`, with a last argument uint8 (bytes,) if `SCRATCH` says so."""
+        """Do as `PhaseKernel.build`, with arguments more.
+
+        With ``spec.bias`` a bias float32 (2n,) before y; where `SCRATCH` says so memory uint8
+        (bytes,) after it.
+        """
 
 
 def choose_knobs(kernel: PhaseKernel, knobs: Mapping[str, Any]) -> dict[str, Any]:

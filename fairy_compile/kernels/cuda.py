@@ -130,10 +130,10 @@ class CudaPlanes:
 
         return emit(spec, self.layout, self.launches(spec, batch, knobs), batch)
 
-    def build_with_scratch(
+    def build_for_model(
         self, spec: PhaseSpec, target: Target, batch: Batch, knobs: Mapping[str, Any]
     ) -> PrimFunc:
-        """See `TakesScratch`. A single row is left to be quantised by what computes it."""
+        """See `ModelKernel`. A single row is left to be quantised by what computes it."""
         from fairy_compile.kernels.cuda_launch import emit
 
         attrs: dict[str, Any] = {}
@@ -344,7 +344,7 @@ class CudaPlanes:
         name += f"_{spec.dtype}_{spec.out_dtype}"
         source = render(program, name, spec, self.layout, constants)
         blocks = -(-self.layout.tiles(spec) // tiles)
-        return Launch(name, source, blocks, rows, 32 * warps, most)
+        return Launch(name, source, blocks, rows, 32 * warps, most, bias=spec.bias)
 
 
 CUDA_PLANES = (CudaPlanes(),)
@@ -365,5 +365,5 @@ def kernel_of(attribute: str) -> tuple[CudaPlanes, PhaseSpec, dict[str, Any]]:
 def _call_name(spec: PhaseSpec) -> str:
     return (
         f"n{'_'.join(map(str, spec.parts))}_m{spec.m}_t{spec.stages}"
-        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}"
+        f"{''.join(spec.terms).lower()}_{spec.scale}_{spec.act}{'_bias' if spec.bias else ''}"
     )

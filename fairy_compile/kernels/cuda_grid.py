@@ -56,6 +56,7 @@ class Launch:
             scratch memory, after the image, and ``add`` runs after them.
         add: the grid that adds them up. ``source`` defines all functions.
         sum_bytes: of those sums, for ``rows`` rows of x.
+        bias: whether functions take a bias before y, and add it.
     """
 
     function: str
@@ -70,6 +71,7 @@ class Launch:
     splits: int = 1
     add: Add | None = None
     sum_bytes: int = 0
+    bias: bool = False
 
     @property
     def scratch_bytes(self) -> int:

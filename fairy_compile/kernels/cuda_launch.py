@@ -44,6 +44,8 @@ def emit(
         else:
             x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
         arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
+        if spec.bias:
+            arrays.append(T.arg("bias", T.buffer((spec.out_features,), "float32")))
         y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
         memory = T.arg("scratch", T.buffer((T.int64(),), "uint8")) if scratch else None
         _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)], memory)
@@ -67,7 +69,7 @@ def _launch_first(
 
 def _launch(launch: Launch, count: Any, pointers: list[Any], scratch: Any) -> None:
     passes = (count + launch.rows - 1) // launch.rows
-    x, *arrays, y = pointers
+    x, codes, scales, *bias, y = pointers
     if launch.scratch_bytes:
         if scratch is None:
             size = passes * launch.scratch_bytes
@@ -80,7 +82,7 @@ def _launch(launch: Launch, count: Any, pointers: list[Any], scratch: Any) -> No
         extents["blockIdx.z"] = launch.splits
     with _threads({**extents, "threadIdx.x": launch.threads}):
         out = y if launch.splits == 1 else scratch.data
-        arguments = [x, *arrays, out, count]
+        arguments = [x, codes, scales, *bias, out, count]
         if launch.image_bytes:
             arguments.append(T.alloc_buffer((launch.shared,), "uint8", scope="shared.dyn").data)
         T.evaluate(cuda_func_call(launch.function, *arguments, source_code=launch.source))
@@ -88,7 +90,8 @@ def _launch(launch: Launch, count: Any, pointers: list[Any], scratch: Any) -> No
         add = launch.add
         extents = {"blockIdx.x": add.blocks, "blockIdx.y": count, "threadIdx.x": add.threads}
         with _threads(extents):
-            call = cuda_func_call(add.function, scratch.data, y, count, source_code=launch.source)
+            arguments = [scratch.data, *bias, y, count]
+            call = cuda_func_call(add.function, *arguments, source_code=launch.source)
             T.evaluate(call)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from fairy_compile.kernels import dense, dense_gpu
-from fairy_compile.kernels.base import SCRATCH, ArraySpec, Batch, PhaseKernel, TakesScratch
+from fairy_compile.kernels.base import SCRATCH, ArraySpec, Batch, ModelKernel, PhaseKernel
 from fairy_compile.models.elementwise import add_bias
 from fairy_compile.models.shapes import product
 from fairy_compile.op.spec import PhaseSpec
@@ -154,21 +154,27 @@ def kernel_symbol(call: LinearCall, batch: str) -> str:
     )
 
 
-def kernel_function(
-    call: LinearCall, target: Any, batch: Batch, *, scratch: bool = False
-) -> tirx.PrimFunc:
-    """Return the scheduled function of a call for a batch class, opaque to operator fusion.
-
-    With ``scratch`` it may take memory as a last argument, see `scratch_bytes`.
-    """
+def kernel_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc:
+    """Return the scheduled function of a call for a batch class, opaque to operator fusion."""
     if call.kernel and call.spec:
-        lifts = scratch and isinstance(call.kernel, TakesScratch)
-        build = call.kernel.build_with_scratch if lifts else call.kernel.build
-        func = build(call.spec, target, batch, call.knobs.get(batch, {}))
+        func = call.kernel.build(call.spec, target, batch, call.knobs.get(batch, {}))
     elif target.is_gpu:
         func = dense_gpu.build_dense(call, target.limits, batch)
     else:
         func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
+    return func.with_attr("op_pattern", 8)
+
+
+def model_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc:
+    """Return what `kernel_function` does, or a function that takes more arguments.
+
+    That of a `ModelKernel` takes the bias, if there is one, and memory, see `scratch_bytes`.
+    """
+    kernel = call.kernel
+    if call.spec is None or not isinstance(kernel, ModelKernel):
+        return kernel_function(call, target, batch)
+    spec = replace(call.spec, bias=call.bias)
+    func = kernel.build_for_model(spec, target, batch, call.knobs.get(batch, {}))
     return func.with_attr("op_pattern", 8)
 
 
@@ -223,7 +229,10 @@ class PlannedLinear(nn.Module):
         flat = op.reshape(x, (rows, in_features))
         out = sum(self.call.out_features)
         weights = [getattr(self, name) for name in self.array_names] or self._shared
-        func = kernel_function(self.call, self.target, batch, scratch=True)
+        func = model_function(self.call, self.target, batch)
+        bias = self.bias
+        if bias is not None and isinstance(self.call.kernel, ModelKernel):
+            weights, bias = [*weights, bias], None
         outputs = [Tensor.placeholder((rows, out), self.call.out_dtype)]
         if scratch := scratch_bytes(func, rows):
             outputs.append(Tensor.placeholder((scratch,), "uint8"))
@@ -231,7 +240,7 @@ class PlannedLinear(nn.Module):
         y = op.tensor_ir_op(func, symbol, [flat, *weights], outputs)
         y = y if isinstance(y, Tensor) else y[0]
         y = op.reshape(y, (*lead, out))
-        return add_bias(y, self.bias) if self.bias is not None else y
+        return add_bias(y, bias) if bias is not None else y
 
     def _batch(self, rows: Any) -> Batch:
         if isinstance(rows, int) and rows == 1:

@@ -24,6 +24,7 @@ class PhaseSpec:
         act: activation contract.
         dtype: of x, ``float32``, ``float16`` or ``bfloat16``.
         out_dtype: of y, likewise.
+        bias: whether the kernel adds a bias to y, float32 (2n,); only those of a `ModelKernel` do.
     """
 
     parts: tuple[int, ...]
@@ -34,6 +35,7 @@ class PhaseSpec:
     act: ActContract
     dtype: str = "float32"
     out_dtype: str = "float32"
+    bias: bool = False
 
     @property
     def n(self) -> int:

@@ -22,7 +22,7 @@ FLOAT16 = {"dtype": "float16", "out_dtype": "float16"}
 def layer(bb: relax.BlockBuilder, act: str = "int16", size: int = SIZE):
     spec = make_spec((24,), size // 2, act=act)
     spec = type(spec)(**{**spec.__dict__, **FLOAT16})
-    func = KERNEL.build_with_scratch(spec, load_target("cuda"), "single", {"prefetch": 4})
+    func = KERNEL.build_for_model(spec, load_target("cuda"), "single", {"prefetch": 4})
     return bb.add_func(func.with_attr("op_pattern", 8), f"layer_{act}_{size}"), spec
 
 

@@ -46,12 +46,13 @@ class Emulator:
         shims = ("cuda_shim.h", "cuda_shim_hopper.h")
         parts = [(HERE / shim).read_text("utf-8") for shim in shims]
         parts += [for_shim(launch.source) for launch in self.functions.values()]
-        parts.append("static void *pointers[4], *scratch;\nstatic int rows;")
+        parts.append("static void *pointers[5], *scratch;\nstatic int rows;")
         table = []
         for name in self.order:
             launch = self.functions[name]
             given, shared, arrange = f"(const {x}*)pointers[0]", "", "0, 0, 0, 0, nullptr"
             out, add = f"({y}*)pointers[3]", "1, 0, 0, 0, nullptr"
+            bias = "(const float*)pointers[4], " if launch.bias else ""
             if launch.image_bytes:
                 given = "(const unsigned char*)pointers[0]"
                 shared = ", (unsigned char*)emulated::shared_bytes"
@@ -69,14 +70,14 @@ class Emulator:
                 out = "scratch"
                 parts.append(
                     f"static void {own.function}_run() {{ {own.function}((unsigned char*)scratch, "
-                    f"({y}*)pointers[3], rows); }}"
+                    f"{bias}({y}*)pointers[3], rows); }}"
                 )
                 row_bytes = launch.sum_bytes // launch.rows
                 add = f"{launch.splits}, {row_bytes}, {own.blocks}, {own.threads}, "
                 add += f"{own.function}_run"
             parts.append(
                 f"static void run_{name}() {{ {name}({given}, (const unsigned char*)pointers[1], "
-                f"(const float*)pointers[2], {out}, rows{shared}); }}"
+                f"(const float*)pointers[2], {bias}{out}, rows{shared}); }}"
             )
             table.append(f"{{{launch.threads}, {launch.rows}, run_{name}, {arrange}, {add}}}")
         parts.append(
@@ -99,6 +100,7 @@ class Emulator:
         scales: np.ndarray,
         features: int,
         order: int = 0,
+        bias: np.ndarray | None = None,
     ) -> np.ndarray:
         """Return y (rows, features).
 
@@ -108,11 +110,14 @@ class Emulator:
             codes, scales: packed weight.
             features: real output features.
             order: of threads; 0 rising, 1 falling, others random.
+            bias: float32 (features,) of launches that add one.
         """
+        bias = np.empty(0, np.float32) if bias is None else bias
         y_bytes = len(x) * features * np.dtype(self.out_dtype).itemsize
         head = [self.order.index(launch.function), launch.blocks, -(-len(x) // launch.rows)]
         head += [order, len(x), x.nbytes, codes.nbytes, scales.nbytes, y_bytes]
-        arrays = (np.array(head, np.int64), x, codes, scales)
+        head.append(bias.nbytes)
+        arrays = (np.array(head, np.int64), x, codes, scales, bias)
         done = subprocess.run(
             [str(self.program)],
             input=b"".join(np.ascontiguousarray(a).tobytes() for a in arrays),

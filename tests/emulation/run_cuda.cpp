@@ -1,9 +1,9 @@
 // Main program of emulated launches: arrays from standard input to standard output. The rig puts the
 // kernels and a table of them in front: struct Launch and launches[].
 //
-// Input: int64 launch, blocks x, blocks y, order, rows, then the sizes in bytes of x, codes, scales
-// and y, then x, codes and scales. Output: y. Every array ends where a page ends that may not be
-// touched.
+// Input: int64 launch, blocks x, blocks y, order, rows, then the sizes in bytes of x, codes, scales,
+// y and bias, then x, codes, scales and bias. Output: y. Every array ends where a page ends that may
+// not be touched.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -20,16 +20,16 @@ static void transfer(void* data, size_t size, bool in) {
 }
 
 int main() {
-  int64_t head[9];
+  int64_t head[10];
   transfer(head, sizeof head, true);
-  void* arrays[4];
-  for (int i = 0; i < 4; ++i) {
+  void* arrays[5];
+  for (int i = 0; i < 5; ++i) {
     arrays[i] = guarded(head[5 + i]);
-    if (i < 3) transfer(arrays[i], head[5 + i], true);
+    if (i != 3) transfer(arrays[i], head[5 + i], true);
   }
   memset(arrays[3], 0xff, head[8]);
   const Launch& launch = launches[head[0]];
-  for (int i = 0; i < 4; ++i) pointers[i] = arrays[i];
+  for (int i = 0; i < 5; ++i) pointers[i] = arrays[i];
   rows = head[4];
   const Index grid = {(unsigned)head[1], (unsigned)head[2], launch.splits};
   const size_t size = launch.image_bytes * grid.y + launch.row_sum_bytes * rows;

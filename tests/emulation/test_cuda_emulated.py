@@ -85,15 +85,19 @@ def tolerance(
     return np.concatenate(bounds, axis=1)
 
 
-def check(emulated, spec, x, order=0, code=None, batch="many", **knobs) -> None:
+def check(emulated, spec, x, order=0, code=None, batch="many", bias=None, **knobs) -> None:
     parts = make_parts(spec, code=code)
     grid = pick(launches(spec, x.dtype.name, batch, **knobs), len(x))
     arrays = KERNEL.layout.pack(parts, spec)
-    got = emulated.run(grid, x, *arrays.values(), spec.out_features, order).astype(np.float64)
+    got = emulated.run(grid, x, *arrays.values(), spec.out_features, order, bias)
+    got = got.astype(np.float64)
     prefill = grid.function.startswith("prefill")
     full = x.astype(np.float32)
     want = phase_gemm_reference(full, parts, "float" if prefill else spec.act)
     allowed = tolerance(spec, parts, full, prefill)
+    if bias is not None:
+        want = want + bias
+        allowed = allowed + 2.0**-23 * (np.abs(want) + np.abs(bias))  # one more sum
     if x.dtype == np.float16:
         allowed = allowed + 2.0**-11 * np.abs(want)
     worst = np.max(np.abs(got - want) - allowed)
@@ -176,6 +180,19 @@ def test_columns_are_shared_by_blocks(long_rows, spec, order):
         x = make_x(spec, batch).astype(np.float16)
         assert pick(launches(spec, "float16"), batch).splits == 2
         check(long_rows, spec, x, order)
+
+
+def test_biases(tmp_path):
+    """Added once, whether every block writes outputs, blocks share columns or x is an image."""
+    for i, (spec, image) in enumerate(((QUICK[0], False), (QUICK[2], True), (LONG[0], True))):
+        spec, folder = replace(spec, bias=True), tmp_path / str(i)
+        folder.mkdir()
+        emulated = emulator([spec], "float16", folder, image=image)
+        bias = np.random.default_rng(5).standard_normal(spec.out_features).astype(np.float32)
+        bias *= 30
+        for batch in (1, 2, 17, 66):
+            x = make_x(spec, batch).astype(np.float16)
+            check(emulated, spec, x, bias=bias, image=image)
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -27,13 +27,19 @@ def wide(spec: PhaseSpec, dtype: str, **knobs) -> Launch:
     return launch
 
 
-def check(emulated: Emulator, launch: Launch, spec: PhaseSpec, x: np.ndarray, order=0) -> None:
+def check(
+    emulated: Emulator, launch: Launch, spec: PhaseSpec, x: np.ndarray, order=0, bias=None
+) -> None:
     parts = make_parts(spec)
     arrays = KERNEL.layout.pack(parts, spec)
-    got = emulated.run(launch, x, *arrays.values(), spec.out_features, order).astype(np.float64)
+    got = emulated.run(launch, x, *arrays.values(), spec.out_features, order, bias)
+    got = got.astype(np.float64)
     full = x.astype(np.float32)
     want = phase_gemm_reference(full, parts, "float")
     allowed = tolerance(spec, parts, full, prefill=True)
+    if bias is not None:
+        want = want + bias
+        allowed = allowed + 2.0**-23 * (np.abs(want) + np.abs(bias))  # one more sum
     if x.dtype == np.float16:
         allowed = allowed + 2.0**-11 * np.abs(want)
     else:
@@ -63,6 +69,19 @@ def test_columns_are_shared_by_blocks(tmp_path, spec):
     emulated = Emulator(shared[1:], tmp_path, "float16", "float16")
     for batch, order in ((5, 2), (140, 0)):
         check(emulated, shared[1], spec, make_x(spec, batch).astype(np.float16), order)
+
+
+def test_biases(tmp_path):
+    for i, (spec, splits) in enumerate(((QUICK[0], 1), (LONG[0], 2))):
+        spec = replace(spec, dtype="float16", out_dtype="float16", bias=True)
+        *_, shared, whole = KERNEL.launches(spec, "many", NARROW)
+        launch = whole if splits == 1 else shared
+        assert launch.splits == splits
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        bias = np.linspace(-30, 30, spec.out_features, dtype=np.float32)
+        x = make_x(spec, 20).astype(np.float16)
+        check(Emulator([launch], folder, "float16", "float16"), launch, spec, x, bias=bias)
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -10,7 +10,7 @@ import tvm
 from tvm import tirx
 
 from fairy_compile.kernels import FAMILIES
-from fairy_compile.kernels.base import SCRATCH, TakesScratch
+from fairy_compile.kernels.base import SCRATCH, ModelKernel
 from fairy_compile.kernels.cuda import CudaPlanes
 from fairy_compile.kernels.cuda_hopper import CudaHopper
 from fairy_compile.models.linear import scratch_bytes
@@ -23,7 +23,7 @@ SPEC = replace(
 
 
 def function(kernel: CudaPlanes, target: str, batch: str):
-    return kernel.build_with_scratch(SPEC, load_target(target), batch, {"splits": 1})
+    return kernel.build_for_model(SPEC, load_target(target), batch, {"splits": 1})
 
 
 @pytest.mark.parametrize("rows", [4, 8, 200])
@@ -46,7 +46,7 @@ def test_any_number_of_rows() -> None:
 
 def test_sums_of_blocks_that_share_columns() -> None:
     """Of 32 rows, in five shares; 79 complex outputs."""
-    many = CudaPlanes().build_with_scratch(SPEC, load_target("cuda"), "many", {})
+    many = CudaPlanes().build_for_model(SPEC, load_target("cuda"), "many", {})
     most, step, size = json.loads(many.attrs[SCRATCH])[2]
     assert (most, step, size) == (32, 32, 5 * 32 * 158 * 4)
 
@@ -66,6 +66,6 @@ def test_other_kernels_take_none() -> None:
     taking = {
         family
         for family, kernels in FAMILIES.items()
-        if any(isinstance(kernel, TakesScratch) for kernel in kernels)
+        if any(isinstance(kernel, ModelKernel) for kernel in kernels)
     }
     assert taking == {"cuda.planes", "cuda.hopper"}

@@ -84,7 +84,8 @@ def render(
             two: ``arrange_name(const X* x, unsigned char* image, int batch)`` and ``name(const
             unsigned char* image, const unsigned char* codes, const float* scales, Y* y, int batch,
             unsigned char* shared)``. With ``kSplits`` above 1, y is scratch memory, and
-            ``add_name(unsigned char* scratch, Y* y, int batch)`` writes y.
+            ``add_name(unsigned char* scratch, Y* y, int batch)`` writes y. With a bias, ``const
+            float* bias`` stands before y.
         spec: the call.
         layout: of ``codes`` and ``scales``.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
@@ -98,6 +99,7 @@ def render(
         "kTerms": len(spec.terms),
         "kColumnTiles": scales[1],
         "kScaleRows": scales[4],
+        "kBias": int(spec.bias),
         **constants,
     }
     dtypes = (spec.dtype, spec.out_dtype, OPERANDS[spec.dtype])
@@ -116,8 +118,8 @@ struct {name}_call {{
 {chr(10).join(lines)}
 {_feature_function(spec, layout)}
 }};
-{_functions(program, name, x, y, image=image)}
-{_add_function(name, y) if splits else ""}
+{_functions(program, name, x, y, image=image, bias=spec.bias)}
+{_add_function(name, y, bias=spec.bias) if splits else ""}
 #endif  // FAIRY_{name}
 """
 
@@ -130,13 +132,19 @@ def _given(program: Program, values: Mapping[str, int]) -> str:
     return f"  typedef {given} Given;"
 
 
-def _functions(program: Program, name: str, x: str, y: str, *, image: bool) -> str:
+def _bias(bias: bool) -> tuple[str, str]:
+    """Return (parameter and comma, argument) of a function that may have a bias."""
+    return ("const float* bias, ", "bias") if bias else ("", "nullptr")
+
+
+def _functions(program: Program, name: str, x: str, y: str, *, image: bool, bias: bool) -> str:
     out = f"{y}*" if program == "decode" else "void*"
-    arguments = f"const unsigned char* codes, const float* scales, {out} y, int batch"
+    parameter, given_bias = _bias(bias)
+    arguments = f"const unsigned char* codes, const float* scales, {parameter}{out} y, int batch"
     if not image:
         return f"""
 __device__ __forceinline__ void {name}(const {x}* x, {arguments}) {{
-  fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, y, batch);
+  fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, {given_bias}, y, batch);
 }}
 """
     if program == "hopper":
@@ -151,16 +159,17 @@ __device__ __forceinline__ void arrange_{name}(const {x}* x, unsigned char* imag
 
 __device__ __forceinline__ void {name}(const unsigned char* image, {arguments},
                                        unsigned char* shared) {{
-  fairy::{_CLASSES[program]}<{name}_call>::run((const {given}*)image, codes, scales, y, batch,
-                                               {shared});
+  fairy::{_CLASSES[program]}<{name}_call>::run((const {given}*)image, codes, scales,
+                                               {given_bias}, y, batch, {shared});
 }}
 """
 
 
-def _add_function(name: str, y: str) -> str:
+def _add_function(name: str, y: str, *, bias: bool) -> str:
+    parameter, given_bias = _bias(bias)
     return f"""
-__device__ __forceinline__ void add_{name}(unsigned char* scratch, {y}* y, int batch) {{
-  fairy::AddSplits<{name}_call>::run(scratch, y, batch);
+__device__ __forceinline__ void add_{name}(unsigned char* scratch, {parameter}{y}* y, int batch) {{
+  fairy::AddSplits<{name}_call>::run(scratch, {given_bias}, y, batch);
 }}
 """
 

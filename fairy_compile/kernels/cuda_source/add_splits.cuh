@@ -9,7 +9,7 @@ template <class Call>
 struct AddSplits {
   typedef typename Call::Y Y;
 
-  static __device__ void run(void* scratch, Y* y, int batch) {
+  static __device__ void run(void* scratch, const float* bias, Y* y, int batch) {
     const int feature = 2 * (blockIdx.x * Call::kAddThreads + threadIdx.x), row = blockIdx.y;
     launch_dependents();
     wait_for_inputs();
@@ -21,6 +21,7 @@ struct AddSplits {
       const float2 own = *(const float2*)(from + (size_t)split * batch * Call::kFeatures);
       sum.x += own.x, sum.y += own.y;
     }
+    if (Call::kBias) sum.x += bias[feature], sum.y += bias[feature + 1];
     Y* to = y + (size_t)row * Call::kFeatures + feature;
     store(to, sum.x), store(to + 1, sum.y);
   }

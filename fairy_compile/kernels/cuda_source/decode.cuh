@@ -80,14 +80,14 @@ struct Decode {
   typedef Quantize<Call::kLevels, 4> Lanes;
   typedef int PassSums[kCycle * kPassPlanes][kOperands][4];  // of bits: block of a cycle and plane
 
-  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales, Y* y,
-                             int batch) {
+  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales,
+                             const float* bias, Y* y, int batch) {
     __shared__ Shared shared;
-    run(x, codes, scales, y, batch, shared);
+    run(x, codes, scales, bias, y, batch, shared);
   }
 
-  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales, Y* y,
-                             int batch, Shared& shared) {
+  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales,
+                             const float* bias, Y* y, int batch, Shared& shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * Call::kTileWarps + warp % Call::kTileWarps;
     const int slice = warp / Call::kTileWarps, first_row = blockIdx.y * kRows;
@@ -129,7 +129,7 @@ struct Decode {
     __syncthreads();
     if (active) keep_partial(shared.partial[warp], outputs, lane);
     __syncthreads();
-    add_partials(shared, y, batch, first_row);
+    add_partials(shared, bias, y, batch, first_row);
   }
 
  private:
@@ -366,8 +366,8 @@ struct Decode {
     im = imag ? u_re - w_re : u_im + w_im;
   }
 
-  static __device__ __forceinline__ void add_partials(const Shared& shared, Y* y, int batch,
-                                                      int first_row) {
+  static __device__ __forceinline__ void add_partials(const Shared& shared, const float* bias, Y* y,
+                                                      int batch, int first_row) {
     for (int i = threadIdx.x; i < Call::kTileWarps * kRows * 2 * 16; i += Call::kWarps * 32) {
       const int row = i % 16, half = i / 16 % 2, slot = i / 32 % kRows, own = i / (32 * kRows);
       const int tile = blockIdx.x * Call::kTileWarps + own;
@@ -378,6 +378,7 @@ struct Decode {
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice)
         sum += shared.partial[slice * Call::kTileWarps + own][slot][half][row];
+      if (Call::kBias) sum += bias[feature];
       store(y + (size_t)(first_row + slot) * Call::kFeatures + feature, sum);
     }
   }

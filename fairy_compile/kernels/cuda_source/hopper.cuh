@@ -109,7 +109,7 @@ struct Hopper : private Tables<Call> {
   typedef float Sums[kParts][16][4];
 
   static __device__ void run(const uint4* image, const unsigned char* codes, const float* scales,
-                             void* y, int batch, unsigned char* bytes) {
+                             const float* bias, void* y, int batch, unsigned char* bytes) {
     Shared& shared = *(Shared*)bytes;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_tile = blockIdx.x * kTiles;
@@ -133,7 +133,7 @@ struct Hopper : private Tables<Call> {
     const int tile = own < Call::kRowTiles ? own : Call::kRowTiles - 1;
     Sums sums = {};
     multiply_all(sums, shared, image, codes, scales, tile, warp, lane);
-    store_all(shared, sums, Share::outputs(y, batch), batch, first_tile, warp, lane);
+    store_all(shared, sums, bias, Share::outputs(y, batch), batch, first_tile, warp, lane);
   }
 
  private:
@@ -257,7 +257,8 @@ struct Hopper : private Tables<Call> {
 
   // Stores outputs through shared memory, half of the rows of x at a time, so that neighbouring
   // threads store neighbouring features.
-  static __device__ __forceinline__ void store_all(Shared& shared, const Sums& sums, Out* y, int batch,
+  static __device__ __forceinline__ void store_all(Shared& shared, const Sums& sums,
+                                                   const float* bias, Out* y, int batch,
                                                    int first_tile, int warp, int lane) {
 #pragma unroll
     for (int turn = 0; turn < 2; ++turn) {
@@ -283,8 +284,10 @@ struct Hopper : private Tables<Call> {
         const int tile = first_tile + row / 16;
         if (first + token >= batch || tile >= Call::kRowTiles) continue;
         const int feature = Call::feature(tile, row % 16, half);
-        if (feature >= 0) store(y + (size_t)(first + token) * Call::kFeatures + feature,
-                                shared.y[token][column]);
+        if (feature < 0) continue;
+        const float more = Share::kAddsBias ? bias[feature] : 0;
+        store(y + (size_t)(first + token) * Call::kFeatures + feature,
+              shared.y[token][column] + more);
       }
     }
   }

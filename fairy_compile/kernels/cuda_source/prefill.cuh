@@ -38,8 +38,8 @@ struct Prefill : private Tables<Call> {
   };
   typedef Word Operands[2][2][2][4];  // half of y, half of x, columns 0-3 or 4-7, register
 
-  static __device__ void run(const X* x, const unsigned char* codes, const float* scales, void* y,
-                             int batch) {
+  static __device__ void run(const X* x, const unsigned char* codes, const float* scales,
+                             const float* bias, void* y, int batch) {
     __shared__ Shared shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * Call::kWarps + warp, first_row = blockIdx.y * kTokens;
@@ -81,7 +81,7 @@ struct Prefill : private Tables<Call> {
         multiply(sums, operands, shared.x[block % kBuffers], lane);
       }
     }
-    if (active) store_sums(sums, Share::outputs(y, batch), batch, first_row, tile, lane);
+    if (active) store_sums(sums, bias, Share::outputs(y, batch), batch, first_row, tile, lane);
   }
 
  private:
@@ -179,21 +179,23 @@ struct Prefill : private Tables<Call> {
       }
   }
 
-  static __device__ __forceinline__ void store_sums(const float (&sums)[2][kOperands][4], Out* y,
-                                                    int batch, int first_row, int tile, int lane) {
+  static __device__ __forceinline__ void store_sums(const float (&sums)[2][kOperands][4],
+                                                    const float* bias, Out* y, int batch,
+                                                    int first_row, int tile, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int feature = Call::feature(tile, lane / 4 + 8 * r, half);
         if (feature < 0) continue;
+        const float more = Share::kAddsBias ? bias[feature] : 0;
 #pragma unroll
         for (int n = 0; n < kOperands; ++n)
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int row = first_row + 8 * n + lane % 4 * 2 + c;
             if (row < batch)
-              store(y + (size_t)row * Call::kFeatures + feature, sums[half][n][2 * r + c]);
+              store(y + (size_t)row * Call::kFeatures + feature, sums[half][n][2 * r + c] + more);
           }
       }
   }

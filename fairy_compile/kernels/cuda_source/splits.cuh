@@ -26,6 +26,7 @@ struct Splits {
   static constexpr int kGroups = (Call::kColumns + 127) / 128;
   static constexpr int kBlocks = (Call::kColumns + 31) / 32;
   static constexpr int kShare = (kGroups + kSplits - 1) / kSplits;
+  static constexpr bool kAddsBias = Call::kBias && kSplits == 1;  // else what adds sums up does
   static constexpr bool kRagged = kBlocks % 4 != 0;  // the last group has fewer blocks than others
   typedef typename Either<kSplits == 1, typename Call::Y, float>::Type Out;
 
