@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tvm
 from tvm import relax
 
 from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.quantize_once import QuantizeOnce
+from fairy_compile.kernels.base import ArraySpec
 from fairy_compile.kernels.cuda import CudaPlanes
 from fairy_compile.kernels.cuda_gate import build_gate_product
 from fairy_compile.kernels.cuda_norm import build_rms_norm
@@ -19,17 +22,17 @@ KERNEL = CudaPlanes()
 FLOAT16 = {"dtype": "float16", "out_dtype": "float16"}
 
 
-def layer(bb: relax.BlockBuilder, act: str = "int16", size: int = SIZE):
-    spec = make_spec((24,), size // 2, act=act)
-    spec = type(spec)(**{**spec.__dict__, **FLOAT16})
+def layer(bb: relax.BlockBuilder, act: str, size: int, bias: bool):
+    spec = replace(make_spec((24,), size // 2, act=act), bias=bias, **FLOAT16)
     func = KERNEL.build_for_model(spec, load_target("cuda"), "single", {"prefetch": 4})
     return bb.add_func(func.with_attr("op_pattern", 8), f"layer_{act}_{size}"), spec
 
 
-def call_layer(bb: relax.BlockBuilder, x: relax.Expr, act: str = "int16", size: int = SIZE):
-    symbol, spec = layer(bb, act, size)
-    arrays = KERNEL.layout.arrays(spec)
-    weights = [bb.emit(relax.op.zeros(a.shape, a.dtype)) for a in arrays.values()]
+def call_layer(bb: relax.BlockBuilder, x: relax.Expr, act: str, size: int, bias: bool):
+    symbol, spec = layer(bb, act, size, bias)
+    arrays = list(KERNEL.layout.arrays(spec).values())
+    arrays += [ArraySpec((spec.out_features,), "float32")] * bias
+    weights = [bb.emit(relax.op.zeros(a.shape, a.dtype)) for a in arrays]
     flat = bb.emit(relax.op.reshape(x, (1, size)))
     ty = relax.TensorType((1, spec.out_features), "float16")
     return bb.emit(relax.call_tir(symbol, [flat, *weights], ty))
@@ -38,9 +41,10 @@ def call_layer(bb: relax.BlockBuilder, x: relax.Expr, act: str = "int16", size: 
 def module(kind: str) -> tvm.IRModule:
     """Return a function with a producer of a row and what takes it.
 
-    ``kind``: ``norm``, ``sum`` (and its norm) and ``gate`` produce for two layers. The others are
-    norms whose row is ``returned`` too, goes to layers of two ``contracts``, or to ``nothing`` but
-    the output; ``small`` has rows of no whole group of columns.
+    ``kind``: ``norm``, ``sum`` (and its norm) and ``gate`` produce for two layers, as does the norm
+    of ``bias``, whose layers have one. The others are norms whose row is ``returned`` too, goes to
+    layers of two ``contracts``, or to ``nothing`` but the output; ``small`` has rows of no whole
+    group of columns.
     """
     bb = relax.BlockBuilder()
     size = 64 if kind == "small" else SIZE
@@ -66,7 +70,7 @@ def module(kind: str) -> tvm.IRModule:
                 outputs.append(made)
             else:
                 acts = ("int16", "int8" if kind == "contracts" else "int16")
-                outputs += [call_layer(bb, made, act, size) for act in acts]
+                outputs += [call_layer(bb, made, act, size, kind == "bias") for act in acts]
             if kind == "returned":
                 outputs.append(made)
             result = bb.emit_output(relax.Tuple(outputs))
@@ -84,7 +88,7 @@ def calls(rewritten: tvm.IRModule) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["norm", "sum", "gate"])
+@pytest.mark.parametrize("kind", ["norm", "sum", "gate", "bias"])
 def test_layers_take_the_image_of_their_row(kind: str) -> None:
     before = module(kind)
     after = QuantizeOnce()(before)
