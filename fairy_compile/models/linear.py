@@ -181,10 +181,10 @@ def model_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc
 def scratch_bytes(func: tirx.PrimFunc, rows: Any) -> Any:
     """Return an upper bound of the scratch memory a function takes for ``rows`` rows, in bytes.
 
-    0 is that of a function without an argument for it.
+    None is that of a function without an argument for it.
     """
     if func.attrs is None or SCRATCH not in func.attrs:
-        return 0
+        return None
     fixed, growing = 0, []
     for most, step, size in json.loads(str(func.attrs[SCRATCH])):
         known = rows if isinstance(rows, int) else most
@@ -234,7 +234,8 @@ class PlannedLinear(nn.Module):
         if bias is not None and isinstance(self.call.kernel, ModelKernel):
             weights, bias = [*weights, bias], None
         outputs = [Tensor.placeholder((rows, out), self.call.out_dtype)]
-        if scratch := scratch_bytes(func, rows):
+        scratch = scratch_bytes(func, rows)
+        if scratch is not None:
             outputs.append(Tensor.placeholder((scratch,), "uint8"))
         symbol = kernel_symbol(self.call, batch)
         y = op.tensor_ir_op(func, symbol, [flat, *weights], outputs)

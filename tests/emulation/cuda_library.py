@@ -77,7 +77,8 @@ class CudaRig:
         source = for_shim(kernels[0].source.split(_PREAMBLE_END, 1)[1])
         source = _DYNAMIC.sub(r"uchar* \1 = (uchar*)emulated::shared_bytes;", source)
         signatures = dict(_SIGNATURE.findall(source))
-        parts = ['#include "cuda_shim_tvm.h"', source, _ENTRY]
+        shims = ("cuda_shim_tvm.h", "cuda_shim_hopper.h")
+        parts = [*(f'#include "{shim}"' for shim in shims), source, _ENTRY]
         parts += [self._entry(kernel, signatures[kernel.name]) for kernel in kernels]
         code = "\n".join(parts)
         name = hashlib.sha256(f"{self.order}{code}".encode()).hexdigest()[:16]

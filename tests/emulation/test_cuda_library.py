@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
+TARGETS = ("cuda", "cuda-hopper")
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
 # float: float32 throughout. int16: float16 activations and, for prefill, float16 weights.
 TOLERANCE = {"float": 1e-4, "int16": 2e-3}
@@ -43,7 +44,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("act", ["float", "int16"])
 def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: str, act: str):
-    use_linux_host(patch, tmp_path / "targets", "cuda")
+    use_linux_host(patch, tmp_path / "targets", *TARGETS)
     patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
     patch.setattr(cuda_binary, "find_tool", lambda name: name)
     source, out = tmp_path / "model", tmp_path / "out"
@@ -63,9 +64,27 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: st
             assert _greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
 
 
+def test_a_long_prompt_on_hopper(rig, patch, tmp_path) -> None:
+    """By warpgroup matrix instructions, with images of x and sums of shares of columns."""
+    use_linux_host(patch, tmp_path / "targets", *TARGETS)
+    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
+    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    source, out = tmp_path / "model", tmp_path / "out"
+    wide = {"hidden_size": 256, "intermediate_size": 2304, "initializer_range": 0.06}
+    save_model(source, "llama", num_hidden_layers=1, **wide)
+    sizes = {"context": 256, "prefill_chunk": 160, "max_batch": 2}
+    report = fc.build(source, target="cuda-hopper", act="int16", output=out, **sizes)
+    assert set(report.kernels()) == {"cuda.hopper"}
+    tokens = np.random.default_rng(4).integers(0, SIZES["vocab_size"], 150).tolist()
+    with fc.load(out) as model:
+        logits = model.logits(tokens)
+    want = Oracle(source, fc.QuantConfig("w2", act="float")).logits(tokens)
+    assert relative_error(logits, want) <= TOLERANCE["int16"]
+
+
 def test_rows_that_are_quantised_by_what_computes_them(rig, patch, tmp_path) -> None:
     """Sizes of which norms and gates can write integers, as those of real models are."""
-    use_linux_host(patch, tmp_path / "targets", "cuda")
+    use_linux_host(patch, tmp_path / "targets", *TARGETS)
     patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
     patch.setattr(cuda_binary, "find_tool", lambda name: name)
     source, dump = tmp_path / "model", tmp_path / "dump"
@@ -101,7 +120,7 @@ def test_graphs_give_the_same_when_they_are_replayed(rig, patch, tmp_path, act: 
     """
     recorder = cuda_graphs.install()
     patch.setattr(cuda, "_IMAGE_FROM", 2)
-    use_linux_host(patch, tmp_path / "targets", "cuda")
+    use_linux_host(patch, tmp_path / "targets", *TARGETS)
     patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
     patch.setattr(cuda_binary, "find_tool", lambda name: name)
     source, out = tmp_path / "model", tmp_path / "out"

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import tvm
 from tvm import tirx
+from tvm.relax.frontend import nn
 
 from fairy_compile.kernels import FAMILIES
 from fairy_compile.kernels.base import SCRATCH, ModelKernel
 from fairy_compile.kernels.cuda import CudaPlanes
 from fairy_compile.kernels.cuda_hopper import CudaHopper
-from fairy_compile.models.linear import scratch_bytes
+from fairy_compile.models.linear import LinearCall, PlannedLinear, scratch_bytes
 from fairy_compile.targets import load_target
 from tests.kernels.cases import make_spec
 
@@ -51,10 +52,35 @@ def test_sums_of_blocks_that_share_columns() -> None:
     assert (most, step, size) == (32, 32, 5 * 32 * 158 * 4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "target"), [(CudaPlanes(), "cuda"), (CudaHopper(), "cuda-hopper")]
+)
+def test_layers_allocate_what_their_function_takes(kernel, target: str, bias: bool) -> None:
+    """And leave their bias to it."""
+    call = LinearCall(
+        "layer", ("a", "b"), SPEC.in_features, (140, 18), bias, "", SPEC, kernel,
+        act_dtype="float16", out_dtype="float16",
+    )  # fmt: skip
+    layer = PlannedLinear(call, load_target(target))
+    x = nn.spec.Tensor(["rows", SPEC.in_features], "float16")
+    module = layer.export_tvm({"forward": {"x": x}})[0]
+    calls = [
+        binding.value
+        for block in module["forward"].body.blocks
+        for binding in block.bindings
+        if getattr(getattr(binding.value, "op", None), "name", "") == "relax.call_tir"
+    ]
+    (own,) = calls
+    assert len(own.args[1].fields) == 3 + bias  # x, codes, scales
+    y, scratch = own.ty_args[0].fields
+    assert (str(y.dtype), str(scratch.dtype)) == ("float16", "uint8")
+
+
 def test_a_row_alone_takes_none() -> None:
     single = function(CudaPlanes(), "cuda", "single")
     assert SCRATCH not in single.attrs
-    assert scratch_bytes(single, 1) == 0
+    assert scratch_bytes(single, 1) is None
 
 
 def test_bounds_do_not_exceed_what_functions_ask_for() -> None:
