@@ -63,11 +63,7 @@ class CudaPlanes:
     Knobs:
         warps: of a block that decodes, at most: row tiles times warps that split columns.
         row_tiles: row tiles of a block that decodes. ``auto``, as of warps: see `_block`.
-        passes: over the codes of a group while decoding, for fewer sums in registers at a time;
-            ``auto`` takes more for more rows of x. T = 2 and 4 with both terms only.
         prefetch: groups of 128 columns on their way to the L2 cache, beyond the next.
-        image: rows of x are quantised once, by a grid of their own, not by every block that decodes
-            them; ``auto`` where that is much of a block's work.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
         prefill_warps: row tiles of a prefill block.
@@ -82,9 +78,7 @@ class CudaPlanes:
     knobs: Mapping[str, Sequence[Any]] = {
         "warps": ("auto", 4, 8, 16, 28),
         "row_tiles": ("auto", 1, 2, 4, 7, 14),
-        "passes": ("auto", 1),
         "prefetch": (0, 4),
-        "image": ("auto", False, True),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
         "prefill_warps": (4, 8, 2),
@@ -137,11 +131,12 @@ class CudaPlanes:
         from fairy_compile.kernels.cuda_launch import emit
 
         attrs: dict[str, Any] = {}
+        image = None
         if batch == "single":
             call = {"kernel": self.name, "spec": asdict(spec), "knobs": dict(knobs)}
             attrs[DECODE] = json.dumps(call)
-            knobs = {"image": False, **knobs}
-        launches = self.launches(spec, batch, knobs)
+            image = False
+        launches = self.launches(spec, batch, knobs, image=image)
         needs = [
             [-1 if launch.most is None else launch.most, launch.rows, launch.scratch_bytes]
             for launch in launches
@@ -158,22 +153,31 @@ class CudaPlanes:
         """
         from fairy_compile.kernels.cuda_launch import emit
 
-        (launch,) = self.launches(spec, "single", {**knobs, "image": True})
+        (launch,) = self.launches(spec, "single", knobs, image=True)
         return emit(spec, self.layout, [replace(launch, arrange=None)], "single")
 
-    def launches(self, spec: PhaseSpec, batch: Batch, knobs: Mapping[str, Any]) -> list[Launch]:
+    def launches(
+        self,
+        spec: PhaseSpec,
+        batch: Batch,
+        knobs: Mapping[str, Any],
+        *,
+        image: bool | None = None,
+    ) -> list[Launch]:
         """Return the grids that serve a batch class, by rising number of rows.
 
-        The first whose ``most`` is not exceeded is launched.
+        The first whose ``most`` is not exceeded is launched. With ``image`` rows of x that are
+        decoded are quantised once, by a grid of their own, not by every block; None does so where
+        that is much of a block's work.
         """
         chosen = choose_knobs(self, knobs)
         if batch == "single":
-            return [self._decode(spec, chosen, slots=1, operands=1, most=None)]
+            return [self._decode(spec, chosen, 1, 1, None, image)]
         most = chosen["switch"] - 1
         launches = []
         for slots, operands in self._shapes(spec):
             rows = slots * operands
-            launches.append(self._decode(spec, chosen, slots, operands, rows))
+            launches.append(self._decode(spec, chosen, slots, operands, rows, image))
             if rows >= most:
                 break
         launches[-1] = replace(launches[-1], most=most)
@@ -196,17 +200,16 @@ class CudaPlanes:
         slots: int,
         operands: int,
         most: int | None,
+        image: bool | None,
     ) -> Launch:
         per_block, slices = self._block(spec, chosen, operands)
         warps, rows = per_block * slices, slots * operands
-        passes = operands if chosen["passes"] == "auto" else chosen["passes"]
-        image = chosen["image"]
-        if image == "auto":
+        if image is None:
             image = self.layout.groups(spec) * rows >= _IMAGE_FROM
         constants = {
             "kWarps": warps,
             "kTileWarps": per_block,
-            "kPasses": passes,
+            "kPasses": operands,  # over a group's codes: more sums than registers take
             "kPrefetch": chosen["prefetch"],
             "kSlots": slots,
             "kOperands": operands,

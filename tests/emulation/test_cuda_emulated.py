@@ -36,8 +36,11 @@ ALL = [
 ]
 
 
-def launches(spec: PhaseSpec, dtype: str, batch: str = "many", **knobs) -> list[Launch]:
-    return KERNEL.launches(replace(spec, dtype=dtype, out_dtype=dtype), batch, knobs)
+def launches(
+    spec: PhaseSpec, dtype: str, batch: str = "many", image: bool | None = None, **knobs
+) -> list[Launch]:
+    own = replace(spec, dtype=dtype, out_dtype=dtype)
+    return KERNEL.launches(own, batch, knobs, image=image)
 
 
 def emulator(specs: list[PhaseSpec], dtype: str, folder, batch="many", **knobs) -> Emulator:
