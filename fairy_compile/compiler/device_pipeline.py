@@ -9,6 +9,7 @@ Devices other than CUDA's have bfloat16 in memory alone, see `compiler.bfloat16`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import tvm
@@ -24,6 +25,22 @@ METAL_PIPELINE = "fairy_metal"
 GPU_PIPELINE = "fairy_gpu"
 EARLY_PIPELINE = "fairy_cuda_early"
 _LANE = 2  # the argument of a shuffle that names a lane
+
+
+def pass_context(
+    target: Target, *, own_kernels: bool = True, config: Mapping[str, Any] | None = None
+) -> tvm.transform.PassContext:
+    """Return the context in which functions for a target are lowered.
+
+    Args:
+        target: what is compiled for.
+        own_kernels: all functions that reduce are kernels of ours.
+        config: TVM's options.
+    """
+    # Kernels for CPUs allocate what they touch, and what operators leave to each other there is
+    # touched whole; finding that out took half of a build.
+    disabled = ["s_tir.CompactBufferAllocation"] if own_kernels and not target.is_gpu else []
+    return tvm.transform.PassContext(opt_level=3, config=dict(config or {}), disabled_pass=disabled)
 
 
 def tir_pipeline(target: Target) -> str:

@@ -17,7 +17,7 @@ from tvm import relax
 
 from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.cuda_graphs import bound_decode
-from fairy_compile.compiler.device_pipeline import tir_pipeline
+from fairy_compile.compiler.device_pipeline import pass_context, tir_pipeline
 from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.loops import ScheduleLoops
 from fairy_compile.compiler.passes import (
@@ -132,11 +132,7 @@ def compile_module(
     steps = phases(entry_points, target, symbol_prefix, graph, cuda_graphs)
     tvm_target = target.to_tvm()
     options = {"relax.backend.use_cuda_graph": cuda_graphs is not None}
-    # Kernels for CPUs allocate what they touch, and what operators leave to each other there is
-    # touched whole; finding that out took half of a build.
-    disabled = [] if graph or target.is_gpu else ["s_tir.CompactBufferAllocation"]
-    context = tvm.transform.PassContext(opt_level=3, config=options, disabled_pass=disabled)
-    with tvm_target, context:
+    with tvm_target, pass_context(target, own_kernels=not graph, config=options):
         _dump(debug_dump, 0, "input", module)
         for i, phase in enumerate(steps):
             if progress:

@@ -74,7 +74,7 @@ class Builder:
         import tvm_ffi
 
         from fairy_compile.compiler.cuda_binary import machine_code
-        from fairy_compile.compiler.device_pipeline import tir_pipeline
+        from fairy_compile.compiler.device_pipeline import pass_context, tir_pipeline
 
         task, target = request.task, self.target
         function = task.kernel.build(task.spec, target, task.batch, request.knobs)
@@ -82,7 +82,8 @@ class Builder:
         digest = f"function {tvm_ffi.structural_hash(function):016x}"
         if digest in request.known:
             return Built(None, (digest,), digest)
-        with machine_code(target) if target.device == "cuda" else nullcontext():
+        binaries = machine_code(target) if target.device == "cuda" else nullcontext()
+        with binaries, pass_context(target):
             library = tvm.compile(
                 function, target=target.to_tvm(), tir_pipeline=tir_pipeline(target)
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,9 +45,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("act", ["float", "int16"])
 def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: str, act: str):
-    use_linux_host(patch, tmp_path / "targets", *TARGETS)
-    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
-    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    _make_source(patch, tmp_path / "targets")
     source, out = tmp_path / "model", tmp_path / "out"
     save_model(source, family)
     report = fc.build(source, target="cuda", act=act, output=out, context=128, prefill_chunk=32)
@@ -66,9 +65,7 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: st
 
 def test_a_long_prompt_on_hopper(rig, patch, tmp_path) -> None:
     """By warpgroup matrix instructions, with images of x and sums of shares of columns."""
-    use_linux_host(patch, tmp_path / "targets", *TARGETS)
-    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
-    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    _make_source(patch, tmp_path / "targets")
     source, out = tmp_path / "model", tmp_path / "out"
     wide = {"hidden_size": 256, "intermediate_size": 2304, "initializer_range": 0.06}
     save_model(source, "llama", num_hidden_layers=1, **wide)
@@ -84,9 +81,7 @@ def test_a_long_prompt_on_hopper(rig, patch, tmp_path) -> None:
 
 def test_rows_that_are_quantised_by_what_computes_them(rig, patch, tmp_path) -> None:
     """Sizes of which norms and gates can write integers, as those of real models are."""
-    use_linux_host(patch, tmp_path / "targets", *TARGETS)
-    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
-    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    _make_source(patch, tmp_path / "targets")
     source, dump = tmp_path / "model", tmp_path / "dump"
     # Weights of half the size at four times the width: rows of x keep theirs.
     wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.06}
@@ -120,9 +115,7 @@ def test_graphs_give_the_same_when_they_are_replayed(rig, patch, tmp_path, act: 
     """
     recorder = cuda_graphs.install()
     patch.setattr(cuda, "_IMAGE_FROM", 2)
-    use_linux_host(patch, tmp_path / "targets", *TARGETS)
-    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
-    patch.setattr(cuda_binary, "find_tool", lambda name: name)
+    _make_source(patch, tmp_path / "targets")
     source, out = tmp_path / "model", tmp_path / "out"
     save_model(source, "llama")
     sizes = {"context": 64, "prefill_chunk": 32, "max_batch": 4}
@@ -151,6 +144,13 @@ def test_graphs_give_the_same_when_they_are_replayed(rig, patch, tmp_path, act: 
             for sequence in ids.values():
                 engine.remove_sequence(sequence)
         assert recorder.replayed > recorder.recorded
+
+
+def _make_source(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let builds for CUDA hold source for this machine."""
+    use_linux_host(patch, directory, *TARGETS)
+    patch.setattr(pipeline, "machine_code", lambda target: nullcontext())
+    patch.setattr(cuda_binary, "find_tool", lambda name: name)
 
 
 def _greedy(model, prompt: list[int], count: int) -> list[int]:
