@@ -17,6 +17,7 @@ import tvm
 from tvm import relax, te
 
 import fairy_compile as fc
+from fairy_compile.artifact.objects import ObjectFile, Symbol
 from fairy_compile.artifact.signature import signatures_of
 from fairy_compile.artifact.system_lib import (
     check_system_lib,
@@ -133,6 +134,20 @@ def test_objects_are_read_and_checked(
     assert problems() == ["the bytecode has no function decode"]
     monkeypatch.setitem(required, "decode", "(b) float32 -> none")
     assert problems() == ["no object defines the function decode"]
+
+
+def test_only_linux_has_its_system_calls() -> None:
+    """Which kernels with AMX ask for; the object is no more than that symbol."""
+    asks = {"syscall": Symbol("syscall", defined=False, weak=False)}
+    found = {}
+    for form, machine, triple in (
+        ("elf", "x86_64", "x86_64-unknown-linux-gnu"),
+        ("macho", "aarch64", "arm64-apple-ios15.0"),
+    ):
+        obj = ObjectFile("kernels.o", form, machine, "", asks, b"")
+        problems = check_system_lib([obj], "m", device="cpu", triple=triple, functions={})
+        found[form] = any("syscall" in problem for problem in problems)
+    assert found == {"elf": False, "macho": True}
 
 
 def test_the_gate_refuses_what_passes_lost() -> None:
