@@ -14,6 +14,7 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from fairy_compile.compiler.passes import is_op
 from fairy_compile.kernels.cuda_norm import NORM, build_rms_norm
 
 
@@ -74,14 +75,14 @@ class _Fuser(PyExprMutator):
                 continue
             x, weight = value.args[1].fields
             total = _through_reshapes(x, values)
-            adds = _is_op(values.get(total), "relax.add")
+            adds = is_op(values.get(total), "relax.add")
             known = adds and order.get(weight, len(order)) < order[total]
             if known and total not in self.norms and _same_tensors(values[total]):
                 self.norms[total] = _Norm(var, attrs, weight)
 
     def _norm_attrs(self, value: Any) -> Any:
         """Return the attributes of the norm that a value calls, None if it calls none."""
-        if not _is_op(value, "relax.call_tir"):
+        if not is_op(value, "relax.call_tir"):
             return None
         func = self.module[value.args[0]]
         marked = isinstance(func, tirx.PrimFunc) and func.attrs is not None and NORM in func.attrs
@@ -114,12 +115,8 @@ class _Fuser(PyExprMutator):
         return emit(relax.op.reshape(total, binding.var.ty.shape))
 
 
-def _is_op(value: Any, name: str) -> bool:
-    return isinstance(value, relax.Call) and getattr(value.op, "name", "") == name
-
-
 def _through_reshapes(var: Any, values: dict[Any, Any]) -> Any:
-    while _is_op(values.get(var), "relax.reshape"):
+    while is_op(values.get(var), "relax.reshape"):
         var = values[var].args[0]
     return var
 

@@ -152,6 +152,11 @@ def _parallelize(func: tirx.PrimFunc) -> tirx.PrimFunc:
     return sch.mod["main"]
 
 
+def is_op(value: Any, name: str) -> bool:
+    """Tell whether a Relax expression calls the operator ``name``."""
+    return isinstance(value, relax.Call) and getattr(value.op, "name", "") == name
+
+
 def iterates_over_reductions(block: Any) -> bool:
     """Tell whether a block has loops that sum up, or others that are not independent."""
     return any(int(v.iter_type) != int(tirx.IterVar.DataPar) for v in block.iter_vars)

@@ -15,6 +15,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from fairy_compile.compiler.passes import is_op
 from fairy_compile.kernels import cuda_image
 from fairy_compile.kernels.cuda import DECODE, kernel_of
 from fairy_compile.kernels.cuda_gate import GATE, build_gate_product
@@ -105,7 +106,7 @@ class _Rewriter(PyExprMutator):
             one = pending.pop()
             for user in users[one]:
                 value = values.get(user)
-                if _is_op(value, "relax.reshape"):
+                if is_op(value, "relax.reshape"):
                     reshapes.append(user)
                     pending.append(user)
                 elif self._takes(value, one):
@@ -128,7 +129,7 @@ class _Rewriter(PyExprMutator):
 
     def _attrs(self, value: Any) -> Any:
         """Return the attributes of the function that a value calls, None if it calls none."""
-        if not _is_op(value, "relax.call_tir"):
+        if not is_op(value, "relax.call_tir"):
             return None
         func = self.module[value.args[0]]
         return func.attrs if isinstance(func, tirx.PrimFunc) else None
@@ -195,7 +196,3 @@ def _values_and_users(func: relax.Function) -> tuple[dict[Any, Any], dict[Any, l
     for used in relax.analysis.free_vars(func.body.body):
         users.setdefault(used, []).append(None)
     return values, users
-
-
-def _is_op(value: Any, name: str) -> bool:
-    return isinstance(value, relax.Call) and getattr(value.op, "name", "") == name

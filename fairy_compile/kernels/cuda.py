@@ -149,7 +149,8 @@ class CudaPlanes:
     def build_from_image(self, spec: PhaseSpec, knobs: Mapping[str, Any]) -> PrimFunc:
         """Return a function (image, codes, scales, y) for one row that another kernel quantised.
 
-        ``image`` is uint8 (1, image_bytes(m, act)), see `cuda_image`.
+        ``image`` is uint8 (1, image_bytes(m, act)), see `cuda_image`. With ``spec.bias`` the bias
+        stands before y, as in `build_for_model`.
         """
         from fairy_compile.kernels.cuda_launch import emit
 

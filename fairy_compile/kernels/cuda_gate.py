@@ -6,13 +6,11 @@ output as integers to the layer after it, see `cuda_image`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairy_compile.kernels import cuda_source
 from fairy_compile.kernels.base import Activation
 from fairy_compile.kernels.cuda_image import image_bytes
-from fairy_compile.kernels.cuda_source import CUDA_TYPES
+from fairy_compile.kernels.cuda_source import CUDA_TYPES, lanes_of, read_files
 from fairy_compile.kernels.elementwise_cpu import GELU_CUBIC, GELU_SCALE
 from fairy_compile.op import ACT_LEVELS
 
@@ -24,7 +22,6 @@ GATE = "fairy.gate_product"
 `compiler.quantize_once` may ask for an image."""
 
 _THREADS = 128
-_BYTES = 16  # of one access
 _ARGUMENTS: dict[Activation, str] = {
     "silu": "x",
     "gelu_tanh": f"x * (x * x * {GELU_CUBIC!r}f + 1.0f) * {GELU_SCALE!r}f",
@@ -34,21 +31,13 @@ _ARGUMENTS: dict[Activation, str] = {
 
 def serves(size: int, dtype: str) -> bool:
     """Tell whether rows of ``size`` outputs can be read 128 bits at a time."""
-    return dtype in CUDA_TYPES and size % (_BYTES // _width(dtype)) == 0
-
-
-def _width(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+    return dtype in CUDA_TYPES and size % lanes_of(dtype) == 0
 
 
 def render(activation: Activation, size: int, dtype: str, act: str | None) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function ``name(const X* x, void* y)``."""
     x = CUDA_TYPES[dtype]
-    folder = Path(cuda_source.__file__).parent
-    library = "\n".join(
-        (folder / file).read_text("utf-8")
-        for file in ("primitives.cuh", "quantize.cuh", "gate.cuh")
-    )
+    library = read_files("primitives.cuh", "quantize.cuh", "gate.cuh")
     name = f"gate_product_{activation}_{size}_{dtype}" + (f"_{act}" if act else "")
     source = f"""{library}
 struct {name}_call {{
@@ -82,7 +71,7 @@ def build_gate_product(
 
     name, source = render(activation, size, dtype, act)
     marks = {GATE: True, "activation": activation, "size": size, "dtype": dtype}
-    units = size // (_BYTES // _width(dtype))
+    units = size // lanes_of(dtype)
     with IRBuilder() as ir, T.prim_func(s_tir=True):
         attrs = {"tirx.noalias": True, "tirx.is_scheduled": True}
         T.func_attr({**attrs, **(marks if act is None else {})})

@@ -6,13 +6,11 @@ from launch to end. A thread holds what it reads in registers, and a row takes o
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairy_compile.kernels import cuda_source
 from fairy_compile.kernels.base import Batch
 from fairy_compile.kernels.cuda_image import image_bytes
-from fairy_compile.kernels.cuda_source import CUDA_TYPES
+from fairy_compile.kernels.cuda_source import CUDA_TYPES, lanes_of, read_files
 from fairy_compile.op import ACT_LEVELS
 
 if TYPE_CHECKING:
@@ -22,21 +20,16 @@ NORM = "fairy.rms_norm"
 """Attribute of `build_rms_norm`'s functions, true, with those of its arguments:
 `compiler.fuse_norms` may add the sum before, `compiler.quantize_once` may ask for an image."""
 _MOST_THREADS = 1024
-_BYTES = 16  # of one access
 
 
 def serves(size: int, dtype: str) -> bool:
     """Tell whether rows of ``size`` numbers can be read 128 bits at a time."""
-    return dtype in CUDA_TYPES and size % (_BYTES // _width(dtype)) == 0
-
-
-def _width(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+    return dtype in CUDA_TYPES and size % lanes_of(dtype) == 0
 
 
 def threads_of(size: int, dtype: str) -> int:
     """Return the threads of a block."""
-    units = size // (_BYTES // _width(dtype))
+    units = size // lanes_of(dtype)
     return min(_MOST_THREADS, -(-units // 32) * 32)
 
 
@@ -47,11 +40,7 @@ def render(size: int, eps: float, dtype: str, *, add: bool, act: str | None) -> 
     used with ``add`` only.
     """
     x = CUDA_TYPES[dtype]
-    folder = Path(cuda_source.__file__).parent
-    library = "\n".join(
-        (folder / file).read_text("utf-8")
-        for file in ("primitives.cuh", "quantize.cuh", "norm.cuh")
-    )
+    library = read_files("primitives.cuh", "quantize.cuh", "norm.cuh")
     name = f"{'add_' if add else ''}rms_norm_{size}_{dtype}_{f'{eps:.3e}'.replace('-', 'm')}"
     name += f"_{act}" if act else ""
     name = name.replace(".", "_").replace("+", "p")

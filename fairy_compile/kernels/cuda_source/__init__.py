@@ -65,7 +65,18 @@ def library_source(program: Program, *, image: bool = False, splits: bool = Fals
         files.append("quantize_x.cuh")
     if splits:
         files.append("add_splits.cuh")
-    return "\n".join(Path(__file__).with_name(file).read_text("utf-8") for file in files)
+    return read_files(*files)
+
+
+@cache
+def read_files(*names: str) -> str:
+    """Return files of this folder, one after the other."""
+    return "\n".join(Path(__file__).with_name(name).read_text("utf-8") for name in names)
+
+
+def lanes_of(dtype: str) -> int:
+    """Return the numbers of one access of 128 bits."""
+    return 4 if dtype == "float32" else 8
 
 
 def render(
