@@ -8,11 +8,9 @@ many parts as there are blocks to spare, and a second launch merges them; short 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.kernels import cuda_source
-from fairy_compile.kernels.cuda_source import CUDA_TYPES
+from fairy_compile.kernels.cuda_source import CUDA_TYPES, read_files
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
@@ -59,9 +57,7 @@ def serves(shape: CacheShape) -> bool:
 def render(shape: CacheShape) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function and of ``combine_`` name; see attention.cuh."""
     x = CUDA_TYPES[shape.dtype]
-    folder = Path(cuda_source.__file__).parent
-    files = ("primitives.cuh", "attention.cuh")
-    library = "\n".join((folder / file).read_text("utf-8") for file in files)
+    library = read_files("primitives.cuh", "attention.cuh")
     name = f"attention_{shape.heads}_{shape.kv_heads}_{shape.head_dim}_{shape.dtype}"
     constants = {
         "kHeads": shape.heads,

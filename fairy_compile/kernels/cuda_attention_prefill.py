@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.kernels import cuda_source
 from fairy_compile.kernels.cuda_attention import PAGE, CacheShape
+from fairy_compile.kernels.cuda_source import read_files
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
@@ -24,9 +23,7 @@ def serves(shape: CacheShape) -> bool:
 
 def render(shape: CacheShape, paged: bool) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function; see attention_prefill.cuh."""
-    folder = Path(cuda_source.__file__).parent
-    files = ("primitives.cuh", "attention_prefill.cuh")
-    library = "\n".join((folder / file).read_text("utf-8") for file in files)
+    library = read_files("primitives.cuh", "attention_prefill.cuh")
     kind = "paged" if paged else "ragged"
     name = f"attention_{kind}_{shape.heads}_{shape.kv_heads}_{shape.head_dim}"
     constants = {
