@@ -39,7 +39,7 @@ from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, parse_config
-from fairy_compile.models.config import at_context, for_target
+from fairy_compile.models.config import at_context
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -176,7 +176,7 @@ def build(
             act_dtype=activation_dtype(compile_for, config_quant.act, act_dtype),
         )
         most = DEFAULT_MAX_BATCH if max_batch is None else max_batch
-        sizes, notes = _sizes(for_target(decoder, compile_for), context, prefill_chunk, most)
+        sizes, notes = _sizes(decoder, context, prefill_chunk, most)
         decoder = at_context(decoder, sizes.context)
         graph_rows = plan_graphs(compile_for, cuda_graphs, sizes.max_batch, notes)
         if quant_note:

@@ -1,8 +1,8 @@
-"""Attention on GPUs: what TVM's kernels are checked for, and merging of partial attention.
+"""Attention on GPUs: what TVM's kernels serve, and merging of partial attention.
 
-Attention kernels of GPUs are TVM's, which are taken only for sizes they cover. Its merge is
-replaced: it lets every thread of a head read the log-sum-exp that one of them writes, which only
-threads in lockstep get away with.
+TVM's attention kernels for GPUs are taken for what they cover, those of `gpu_attention_decode` and
+`gpu_attention_prefill` for the rest. TVM's merge is replaced: it lets every thread of a head read
+the log-sum-exp that one of them writes, which only threads in lockstep get away with.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from tvm import tirx
 from tvm.relax.frontend.nn.llm import kv_cache as upstream
 from tvm.tirx.script import builder as T
 
-from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels.gpu_builder import build_function, launch, load_float, local, store, when
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
+    from fairy_compile.kernels.attention_cpu_tile import AttentionShape
     from fairy_compile.targets import Limits
 
 HEAD_DIM_STEP = 8
-"""Heads have a multiple of this size: TVM's prefill reads past the end of others."""
 
 
 def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> PrimFunc:
@@ -65,35 +64,29 @@ def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> Prim
     return build_function("merge_state", body).without_attr("global_symbol")
 
 
-def check_head_dim(head_dim: int, target: str) -> None:
-    """Raise UnsupportedError if TVM's kernels do not cover heads of this size."""
-    if head_dim % HEAD_DIM_STEP:
-        raise UnsupportedError(
-            f"attention heads have {head_dim} elements; on target {target} a multiple of "
-            f"{HEAD_DIM_STEP} is allowed; build with --target cpu"
-        )
+def serves(shape: AttentionShape) -> bool:
+    """Tell whether TVM's kernels compute such attention: over all keys, of heads they do not cut.
+
+    Their prefill reads past the end of heads that are no multiple of `HEAD_DIM_STEP`.
+    """
+    return shape.window is None and shape.softcap is None and shape.head_dim % HEAD_DIM_STEP == 0
 
 
-def check_decode(decode: PrimFunc, heads: int, kv_heads: int, head_dim: int, target: str) -> None:
-    """Raise UnsupportedError if threads of TVM's decode kernel leave out heads or elements.
+def covers_heads(decode: PrimFunc, heads: int, head_dim: int) -> bool:
+    """Tell whether the threads of TVM's decode kernel cover all heads and elements.
 
     It halves the heads of a thread group until they are few enough, dropping odd ones, and gives
     each thread a number of elements that need not divide a head.
     """
     extents = thread_extents(decode)
     covered = extents["blockIdx.y"] * extents["threadIdx.y"]
-    if covered != heads or head_dim % extents["threadIdx.x"]:
-        raise UnsupportedError(
-            f"no attention kernel of target {target} computes {heads // kv_heads} heads of "
-            f"{head_dim} elements that share a key; allowed are as many as fit a thread group, or "
-            "halve evenly until they do; build with --target cpu"
-        )
+    return covered == heads and head_dim % extents["threadIdx.x"] == 0
 
 
 def fit_prefill(
     prefill: PrimFunc, ragged: bool, sizes: tuple[int, int, int, str], scaling: Any, limits: Limits
-) -> PrimFunc:
-    """Return a prefill kernel of TVM's that has its shared memory.
+) -> PrimFunc | None:
+    """Return a prefill kernel of TVM's that has its shared memory, None if no smaller tile fits.
 
     Args:
         prefill: the one for the target.
@@ -101,9 +94,6 @@ def fit_prefill(
         sizes: kv_heads, heads, head_dim, dtype of keys.
         scaling: rule of rotary embedding, as TVM wants it.
         limits: of the target.
-
-    Raises:
-        UnsupportedError: no smaller tile fits either.
     """
     if shared_bytes(prefill) <= limits.shared_bytes:
         return prefill
@@ -122,12 +112,8 @@ def fit_prefill(
                 kv_heads, heads, head_dim, head_dim, dtype, scaling, target
             )
         return upstream._attention_prefill(kv_heads, heads, head_dim, dtype, False, scaling, target)
-    except ValueError as error:
-        raise UnsupportedError(
-            f"attention over heads of {head_dim} elements in {dtype} needs "
-            f"{shared_bytes(prefill)} bytes of shared memory; the target has "
-            f"{limits.shared_bytes}; build without --act float, or for another --target"
-        ) from error
+    except ValueError:
+        return None
 
 
 def shared_bytes(function: PrimFunc) -> int:

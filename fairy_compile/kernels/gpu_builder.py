@@ -32,14 +32,20 @@ def build_function(name: str, body: Callable[[], None], **attributes: Any) -> Pr
 
 
 @contextmanager
-def launch(extents: Mapping[str, Any]) -> Iterator[list[Any]]:
+def launch(extents: Mapping[str, Any], *, regions: bool = True) -> Iterator[list[Any]]:
     """Open one kernel launch; yields the thread indices in the order of ``extents``.
 
     Args:
         extents: thread tag -> number, e.g. ``{"blockIdx.x": rows, "threadIdx.x": 256}``.
+        regions: let TVM derive what is read and written. It must not where a register is part of an
+            index of an argument: the register would stand in the region, outside of the threads,
+            and TVM would make one in global memory that all of them share.
     """
     with ExitStack() as stack:
         stack.enter_context(T.sblock("launch"))
+        if not regions:
+            T.reads()
+            T.writes()
         yield [
             stack.enter_context(T.thread_binding(0, extent, thread=tag))
             for tag, extent in extents.items()
@@ -54,6 +60,11 @@ def local(shape: Sequence[int], dtype: str = "float32") -> Buffer:
 def shared(shape: Sequence[int], dtype: str = "float32") -> Buffer:
     """Allocate memory that the threads of a group share."""
     return T.sblock_alloc_buffer(tuple(shape), dtype, scope="shared")
+
+
+def scratch(name: str, shape: Sequence[Any], dtype: str = "float32") -> Buffer:
+    """Allocate memory of the device for what launches of a function leave to each other."""
+    return IRBuilder.name(name, T.alloc_buffer(tuple(shape), dtype, scope="global"))
 
 
 def store(buffer: Buffer, index: Any, value: Any) -> None:

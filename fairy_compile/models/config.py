@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.kernels.base import Activation
 from fairy_compile.models.rope import Rope, parse_rope
 from fairy_compile.models.values import positive_float, positive_int
 from fairy_compile.op.rope import RopeTable
-
-if TYPE_CHECKING:
-    from fairy_compile.targets import Target
 
 KV_DTYPES = ("float16", "float32")
 _ACTIVATIONS: dict[str, Activation] = {
@@ -171,17 +168,6 @@ def parse_decoder(
         activation=_ACTIVATIONS[activation],
         **family,
     )
-
-
-def for_target(config: DecoderConfig, target: Target) -> DecoderConfig:
-    """Return the model as a target can run it: GPUs have no sliding windows, but full attention.
-
-    Inside the window that is the same.
-    """
-    if not target.is_gpu or config.window is None:
-        return config
-    reason = f"of the sliding window, which attention on target {target.name} lacks; --target cpu "
-    return replace(config, context=config.window, context_reason=reason + "has it")
 
 
 def at_context(config: DecoderConfig, context: int) -> DecoderConfig:

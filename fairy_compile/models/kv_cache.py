@@ -2,7 +2,9 @@
 
 The cache is the runtime's (`vm.builtin.paged_attention_kv_cache_create`), which manages sequences
 and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs. On GPUs
-they are those of TVM's `TIRPagedKVCache`, and on CUDA `kernels.cuda_attention` where that serves.
+they are those of TVM's `TIRPagedKVCache`, but for attention on CUDA, which is
+`kernels.cuda_attention` where that serves, and for windows, capped scores and heads that TVM's
+kernels do not cover, which are `kernels.gpu_attention_decode`'s and `gpu_attention_prefill`'s.
 The cache demands one dtype for pages and for everything that goes in and comes out, so a float16
 cache means that queries and outputs are rounded to float16 as well. Arithmetic in between is
 float32.
@@ -33,8 +35,13 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels import attention_gpu, cuda_attention, cuda_attention_prefill
-from fairy_compile.kernels.cuda_attention import CacheShape
+from fairy_compile.kernels import (
+    attention_gpu,
+    cuda_attention,
+    cuda_attention_prefill,
+    gpu_attention_decode,
+    gpu_attention_prefill,
+)
 from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
@@ -187,14 +194,7 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
 
 def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> list[Any]:
     """Return the function arguments of the runtime's constructor, in its order."""
-    shape = kernels.AttentionShape(
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.kv_dtype,
-        window=config.window,
-        softcap=config.attention_softcap,
-    )
+    shape = attention_shape(config)
     unit = kernels.vector_unit(target)
 
     def add(function: tirx.PrimFunc) -> relax.GlobalVar:
@@ -224,22 +224,14 @@ def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) ->
 
 
 def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> list[Any]:
-    """Return the function arguments of the runtime's constructor that TVM gives it for a GPU.
+    """Return the function arguments of the runtime's constructor for a GPU.
 
-    Left out are kernels for sliding windows, token trees and latent attention, which nothing calls.
+    Left out are kernels for the runtime's own windows, token trees and latent attention, which
+    nothing calls.
 
     Raises:
-        UnsupportedError: the model needs what these kernels lack.
+        UnsupportedError: no kernel takes heads of the model's size.
     """
-    if config.attention_softcap is not None:
-        raise UnsupportedError(
-            f"{config.model_type} caps its attention scores (at {config.attention_softcap:g}); "
-            f"attention kernels of target {target.name} cannot, those of CPU targets can; build "
-            "with --target cpu"
-        )
-    if config.window is not None:
-        raise ValueError(f"context {config.context} is beyond the window of {config.window}")
-    attention_gpu.check_head_dim(config.head_dim, target.name)
     rope = config.rope
     scaling = {}
     if rope.kind == "llama3":
@@ -249,31 +241,35 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     params = [relax.Var(f"{name}_", relax.ShapeType([var])) for name, var in sizes.items()]
     # TVM builds the call as a class; it is emitted into a function that is dropped later.
     with bb.function("upstream_kv_cache", params=params, private=True):
-        cache = TIRPagedKVCache(
-            "mha",
-            sizes["max_sequences"],
-            sizes["max_total_tokens"],
-            sizes["prefill_chunk"],
-            PAGE_SIZE,
-            sizes["sliding_window"],
-            layer_partition=relax.ShapeExpr([0, config.num_layers]),
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            qk_head_dim=config.head_dim,
-            v_head_dim=config.head_dim,
-            mla_original_qk_head_dim=0,
-            mla_original_v_head_dim=0,
-            rope_mode=RopeMode.NORMAL,
-            rope_scale=1.0 / rope.settings["factor"] if rope.kind == "linear" else 1.0,
-            rope_theta=rope.theta,
-            rope_scaling=scaling,
-            rope_ext_factors=relax.prim_value(0),
-            rotary_dim=rope.rotary_dim(config.head_dim),
-            enable_disaggregation=False,
-            dtype=config.kv_dtype,
-            target=_attention_target(config, target),
-        )
+        try:
+            cache = TIRPagedKVCache(
+                "mha",
+                sizes["max_sequences"],
+                sizes["max_total_tokens"],
+                sizes["prefill_chunk"],
+                PAGE_SIZE,
+                sizes["sliding_window"],
+                layer_partition=relax.ShapeExpr([0, config.num_layers]),
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_kv_heads,
+                qk_head_dim=config.head_dim,
+                v_head_dim=config.head_dim,
+                mla_original_qk_head_dim=0,
+                mla_original_v_head_dim=0,
+                rope_mode=RopeMode.NORMAL,
+                rope_scale=1.0 / rope.settings["factor"] if rope.kind == "linear" else 1.0,
+                rope_theta=rope.theta,
+                rope_scaling=scaling,
+                rope_ext_factors=relax.prim_value(0),
+                rotary_dim=rope.rotary_dim(config.head_dim),
+                enable_disaggregation=False,
+                dtype=config.kv_dtype,
+                target=_attention_target(config, target),
+            )
+        except ValueError as error:  # no tile of a kernel has such heads
+            bb.emit_func_output(relax.Tuple([]))
+            raise _unsupported_heads(config, target) from error
         call = bb.lookup_binding(cache._expr)
         bb.emit_func_output(cache._expr)
     # Before the functions are the name of the packed function and 13 sizes.
@@ -283,39 +279,84 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
         functions[index] = relax.Tuple([])
     limits = target.limits
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    own = _cuda_kernels(config) if target.device == "cuda" else {}
-    if _DECODE not in own:
-        decode = bb.get()[functions[_DECODE].fields[1]]
-        attention_gpu.check_decode(decode, heads, kv_heads, head_dim, target.name)
     shape = (kv_heads, heads, head_dim, config.kv_dtype)
-    for index in sorted({_RAGGED, _PAGED} - own.keys()):
+    own = _own_attention(config, target)
+    for index in _ATTENTION.keys() - own.keys():
         var = functions[index].fields[1]
-        ragged = index == _RAGGED
-        fitting = attention_gpu.fit_prefill(bb.get()[var], ragged, shape, scaling, limits)
-        bb.update_func(var, fitting)
+        kernel = bb.get()[var]
+        if index != _DECODE:
+            kernel = attention_gpu.fit_prefill(kernel, index == _RAGGED, shape, scaling, limits)
+        elif not attention_gpu.covers_heads(kernel, heads, head_dim):
+            kernel = None
+        if kernel is None:
+            own[index] = _build_attention(index, config, target)
+        else:
+            bb.update_func(var, kernel)
     for index, kernel in own.items():
-        added = bb.add_func(kernel, str(kernel.attrs["global_symbol"]))
+        added = bb.add_func(kernel, f"attention_{_ATTENTION[index]}")
         functions[index] = relax.Tuple([tvm.ir.StringImm("tirx"), added])
     merge = attention_gpu.build_merge(heads, head_dim, config.kv_dtype, limits.max_threads)
     functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
     return functions
 
 
-def _cuda_kernels(config: DecoderConfig) -> dict[int, tirx.PrimFunc]:
-    """Return our own kernels for CUDA: place among the functions -> kernel."""
-    shape = CacheShape(config.num_heads, config.num_kv_heads, config.head_dim, config.kv_dtype)
+def _own_attention(config: DecoderConfig, target: Target) -> dict[int, tirx.PrimFunc]:
+    """Return place among the functions -> our own kernel, where it is known to be the one."""
+    shape = attention_shape(config)
     own = {}
-    if cuda_attention.serves(shape):
-        own[_DECODE] = cuda_attention.build_decode(shape)
-    if cuda_attention_prefill.serves(shape):
-        own[_RAGGED] = cuda_attention_prefill.build_ragged_prefill(shape)
-        own[_PAGED] = cuda_attention_prefill.build_paged_prefill(shape)
+    if target.device == "cuda" and attention_gpu.serves(shape):
+        if cuda_attention.serves(shape):
+            own[_DECODE] = cuda_attention.build_decode(shape)
+        if cuda_attention_prefill.serves(shape):
+            own[_RAGGED] = cuda_attention_prefill.build_ragged_prefill(shape)
+            own[_PAGED] = cuda_attention_prefill.build_paged_prefill(shape)
+    if not attention_gpu.serves(shape):
+        for index in _ATTENTION.keys() - own.keys():
+            own[index] = _build_attention(index, config, target)
     return own
+
+
+def _build_attention(index: int, config: DecoderConfig, target: Target) -> tirx.PrimFunc:
+    """Return our own kernel for any GPU.
+
+    Raises:
+        UnsupportedError: heads are too large for it.
+    """
+    shape = attention_shape(config)
+    served = gpu_attention_decode.serves(shape) and gpu_attention_prefill.serves(shape)
+    if not served:
+        raise _unsupported_heads(config, target)
+    build = {
+        _DECODE: gpu_attention_decode.build_decode,
+        _RAGGED: gpu_attention_prefill.build_ragged_prefill,
+        _PAGED: gpu_attention_prefill.build_paged_prefill,
+    }
+    return build[index](shape)
+
+
+def _unsupported_heads(config: DecoderConfig, target: Target) -> UnsupportedError:
+    return UnsupportedError(
+        f"attention heads have {config.head_dim} elements; kernels of target {target.name} take "
+        f"multiples of 4 up to {gpu_attention_prefill.MOST_DIM}; build with --target cpu"
+    )
+
+
+def attention_shape(config: DecoderConfig) -> kernels.AttentionShape:
+    """Return the sizes of a model's attention over its cache."""
+    return kernels.AttentionShape(
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.kv_dtype,
+        window=config.window,
+        softcap=config.attention_softcap,
+    )
 
 
 # Places among the functions, in the order of `_functions`.
 _APPEND_LATENT = 1
 _RAGGED, _PAGED, _DECODE = 2, 3, 4
+_ATTENTION = {_RAGGED: "prefill_ragged", _PAGED: "prefill_paged", _DECODE: "decode"}
 _UNUSED_KERNELS = (5, 6, 7, 8)
 _MERGE = 10
 

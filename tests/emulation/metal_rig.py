@@ -76,6 +76,7 @@ class MetalRig:
 
     def _kernel(self, number: int, kernel: Kernel) -> str:
         check_threadgroup_memory(kernel)
+        check_buffers(kernel)
         source = translate(self.edit(kernel.source))
         ((name, signature),) = _SIGNATURE.findall(kernel.source)
         buffers, call = 0, []
@@ -140,6 +141,15 @@ def translate(source: str) -> str:
         source,
     )
     return re.sub(r"(?<![\w.])(\d+\.\d*(?:e[+-]?\d+)?)h\b", r"((half)\1f)", source)
+
+
+def check_buffers(kernel: Kernel) -> None:
+    """Refuse buffers without a name: registers that TVM moved to memory which all threads share.
+
+    Groups of threads run one after the other here, and would not overwrite each other's.
+    """
+    found = re.findall(r"device \w+\* (_ptr\w*) \[\[", kernel.source)
+    assert not found, f"{kernel.name} has registers in device memory: {', '.join(found)}"
 
 
 def check_threadgroup_memory(kernel: Kernel) -> None:

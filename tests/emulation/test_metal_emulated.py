@@ -214,8 +214,22 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, built, family: str, act: st
 
 
 @pytest.mark.slow
-def test_batches_equal_single_sequences(rig, built) -> None:
-    out, _ = built("qwen2", "float")
+@pytest.mark.parametrize("act", ["float", "int8"])
+@pytest.mark.parametrize("family", ["mistral_window", "gemma2", "gemma3"])
+def test_windows_and_capped_scores_equal_pytorch(rig, built, family: str, act: str) -> None:
+    """Windows of 12 tokens, in chunks of 32."""
+    rig.order = 7
+    out, oracle = built(family, act)
+    with fc.load(out) as model:
+        assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= TOLERANCE[act]
+        if act == "float":
+            assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_batches_equal_single_sequences(rig, built, family: str) -> None:
+    out, _ = built(family, "float")
     prompts = [TOKENS[i : i + 3 + 4 * i] for i in range(4)]
     with fc.load(out) as model:
         engine = model.engine

@@ -59,6 +59,9 @@ CASES = [
     pytest.param("llama", "float", "w1", marks=slow),
     pytest.param("qwen2", "float", "w2", marks=slow),
     pytest.param("qwen2", "int8", "w3", marks=slow),
+    pytest.param("gemma2", "float", "w2", marks=slow),
+    pytest.param("gemma3", "int8", "w2", marks=slow),
+    pytest.param("mistral_window", "float", "w2", marks=slow),
 ]
 
 
