@@ -3,10 +3,12 @@
 TVM's kernel gives a head to one block: with 32 heads, three quarters of a large GPU wait, and a
 block walks the context 32 keys at a time, each step behind barriers. Here a context is cut into as
 many parts as there are blocks to spare, and a second launch merges them; short contexts take one.
+Pages before a layer's sliding window are in no part, and are not read.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +34,58 @@ class CacheShape:
         heads, kv_heads: query heads, and those of keys and values.
         head_dim: elements of a head.
         dtype: of the cache, queries and outputs: ``float16`` or ``float32``.
+        window: tokens of the sliding window of the layers that have one, the query's own included,
+            or None if none has. As on CPUs (`attention_cpu_tile.AttentionShape`), a negative
+            ``sm_scale``, whose magnitude is the scale, asks for the window.
+        softcap: cap of the scores, cap tanh(s / cap), or None.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def group(self) -> int:
         """Query heads of a block: those that share keys, four at most."""
         shared = self.heads // self.kv_heads
         return max(n for n in (1, 2, 3, 4) if shared % n == 0)
+
+    @property
+    def suffix(self) -> str:
+        """What names of functions say of window and cap: ``_w4096_c50_0``."""
+        window = "" if self.window is None else f"_w{self.window}"
+        cap = "" if not self.softcap else "_c" + re.sub(r"\W", "_", repr(float(self.softcap)))
+        return window + cap
+
+    @property
+    def score_unit(self) -> float:
+        """What kernels multiply scores by beside sm_scale: an exponential becomes a power of two.
+
+        That is exp(s), or exp(2 s / cap) of the hyperbolic tangent.
+        """
+        return 2 * _LOG2_E / self.softcap if self.softcap else _LOG2_E
+
+    def constants(self, **others: int) -> str:
+        """Return the constants of a call in CUDA C++, those of the shape and ``others``."""
+        values = {
+            "kHeads": self.heads,
+            "kKvHeads": self.kv_heads,
+            "kHeadDim": self.head_dim,
+            "kWindow": self.window or 0,
+            **others,
+        }
+        lines = [f"  static constexpr int {key} = {n};" for key, n in values.items()]
+        cap = _LOG2_E * (self.softcap or 0)
+        return "\n".join([*lines, f"  static constexpr float kCap = {cap!r}f;"])
+
+    def window_arguments(self) -> tuple[str, str]:
+        """Return (parameters, arguments) of a device function, which it needs for windows alone."""
+        if self.window is None:
+            return "", "nullptr, nullptr, "
+        return "const int* offsets, const int* positions, ", "offsets, positions, "
 
 
 def serves(shape: CacheShape) -> bool:
@@ -57,31 +99,25 @@ def serves(shape: CacheShape) -> bool:
 def render(shape: CacheShape) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function and of ``combine_`` name; see attention.cuh."""
     x = CUDA_TYPES[shape.dtype]
-    library = read_files("primitives.cuh", "attention.cuh")
-    name = f"attention_{shape.heads}_{shape.kv_heads}_{shape.head_dim}_{shape.dtype}"
-    constants = {
-        "kHeads": shape.heads,
-        "kKvHeads": shape.kv_heads,
-        "kHeadDim": shape.head_dim,
-        "kGroup": shape.group,
-        "kWarps": _WARPS,
-        "kTogether": 4 if shape.group < 4 else 2,
-    }
-    lines = "\n".join(f"  static constexpr int {key} = {n};" for key, n in constants.items())
+    library = read_files("primitives.cuh", "attention_scores.cuh", "attention.cuh")
+    name = f"attention_{shape.heads}_{shape.kv_heads}_{shape.head_dim}_{shape.dtype}{shape.suffix}"
+    together = 4 if shape.group < 4 else 2
+    parameters, arguments = shape.window_arguments()
     source = f"""{library}
 #ifndef FAIRY_{name}
 #define FAIRY_{name}
 struct {name}_call {{
   typedef {x} X;
-{lines}
+{shape.constants(kGroup=shape.group, kWarps=_WARPS, kTogether=together)}
 }};
 
 __device__ __forceinline__ void {name}(const {x}* q, const {x}* pages, const int* indptr,
-                                       const int* page_values, const int* last_page, {x}* output,
-                                       float* lse, float* partial, float* partial_lse, float scale,
-                                       int parts) {{
-  fairy::DecodeAttention<{name}_call>::run(q, pages, indptr, page_values, last_page, output, lse,
-                                           partial, partial_lse, scale, parts);
+                                       const int* page_values, const int* last_page,
+                                       {parameters}{x}* output, float* lse, float* partial,
+                                       float* partial_lse, float scale, int parts) {{
+  fairy::DecodeAttention<{name}_call>::run(q, pages, indptr, page_values, last_page,
+                                           {arguments}output, lse, partial, partial_lse, scale,
+                                           parts);
 }}
 
 __device__ __forceinline__ void combine_{name}(const float* partial, const float* partial_lse,
@@ -118,17 +154,17 @@ def build_decode(shape: CacheShape) -> PrimFunc:
         indptr = T.arg("page_indptr", index_buffer(batch + 1))
         page_values = T.arg("page_values", index_buffer(count))
         last_page = T.arg("last_page_len", index_buffer(batch))
-        for unused in ("k_rope_pos_offset", "q_rope_position"):
-            T.arg(unused, index_buffer(batch))
+        offset = T.arg("k_rope_pos_offset", index_buffer(batch))
+        position = T.arg("q_rope_position", index_buffer(batch))
         output = T.arg("output", T.buffer(rows, shape.dtype))
         lse = T.arg("lse", T.buffer((batch, shape.heads), "float32"))
-        scale = rope_and_scale_args() * T.float32(_LOG2_E)
-        given = [
-            q.data,
-            pages.data,
-            *(T.address_of(b[0]) for b in (indptr, page_values, last_page)),
-        ]
-        parts = T.bind(_parts(shape, batch, count))
+        sm_scale = rope_and_scale_args()
+        scale = sm_scale * T.float32(shape.score_unit)
+        tables = [indptr, page_values, last_page]
+        if shape.window is not None:
+            tables += [offset, position]
+        given = [q.data, pages.data, *(T.address_of(b[0]) for b in tables)]
+        parts = T.bind(_parts(shape, batch, _most_seen(shape, count, sm_scale)))
         room = batch * shape.heads * parts
         partial = T.alloc_buffer((room * shape.head_dim,), "float32", scope="global")
         partial_lse = T.alloc_buffer((room,), "float32", scope="global")
@@ -146,8 +182,19 @@ def build_decode(shape: CacheShape) -> PrimFunc:
     return ir.get()
 
 
+def _most_seen(shape: CacheShape, pages: Any, sm_scale: Any) -> Any:
+    """Return how many of all ``pages`` one query sees at most."""
+    from tvm.tirx.script import builder as T
+
+    if shape.window is None:
+        return pages
+    # The window's last key at the start of a page, its others in as many as they touch.
+    touched = 1 + -(-(shape.window - 1) // PAGE)
+    return T.if_then_else(sm_scale < T.float32(0), T.min(pages, T.int32(touched)), pages)
+
+
 def _parts(shape: CacheShape, batch: Any, pages: Any) -> Any:
-    """Return how many parts each context is cut into; no context has more than all pages."""
+    """Return how many parts each context is cut into, of which a query sees ``pages`` at most."""
     from tvm.tirx.script import builder as T
 
     blocks = batch * (shape.heads // shape.group)

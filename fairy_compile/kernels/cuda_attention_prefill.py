@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 _WARPS = 4
 _ROWS = 16 * _WARPS
-_LOG2_E = 1.4426950408889634
 _MOST_DIM = 128  # outputs of a row are registers
 
 
@@ -23,31 +22,25 @@ def serves(shape: CacheShape) -> bool:
 
 def render(shape: CacheShape, paged: bool) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function; see attention_prefill.cuh."""
-    library = read_files("primitives.cuh", "attention_prefill.cuh")
+    library = read_files("primitives.cuh", "attention_scores.cuh", "attention_prefill.cuh")
     kind = "paged" if paged else "ragged"
-    name = f"attention_{kind}_{shape.heads}_{shape.kv_heads}_{shape.head_dim}"
-    constants = {
-        "kHeads": shape.heads,
-        "kKvHeads": shape.kv_heads,
-        "kHeadDim": shape.head_dim,
-        "kWarps": _WARPS,
-        "kPaged": int(paged),
-    }
-    lines = "\n".join(f"  static constexpr int {key} = {n};" for key, n in constants.items())
+    name = f"attention_{kind}_{shape.heads}_{shape.kv_heads}_{shape.head_dim}{shape.suffix}"
+    parameters, arguments = shape.window_arguments()
     source = f"""{library}
 #ifndef FAIRY_{name}
 #define FAIRY_{name}
 struct {name}_call {{
-{lines}
+{shape.constants(kWarps=_WARPS, kPaged=int(paged))}
 }};
 
 __device__ __forceinline__ void {name}(const __half* q, const int* q_indptr, const __half* keys,
                                        const __half* values, const int* indptr,
                                        const int* page_values, const int* last_page,
-                                       __half* output, float* lse, float scale, int causal,
-                                       int batch, int tiles) {{
+                                       {parameters}__half* output, float* lse, float scale,
+                                       int causal, int batch, int tiles) {{
   fairy::PrefillAttention<{name}_call>::run(q, q_indptr, keys, values, indptr, page_values,
-                                            last_page, output, lse, scale, causal, batch, tiles);
+                                            last_page, {arguments}output, lse, scale, causal,
+                                            batch, tiles);
 }}
 #endif  // FAIRY_{name}
 """
@@ -97,21 +90,24 @@ def _build(shape: CacheShape, *, paged: bool) -> PrimFunc:
             indptr = T.arg("page_indptr", index_buffer(batch + 1))
             page_values = T.arg("page_values", index_buffer(T.int32()))
             last_page = T.arg("last_page_len", index_buffer(batch))
-            T.arg("k_rope_pos_offset", index_buffer(batch))
-            T.arg("q_rope_position", index_buffer(total))
+            offset = T.arg("k_rope_pos_offset", index_buffer(batch))
+            position = T.arg("q_rope_position", index_buffer(total))
         else:
             new = (T.int32(), shape.kv_heads, shape.head_dim)
             keys, values = (T.arg(n, T.buffer(new, shape.dtype)) for n in "kv")
             indptr = T.arg("kv_indptr", index_buffer(batch + 1))
             page_values = last_page = indptr  # not read
-            T.arg("q_rope_position", index_buffer(total))
-            T.arg("k_rope_pos_offset", index_buffer(batch))
+            position = T.arg("q_rope_position", index_buffer(total))
+            offset = T.arg("k_rope_pos_offset", index_buffer(batch))
         output = T.arg("output", T.buffer(rows, shape.dtype))
         lse = T.arg("lse", T.buffer((total, shape.heads), "float32"))
         causal = T.arg("causal", T.int32())
-        scale = rope_and_scale_args() * T.float32(_LOG2_E)
-        tables: list[Any] = [T.address_of(b[0]) for b in (indptr, page_values, last_page)]
-        arguments = [q.data, T.address_of(q_indptr[0]), keys.data, values.data, *tables]
+        scale = rope_and_scale_args() * T.float32(shape.score_unit)
+        tables = [indptr, page_values, last_page]
+        if shape.window is not None:
+            tables += [offset, position]
+        given: list[Any] = [T.address_of(b[0]) for b in tables]
+        arguments = [q.data, T.address_of(q_indptr[0]), keys.data, values.data, *given]
         # At most this many tiles: a sequence's last one may be short.
         tiles = T.bind(T.truncdiv(total, T.int32(_ROWS)) + batch)
         arguments += [output.data, lse.data, scale, causal, batch, tiles]

@@ -1,12 +1,13 @@
 // Attention of one query row a sequence and head over the paged cache (Flash-Decoding). `Call` holds
-// the constants of one call, see kernels/cuda_attention.py.
+// the constants of one call, see kernels/cuda_attention.py; windows and caps are attention_scores.cuh's.
 //
 // A block works on a part of a context for `kGroup` query heads that share keys and values. kLanes
 // lanes hold a key, 128 bits each, so that a warp has 32 / kLanes keys at a time, and asks for
 // `kTogether` times as many before it multiplies. Every such team of lanes keeps an online softmax of
 // the keys it saw (scores in units of log2):
 //     peak' = max(peak, s)   total = total 2^(peak - peak') + 2^(s - peak')   out likewise with values
-// Teams are merged at the end, parts of a context by `Combine`.
+// Teams are merged at the end, parts of a context by `Combine`. What lies before a window is in no part
+// and not read.
 #ifndef FAIRY_ATTENTION
 #define FAIRY_ATTENTION
 
@@ -39,10 +40,12 @@ struct DecodeAttention {
   };
 
   // `parts` of each context; `partial` and `partial_lse` take results if there are several, else
-  // `output` and `lse`.
+  // `output` and `lse`. `offsets`, of each sequence's key 0, and `positions`, of its query, are read
+  // if there are windows.
   static __device__ void run(const X* q, const X* pages, const int* indptr, const int* page_values,
-                             const int* last_page, X* output, float* lse, float* partial,
-                             float* partial_lse, float scale, int parts) {
+                             const int* last_page, const int* offsets, const int* positions,
+                             X* output, float* lse, float* partial, float* partial_lse, float scale,
+                             int parts) {
     __shared__ Shared shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int part = blockIdx.x, sequence = blockIdx.z;
@@ -50,9 +53,16 @@ struct DecodeAttention {
     const int kv_head = first_head / (Call::kHeads / Call::kKvHeads);
     const int first_page = indptr[sequence], count = indptr[sequence + 1] - first_page;
     const int keys = count > 0 ? (count - 1) * kPage + last_page[sequence] : 0;
-    const int own_pages = (count + parts - 1) / parts;
-    const int start = part * own_pages * kPage;
+    int seen_from = 0, unseen_pages = 0;
+    if constexpr (Call::kWindow > 0) {
+      if (scale < 0) seen_from = first_key<Call>(positions[sequence], offsets[sequence]);
+      unseen_pages = seen_from / kPage;  // if beyond all keys, so is `start`
+      scale = fabsf(scale);
+    }
+    const int own_pages = (count - unseen_pages + parts - 1) / parts;
+    int start = (unseen_pages + part * own_pages) * kPage;
     const int end = start + own_pages * kPage < keys ? start + own_pages * kPage : keys;
+    if constexpr (Call::kWindow > 0) start = start < seen_from ? seen_from : start;
     const int own = lane % kLanes;
 
     float query[kGroup][kPer];
@@ -93,7 +103,7 @@ struct DecodeAttention {
           for (int i = 0; i < kPer; ++i) sum += query[h][i] * to_float(key[u].x[i]);
 #pragma unroll
           for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
-          score[u] = first + u * kStep < end ? sum : kEmpty;
+          score[u] = first + u * kStep < end ? cap_score<Call>(sum) : kEmpty;
         }
         take(states[h], score, value, first, end);
       }

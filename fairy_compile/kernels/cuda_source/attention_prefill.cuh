@@ -1,5 +1,6 @@
 // Attention of many query rows of a sequence in float16 tensor cores, over new keys or the paged
-// cache. `Call` holds the constants of one call, see kernels/cuda_attention_prefill.py.
+// cache. `Call` holds the constants of one call, see kernels/cuda_attention_prefill.py; windows and caps
+// are attention_scores.cuh's.
 //
 // A block has kRows query rows of one head, 16 a warp, and walks the keys they may see 32 at a time,
 // with an online softmax as in attention.cuh: scores, weights and outputs stay in registers. Weights
@@ -41,16 +42,25 @@ struct PrefillAttention {
     int begin;                                // of its keys, or of its page table
   };
 
+  // `offsets`, of each sequence's key 0, and `positions`, of the rows of q, are read if there are
+  // windows.
   static __device__ void run(const X* q, const int* q_indptr, const X* keys, const X* values,
                              const int* indptr, const int* page_values, const int* last_page,
-                             X* output, float* lse, float scale, int causal, int batch,
-                             int tiles) {
+                             const int* offsets, const int* positions, X* output, float* lse,
+                             float scale, int causal, int batch, int tiles) {
     __shared__ Shared shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int head = blockIdx.y, kv_head = head / (Call::kHeads / Call::kKvHeads);
     Work work;
     if (!find(work, q_indptr, indptr, last_page, causal, batch, tiles - 1 - blockIdx.x)) return;
     const size_t first_row = (size_t)q_indptr[work.sequence] + work.first;
+    int seen_from[2] = {}, skipped = 0;  // keys of a lane's rows; steps that no row of the block needs
+    if constexpr (Call::kWindow > 0) {
+      if (scale < 0)
+        skipped = find_windows(seen_from, positions + first_row, offsets[work.sequence], work.count,
+                               warp * 16 + g, lane) / kKeys;
+      scale = fabsf(scale);
+    }
 
     Word query[kSlabs][2][4];
 #pragma unroll
@@ -73,9 +83,10 @@ struct PrefillAttention {
     const int last = work.reach + work.count - 1;
     const int end = last < work.keys ? last : work.keys;
     const int steps = end > 0 ? (end + kKeys - 1) / kKeys : 0;
-    if (steps > 0) copy(shared.tiles[0], keys, values, page_values, work, kv_head, 0);
+    if (skipped < steps)
+      copy(shared.tiles[skipped % 2], keys, values, page_values, work, kv_head, skipped * kKeys);
     commit_copies();
-    for (int step = 0; step < steps; ++step) {
+    for (int step = skipped; step < steps; ++step) {
       wait_copies<0>();
       __syncthreads();
       if (step + 1 < steps)
@@ -92,7 +103,7 @@ struct PrefillAttention {
           multiply_halves(scores[n], query[c][0], key.x, key.y);
           multiply_halves(scores[n], query[c][1], key.z, key.w);
         }
-      soften(scores, out, peak, total, work, warp * 16 + g, step * kKeys + 2 * t, scale);
+      soften(scores, out, peak, total, work, seen_from, warp * 16 + g, step * kKeys + 2 * t, scale);
       add_values(out, scores, tile, g, t);
     }
 #pragma unroll
@@ -138,6 +149,27 @@ struct PrefillAttention {
     return false;
   }
 
+  // Finds the first keys that rows `row` and `row` + 8 see, and returns the first that any row of the
+  // block sees. Positions are read row by row: where sequences share pages, the rows of several come
+  // as those of one. Rows that do not exist see what the last one sees.
+  static __device__ __forceinline__ int find_windows(int (&seen_from)[2], const int* positions,
+                                                     int offset, int count, int row, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = row + 8 * half < count ? row + 8 * half : count - 1;
+      seen_from[half] = first_key<Call>(positions[own], offset);
+    }
+    int lowest = positions[0];
+    for (int other = lane; other < count; other += 32)
+      lowest = positions[other] < lowest ? positions[other] : lowest;
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const int other = shuffle_xor(lowest, lanes);
+      lowest = other < lowest ? other : lowest;
+    }
+    return first_key<Call>(lowest, offset);
+  }
+
   static __device__ __forceinline__ void copy(Tile& tile, const X* keys, const X* values,
                                               const int* page_values, const Work& work, int kv_head,
                                               int first) {
@@ -162,8 +194,9 @@ struct PrefillAttention {
   // of weights are those of a lane's own columns.
   static __device__ __forceinline__ void soften(float (&scores)[kKeys / 8][4],
                                                 float (&out)[kDim / 8][4], float (&peak)[2],
-                                                float (&total)[2], const Work& work, int row,
-                                                int column, float scale) {
+                                                float (&total)[2], const Work& work,
+                                                const int (&seen_from)[2], int row, int column,
+                                                float scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int reach = work.reach + row + 8 * half;
@@ -174,7 +207,9 @@ struct PrefillAttention {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& score = scores[n][2 * half + c];
-          score = column + 8 * n + c < end ? score * scale : kMasked;
+          bool seen = column + 8 * n + c < end;
+          if constexpr (Call::kWindow > 0) seen = seen && column + 8 * n + c >= seen_from[half];
+          score = seen ? cap_score<Call>(score * scale) : kMasked;
           highest = fmaxf(highest, score);
         }
       highest = fmaxf(highest, shuffle_xor(highest, 1));
