@@ -15,8 +15,8 @@ from fairy_compile.kernels.attention_cpu_pages import (
 )
 from fairy_compile.kernels.attention_cpu_prefill import build_paged_prefill, build_ragged_prefill
 from fairy_compile.kernels.attention_cpu_rope import build_rope, build_rotate
-from fairy_compile.kernels.attention_cpu_tile import AttentionShape
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, vector_unit
+from fairy_compile.kernels.attention_shape import AttentionShape
 
 __all__ = [
     "AttentionShape",

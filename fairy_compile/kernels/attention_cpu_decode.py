@@ -22,7 +22,6 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_tile import (
     TILE,
-    AttentionShape,
     QueryTile,
     Visible,
     first_key,
@@ -30,6 +29,7 @@ from fairy_compile.kernels.attention_cpu_tile import (
     page_tile,
 )
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
+from fairy_compile.kernels.attention_shape import AttentionShape
 from fairy_compile.kernels.opaque import opaque
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_decode import index_buffer
-from fairy_compile.kernels.attention_cpu_tile import TILE, AttentionShape, log_sum_exp_weights
+from fairy_compile.kernels.attention_cpu_tile import TILE, log_sum_exp_weights
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, splat, store
+from fairy_compile.kernels.attention_shape import AttentionShape
 
 if TYPE_CHECKING:
     from tvm.ir import Expr

@@ -15,7 +15,6 @@ from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_decode import index_buffer, rope_and_scale_args
 from fairy_compile.kernels.attention_cpu_tile import (
     TILE,
-    AttentionShape,
     KeyTile,
     QueryTile,
     Visible,
@@ -24,6 +23,7 @@ from fairy_compile.kernels.attention_cpu_tile import (
     page_tile,
 )
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, store
+from fairy_compile.kernels.attention_shape import AttentionShape
 from fairy_compile.kernels.opaque import opaque
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_decode import index_buffer
 from fairy_compile.kernels.attention_cpu_pages import parallel_tokens
-from fairy_compile.kernels.attention_cpu_tile import AttentionShape
 from fairy_compile.kernels.attention_cpu_vector import VectorUnit, span, store
+from fairy_compile.kernels.attention_shape import AttentionShape
 from fairy_compile.op.rope import RopeTable
 
 if TYPE_CHECKING:

@@ -10,13 +10,11 @@ so that out / total is the attention and peak + log2(total) its log-sum-exp (Mil
 Gimelshein, arXiv 1805.02867). Rows are handled in blocks of four, two or one: a key or value that
 was loaded and widened to float32 serves the whole block.
 
-Soft-capped scores are s' = cap tanh(s / cap) (Gemma 2, arXiv 2408.00118, section 2). A layer with a
-sliding window sees the ``window`` last keys, that of the query itself included.
+Windows and caps: see `attention_shape`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,50 +24,16 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels import attention_cpu_vector as vec
 from fairy_compile.kernels.attention_cpu_vector import Load, VectorUnit, span, splat, store
+from fairy_compile.kernels.attention_shape import EMPTY, LOG2_E, MASKED, PAGE, AttentionShape
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer
 
-TILE = 16
+TILE = PAGE
 """Keys of a tile: a page of the cache."""
 
 BLOCK_ROWS = 4
-
-EMPTY = -1e30
-"""Log-sum-exp of a row that saw no key. Finite, so that merging two of them is no NaN."""
-
-_MASKED = -3e38  # below EMPTY by more than any exponent: its weight is exactly 0
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes of an attention layer and the dtype of its cache.
-
-    Attributes:
-        heads: query heads, a multiple of kv_heads.
-        kv_heads: key/value heads; ``heads // kv_heads`` query heads share one.
-        head_dim: elements of a head; multiples of 8 are vectorised.
-        dtype: ``float16`` or ``float32``: of pages, queries, keys, values and outputs alike, as
-            the runtime demands. All arithmetic is float32.
-        window: tokens of the sliding window of the layers that have one, or None if none has. The
-            runtime calls the same functions for all layers and tells them nothing of the layer but
-            its ``sm_scale``, so the sign of that says it: a negative one, whose magnitude is the
-            scale, asks for the window.
-        softcap: cap of the scores, or None.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    window: int | None = None
-    softcap: float | None = None
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -104,7 +68,7 @@ class QueryTile:
     def __init__(self, unit: VectorUnit, shape: AttentionShape, rows: int) -> None:
         head_dim = shape.head_dim
         self.unit, self.dim, self.rows = unit.dividing(head_dim), head_dim, rows
-        self.softcap = shape.softcap
+        self.softcap, self.score_unit = shape.softcap, shape.score_unit
         self._q = T.alloc_buffer((rows * head_dim,), "float32")
         self._out = T.alloc_buffer((rows * head_dim,), "float32")
         self._peak = T.alloc_buffer((rows,), "float32")
@@ -114,9 +78,7 @@ class QueryTile:
     def start(self, query: Load, count: Expr | int, sm_scale: Expr) -> None:
         """Load ``count`` query rows, zero the others, and forget earlier keys."""
         lanes = self.unit.lanes
-        # What is left to do of exp(2 s / cap), or of exp(s), is a power of two.
-        unit = 2 * math.log2(math.e) / self.softcap if self.softcap else math.log2(math.e)
-        scale = splat(T.bind(T.abs(sm_scale) * T.float32(unit)), lanes)
+        scale = splat(T.bind(T.abs(sm_scale) * T.float32(self.score_unit)), lanes)
         vec.fill(self._out, 0, self.rows * self.dim, 0.0, lanes)
         vec.fill(self._total, 0, self.rows * TILE, 0.0, TILE)
         vec.fill(self._peak, 0, self.rows, EMPTY, 1)
@@ -204,9 +166,9 @@ class QueryTile:
         scores = self._capped(self._weights[at])
         if visible.first is not None:
             hidden = keys < T.broadcast(visible.first, TILE)
-            scores = T.bind(T.Select(hidden, splat(_MASKED, TILE), scores))
+            scores = T.bind(T.Select(hidden, splat(MASKED, TILE), scores))
         seen = keys < T.broadcast(visible.end, TILE)
-        scores = T.bind(T.Select(seen, scores, splat(_MASKED, TILE)))
+        scores = T.bind(T.Select(seen, scores, splat(MASKED, TILE)))
         peak = vec.lane_max(scores, TILE)
         with T.If(peak > self._peak[row]), T.Then():
             self._rescale(row, vec.exp2(self._peak[row] - peak, 1))
@@ -224,7 +186,7 @@ class QueryTile:
         power = vec.exp2(T.min(scores, splat(64.0, TILE)), TILE)
         one = splat(1.0, TILE)
         tanh = one - splat(2.0, TILE) / (power + one)
-        return T.bind(splat(self.softcap * math.log2(math.e), TILE) * tanh)
+        return T.bind(splat(self.softcap * LOG2_E, TILE) * tanh)
 
     def _rescale(self, row: Expr, factor: Expr) -> None:
         lanes = self.unit.lanes

@@ -20,7 +20,7 @@ from fairy_compile.kernels.gpu_builder import build_function, launch, load_float
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
-    from fairy_compile.kernels.attention_cpu_tile import AttentionShape
+    from fairy_compile.kernels.attention_shape import AttentionShape
     from fairy_compile.targets import Limits
 
 HEAD_DIM_STEP = 8

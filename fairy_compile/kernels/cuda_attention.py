@@ -9,86 +9,55 @@ Pages before a layer's sliding window are in no part, and are not read.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fairy_compile.kernels.attention_shape import LOG2_E, PAGE, AttentionShape
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, read_files
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
-PAGE = 16
 _WARPS = 8
 # A part of a context is at least this many pages: as many keys as a block asks for at once.
 _PART_PAGES = 16
 _MOST_PARTS = 32
 _BLOCKS = 264  # two for each multiprocessor of the largest GPU we know
-_LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """Sizes of attention over a cache.
-
-    Attributes:
-        heads, kv_heads: query heads, and those of keys and values.
-        head_dim: elements of a head.
-        dtype: of the cache, queries and outputs: ``float16`` or ``float32``.
-        window: tokens of the sliding window of the layers that have one, the query's own included,
-            or None if none has. As on CPUs (`attention_cpu_tile.AttentionShape`), a negative
-            ``sm_scale``, whose magnitude is the scale, asks for the window.
-        softcap: cap of the scores, cap tanh(s / cap), or None.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    window: int | None = None
-    softcap: float | None = None
-
-    @property
-    def group(self) -> int:
-        """Query heads of a block: those that share keys, four at most."""
-        shared = self.heads // self.kv_heads
-        return max(n for n in (1, 2, 3, 4) if shared % n == 0)
-
-    @property
-    def suffix(self) -> str:
-        """What names of functions say of window and cap: ``_w4096_c50_0``."""
-        window = "" if self.window is None else f"_w{self.window}"
-        cap = "" if not self.softcap else "_c" + re.sub(r"\W", "_", repr(float(self.softcap)))
-        return window + cap
-
-    @property
-    def score_unit(self) -> float:
-        """What kernels multiply scores by beside sm_scale: an exponential becomes a power of two.
-
-        That is exp(s), or exp(2 s / cap) of the hyperbolic tangent.
-        """
-        return 2 * _LOG2_E / self.softcap if self.softcap else _LOG2_E
-
-    def constants(self, **others: int) -> str:
-        """Return the constants of a call in CUDA C++, those of the shape and ``others``."""
-        values = {
-            "kHeads": self.heads,
-            "kKvHeads": self.kv_heads,
-            "kHeadDim": self.head_dim,
-            "kWindow": self.window or 0,
-            **others,
-        }
-        lines = [f"  static constexpr int {key} = {n};" for key, n in values.items()]
-        cap = _LOG2_E * (self.softcap or 0)
-        return "\n".join([*lines, f"  static constexpr float kCap = {cap!r}f;"])
-
-    def window_arguments(self) -> tuple[str, str]:
-        """Return (parameters, arguments) of a device function, which it needs for windows alone."""
-        if self.window is None:
-            return "", "nullptr, nullptr, "
-        return "const int* offsets, const int* positions, ", "offsets, positions, "
+def suffix(shape: AttentionShape) -> str:
+    """Return what names of functions say of window and cap: ``_w4096_c50_0``."""
+    window = "" if shape.window is None else f"_w{shape.window}"
+    cap = "" if not shape.softcap else "_c" + re.sub(r"\W", "_", repr(float(shape.softcap)))
+    return window + cap
 
 
-def serves(shape: CacheShape) -> bool:
+def constants(shape: AttentionShape, **others: int) -> str:
+    """Return the constants of a call in CUDA C++, those of the shape and ``others``."""
+    values = {
+        "kHeads": shape.heads,
+        "kKvHeads": shape.kv_heads,
+        "kHeadDim": shape.head_dim,
+        "kWindow": shape.window or 0,
+        **others,
+    }
+    lines = [f"  static constexpr int {key} = {n};" for key, n in values.items()]
+    cap = LOG2_E * (shape.softcap or 0)
+    return "\n".join([*lines, f"  static constexpr float kCap = {cap!r}f;"])
+
+
+def window_arguments(shape: AttentionShape) -> tuple[str, str]:
+    """Return (parameters, arguments) of a device function, which it needs for windows alone."""
+    if shape.window is None:
+        return "", "nullptr, nullptr, "
+    return "const int* offsets, const int* positions, ", "offsets, positions, "
+
+
+def _block_heads(shape: AttentionShape) -> int:
+    """Return the query heads of a block: some that share keys, four at most."""
+    return max(n for n in (1, 2, 3, 4) if shape.group % n == 0)
+
+
+def serves(shape: AttentionShape) -> bool:
     """Tell whether a key is a power of two of 128-bit units, 32 at most."""
     if shape.dtype not in ("float16", "float32"):
         return False
@@ -96,19 +65,20 @@ def serves(shape: CacheShape) -> bool:
     return rest == 0 and 0 < lanes <= 32 and lanes & (lanes - 1) == 0
 
 
-def render(shape: CacheShape) -> tuple[str, str]:
+def render(shape: AttentionShape) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function and of ``combine_`` name; see attention.cuh."""
     x = CUDA_TYPES[shape.dtype]
     library = read_files("primitives.cuh", "attention_scores.cuh", "attention.cuh")
-    name = f"attention_{shape.heads}_{shape.kv_heads}_{shape.head_dim}_{shape.dtype}{shape.suffix}"
-    together = 4 if shape.group < 4 else 2
-    parameters, arguments = shape.window_arguments()
+    name = f"attention_{shape.heads}_{shape.kv_heads}_{shape.head_dim}_{shape.dtype}{suffix(shape)}"
+    heads = _block_heads(shape)
+    together = 4 if heads < 4 else 2
+    parameters, arguments = window_arguments(shape)
     source = f"""{library}
 #ifndef FAIRY_{name}
 #define FAIRY_{name}
 struct {name}_call {{
   typedef {x} X;
-{shape.constants(kGroup=shape.group, kWarps=_WARPS, kTogether=together)}
+{constants(shape, kGroup=heads, kWarps=_WARPS, kTogether=together)}
 }};
 
 __device__ __forceinline__ void {name}(const {x}* q, const {x}* pages, const int* indptr,
@@ -129,7 +99,7 @@ __device__ __forceinline__ void combine_{name}(const float* partial, const float
     return name, source
 
 
-def build_decode(shape: CacheShape) -> PrimFunc:
+def build_decode(shape: AttentionShape) -> PrimFunc:
     """Return ``batch_decode_paged_kv`` as the runtime's KV cache calls it.
 
     Arguments: q (b, heads, head_dim), pages (p, 2, kv_heads, 16, head_dim), page_indptr int32
@@ -173,7 +143,11 @@ def build_decode(shape: CacheShape) -> PrimFunc:
         _launch(
             name,
             source,
-            {"blockIdx.x": parts, "blockIdx.y": shape.heads // shape.group, "blockIdx.z": batch},
+            {
+                "blockIdx.x": parts,
+                "blockIdx.y": shape.heads // _block_heads(shape),
+                "blockIdx.z": batch,
+            },
             [*given, *results, *partials, scale, parts],
         )
         with T.If(parts > 1), T.Then():
@@ -182,7 +156,7 @@ def build_decode(shape: CacheShape) -> PrimFunc:
     return ir.get()
 
 
-def _most_seen(shape: CacheShape, pages: Any, sm_scale: Any) -> Any:
+def _most_seen(shape: AttentionShape, pages: Any, sm_scale: Any) -> Any:
     """Return how many of all ``pages`` one query sees at most."""
     from tvm.tirx.script import builder as T
 
@@ -193,11 +167,11 @@ def _most_seen(shape: CacheShape, pages: Any, sm_scale: Any) -> Any:
     return T.if_then_else(sm_scale < T.float32(0), T.min(pages, T.int32(touched)), pages)
 
 
-def _parts(shape: CacheShape, batch: Any, pages: Any) -> Any:
+def _parts(shape: AttentionShape, batch: Any, pages: Any) -> Any:
     """Return how many parts each context is cut into, of which a query sees ``pages`` at most."""
     from tvm.tirx.script import builder as T
 
-    blocks = batch * (shape.heads // shape.group)
+    blocks = batch * (shape.heads // _block_heads(shape))
     wanted = T.min(
         T.truncdiv(pages + (_PART_PAGES - 1), T.int32(_PART_PAGES)),
         T.truncdiv(T.int32(_BLOCKS) + blocks - 1, blocks),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.kernels.cuda_attention import PAGE, CacheShape
+from fairy_compile.kernels.attention_shape import PAGE, AttentionShape
+from fairy_compile.kernels.cuda_attention import constants, suffix, window_arguments
 from fairy_compile.kernels.cuda_source import read_files
 
 if TYPE_CHECKING:
@@ -15,22 +16,22 @@ _ROWS = 16 * _WARPS
 _MOST_DIM = 128  # outputs of a row are registers
 
 
-def serves(shape: CacheShape) -> bool:
+def serves(shape: AttentionShape) -> bool:
     """Tell whether the kernel takes a cache: float16, heads of 32, 64, 96 or 128."""
     return shape.dtype == "float16" and shape.head_dim % 32 == 0 and shape.head_dim <= _MOST_DIM
 
 
-def render(shape: CacheShape, paged: bool) -> tuple[str, str]:
+def render(shape: AttentionShape, paged: bool) -> tuple[str, str]:
     """Return (name, CUDA C++) of a device function; see attention_prefill.cuh."""
     library = read_files("primitives.cuh", "attention_scores.cuh", "attention_prefill.cuh")
     kind = "paged" if paged else "ragged"
-    name = f"attention_{kind}_{shape.heads}_{shape.kv_heads}_{shape.head_dim}{shape.suffix}"
-    parameters, arguments = shape.window_arguments()
+    name = f"attention_{kind}_{shape.heads}_{shape.kv_heads}_{shape.head_dim}{suffix(shape)}"
+    parameters, arguments = window_arguments(shape)
     source = f"""{library}
 #ifndef FAIRY_{name}
 #define FAIRY_{name}
 struct {name}_call {{
-{shape.constants(kWarps=_WARPS, kPaged=int(paged))}
+{constants(shape, kWarps=_WARPS, kPaged=int(paged))}
 }};
 
 __device__ __forceinline__ void {name}(const __half* q, const int* q_indptr, const __half* keys,
@@ -47,7 +48,7 @@ __device__ __forceinline__ void {name}(const __half* q, const int* q_indptr, con
     return name, source
 
 
-def build_paged_prefill(shape: CacheShape) -> PrimFunc:
+def build_paged_prefill(shape: AttentionShape) -> PrimFunc:
     """Return ``batch_prefill_paged_kv`` as the runtime's KV cache calls it.
 
     Arguments: q (n, heads, head_dim), q_indptr int32 (b + 1,), pages (p, 2, kv_heads, 16,
@@ -59,7 +60,7 @@ def build_paged_prefill(shape: CacheShape) -> PrimFunc:
     return _build(shape, paged=True)
 
 
-def build_ragged_prefill(shape: CacheShape) -> PrimFunc:
+def build_ragged_prefill(shape: AttentionShape) -> PrimFunc:
     """Return ``batch_prefill_ragged_kv`` as the runtime's KV cache calls it.
 
     Arguments: q (n, heads, head_dim), q_indptr int32 (b + 1,), k and v (m, kv_heads, head_dim),
@@ -69,7 +70,7 @@ def build_ragged_prefill(shape: CacheShape) -> PrimFunc:
     return _build(shape, paged=False)
 
 
-def _build(shape: CacheShape, *, paged: bool) -> PrimFunc:
+def _build(shape: AttentionShape, *, paged: bool) -> PrimFunc:
     from tvm.backend.cuda.op import cuda_func_call
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script import builder as T

@@ -1,8 +1,7 @@
 """What our attention kernels for GPUs share: sizes, sliding windows, capped scores, keys.
 
 TVM's kernels serve GPUs where a model attends over all keys. These serve what those lack: layers
-with sliding windows, capped scores, and heads they leave elements or heads of out. `AttentionShape`
-tells what the sign of ``sm_scale`` means; scores are in units of log2.
+with sliding windows, capped scores, and sizes whose elements or heads they leave out.
 """
 
 from __future__ import annotations
@@ -12,18 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.attention_cpu_tile import AttentionShape
+from fairy_compile.kernels.attention_shape import LOG2_E, PAGE, AttentionShape
 from fairy_compile.kernels.gpu_builder import local, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import Buffer
-
-PAGE = 16
-"""Keys of a page of the cache."""
-
-MASKED = -3e38
-"""Score of a key that is not seen: below any peak by more than any exponent."""
 
 THREADS = 128
 """Threads of a group."""
@@ -44,12 +37,8 @@ def window_of(shape: AttentionShape, sm_scale: Expr) -> Expr | None:
 
 
 def query_scale(shape: AttentionShape, sm_scale: Expr) -> Expr:
-    """Return the factor of queries, on the host.
-
-    What is left to do of exp(s), or of exp(2 s / cap), is a power of two.
-    """
-    unit = 2 / shape.softcap if shape.softcap else 1.0
-    return T.bind(T.max(sm_scale, -sm_scale) * T.float32(unit * math.log2(math.e)))
+    """Return the factor of scores, on the host."""
+    return T.bind(T.max(sm_scale, -sm_scale) * T.float32(shape.score_unit))
 
 
 def capped(shape: AttentionShape, score: Expr) -> Expr:
@@ -59,7 +48,7 @@ def capped(shape: AttentionShape, score: Expr) -> Expr:
     # tanh x = 1 - 2 / (e^2x + 1), which is 1 to float32 long before the power overflows.
     power = T.exp2(T.min(score, T.float32(64)))
     tanh = T.float32(1) - T.float32(2) / (power + T.float32(1))
-    return T.float32(shape.softcap * math.log2(math.e)) * tanh
+    return T.float32(shape.softcap * LOG2_E) * tanh
 
 
 def first_key(window: Expr | None, position: Expr, offset: Expr) -> Expr:

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.attention_cpu_decode import index_buffer, rope_and_scale_args
-from fairy_compile.kernels.attention_cpu_tile import EMPTY, AttentionShape
+from fairy_compile.kernels.attention_shape import EMPTY, MASKED, PAGE, AttentionShape
 from fairy_compile.kernels.gpu_attention import (
-    MASKED,
-    PAGE,
     THREADS,
     Keys,
     as_dtype,
@@ -72,7 +70,7 @@ def build_decode(shape: AttentionShape) -> PrimFunc:
     q_rope_position int32 (b,), output like q, lse float32 (b, heads) in units of log2, rotary_mode,
     rope_scale, rope_theta, sm_scale. Rotary embedding inside the kernel (rotary_mode 1) is refused.
     """
-    return build_function("attention_decode", _Decode(shape).emit).without_attr("global_symbol")
+    return build_function("attention_decode", _Decode(shape).emit)
 
 
 class _Decode:
@@ -107,15 +105,16 @@ class _Decode:
         self.scale = query_scale(shape, sm_scale)
         self.parts = T.bind(self._parts(batch, count))
         room = batch * shape.heads * self.parts
-        self.partial = scratch("partial", (room * shape.head_dim,))
-        self.partial_lse = scratch("partial_lse", (room,))
+        # Of every part the outputs, and after them the log-sum-exp: WebGPU counts buffers.
+        self.partial = scratch("partial", (room * (shape.head_dim + 1),))
+        groups = shape.heads // self.heads
         extents = {
-            "blockIdx.z": batch,
-            "blockIdx.y": shape.heads // self.heads,
+            "blockIdx.y": batch * groups,  # WebGPU has two dimensions
             "blockIdx.x": self.parts,
             "threadIdx.x": THREADS,
         }
-        with launch(extents, regions=False) as (sequence, block, part, thread):
+        with launch(extents, regions=False) as (row, part, thread):
+            sequence, block = T.truncdiv(row, T.int32(groups)), T.truncmod(row, T.int32(groups))
             self._attend(sequence, block, part, thread)
         with launch_if(self.parts > 1):
             extents = {"blockIdx.y": batch, "blockIdx.x": shape.heads, "threadIdx.x": THREADS}
@@ -249,8 +248,9 @@ class _Decode:
                         store(out, at, out[at] + weight * loaded[c])
 
     def _own(self, sequence: Expr, head: Expr, part: Any, parts: Expr) -> Expr:
-        """Return the number of a part of a head's context."""
-        return (sequence * self.shape.heads + head) * parts + part
+        """Return where the results of a part of a head's context begin."""
+        number = (sequence * self.shape.heads + head) * parts + part
+        return number * (self.shape.head_dim + 1)
 
     def _finish(
         self,
@@ -283,7 +283,7 @@ class _Decode:
                     store(value, 0, value[0] + sums[s, i])
                 with T.If(parts > 1):
                     with T.Then():
-                        store(self.partial, own * shape.head_dim + i, value[0] * inverse)
+                        store(self.partial, own + i, value[0] * inverse)
                     with T.Else():
                         result = as_dtype(value[0] * inverse, shape.dtype)
                         store(self.output, (sequence, head, i), result)
@@ -292,7 +292,7 @@ class _Decode:
             lse = T.if_then_else(totals[h] > 0, peak[h] + T.log2(totals[h]), T.float32(EMPTY))
             with when(thread == 0), T.If(parts > 1):
                 with T.Then():
-                    store(self.partial_lse, own, lse)
+                    store(self.partial, own + shape.head_dim, lse)
                 with T.Else():
                     store(self.lse, (sequence, head), lse)
 
@@ -301,18 +301,22 @@ class _Decode:
         head_dim, parts = self.shape.head_dim, keep(self.parts)
         first = keep(self._own(sequence, head, 0, parts))
         peak, total = registers(1, EMPTY), registers(1)
+
+        def result(part: Expr, i: Any) -> Expr:
+            return self.partial[first + part * (head_dim + 1) + i]
+
         with T.serial(0, parts) as part:
-            store(peak, 0, T.max(peak[0], self.partial_lse[first + part]))
+            store(peak, 0, T.max(peak[0], result(part, head_dim)))
         with T.serial(0, parts) as part:
-            store(total, 0, total[0] + T.exp2(self.partial_lse[first + part] - peak[0]))
+            store(total, 0, total[0] + T.exp2(result(part, head_dim) - peak[0]))
 
         def write(i: Any) -> None:
             value = registers(1)
             with T.serial(0, parts) as part:
-                weight = T.exp2(self.partial_lse[first + part] - peak[0])
-                store(value, 0, value[0] + self.partial[(first + part) * head_dim + i] * weight)
-            result = as_dtype(value[0] / total[0], self.shape.dtype)
-            store(self.output, (sequence, head, i), result)
+                weight = T.exp2(result(part, head_dim) - peak[0])
+                store(value, 0, value[0] + result(part, i) * weight)
+            merged = as_dtype(value[0] / total[0], self.shape.dtype)
+            store(self.output, (sequence, head, i), merged)
 
         strided(head_dim, thread, THREADS, write)
         with when(thread == 0):

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.attention_cpu_decode import index_buffer, rope_and_scale_args
-from fairy_compile.kernels.attention_cpu_tile import EMPTY, AttentionShape
+from fairy_compile.kernels.attention_shape import EMPTY, MASKED, PAGE, AttentionShape
 from fairy_compile.kernels.gpu_attention import (
-    MASKED,
-    PAGE,
     THREADS,
     Keys,
     as_dtype,
@@ -79,7 +77,7 @@ def build_paged_prefill(shape: AttentionShape) -> PrimFunc:
     in units of log2, causal, rotary_mode, rope_scale, rope_theta, sm_scale. ``causal`` aligns the
     last query with the last key.
     """
-    return _build(_Prefill(shape, paged=True), "attention_prefill_paged")
+    return build_function("attention_prefill_paged", _Prefill(shape, paged=True).emit)
 
 
 def build_ragged_prefill(shape: AttentionShape) -> PrimFunc:
@@ -89,11 +87,7 @@ def build_ragged_prefill(shape: AttentionShape) -> PrimFunc:
     kv_indptr int32 (b + 1,), q_rope_position int32 (n,), k_rope_pos_offset int32 (b,), and the rest
     as `build_paged_prefill`.
     """
-    return _build(_Prefill(shape, paged=False), "attention_prefill_ragged")
-
-
-def _build(prefill: _Prefill, name: str) -> PrimFunc:
-    return build_function(name, prefill.emit).without_attr("global_symbol")
+    return build_function("attention_prefill_ragged", _Prefill(shape, paged=False).emit)
 
 
 def _place(row: Any, key: Any) -> Any:

@@ -281,7 +281,7 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     shape = (kv_heads, heads, head_dim, config.kv_dtype)
     own = _own_attention(config, target)
-    for index in _ATTENTION.keys() - own.keys():
+    for index in sorted(_ATTENTION - own.keys()):
         var = functions[index].fields[1]
         kernel = bb.get()[var]
         if index != _DECODE:
@@ -293,7 +293,7 @@ def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target
         else:
             bb.update_func(var, kernel)
     for index, kernel in own.items():
-        added = bb.add_func(kernel, f"attention_{_ATTENTION[index]}")
+        added = bb.add_func(kernel, str(kernel.attrs["global_symbol"]))
         functions[index] = relax.Tuple([tvm.ir.StringImm("tirx"), added])
     merge = attention_gpu.build_merge(heads, head_dim, config.kv_dtype, limits.max_threads)
     functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
@@ -304,14 +304,14 @@ def _own_attention(config: DecoderConfig, target: Target) -> dict[int, tirx.Prim
     """Return place among the functions -> our own kernel, where it is known to be the one."""
     shape = attention_shape(config)
     own = {}
-    if target.device == "cuda" and attention_gpu.serves(shape):
+    if target.device == "cuda":
         if cuda_attention.serves(shape):
             own[_DECODE] = cuda_attention.build_decode(shape)
         if cuda_attention_prefill.serves(shape):
             own[_RAGGED] = cuda_attention_prefill.build_ragged_prefill(shape)
             own[_PAGED] = cuda_attention_prefill.build_paged_prefill(shape)
     if not attention_gpu.serves(shape):
-        for index in _ATTENTION.keys() - own.keys():
+        for index in sorted(_ATTENTION - own.keys()):
             own[index] = _build_attention(index, config, target)
     return own
 
@@ -356,7 +356,7 @@ def attention_shape(config: DecoderConfig) -> kernels.AttentionShape:
 # Places among the functions, in the order of `_functions`.
 _APPEND_LATENT = 1
 _RAGGED, _PAGED, _DECODE = 2, 3, 4
-_ATTENTION = {_RAGGED: "prefill_ragged", _PAGED: "prefill_paged", _DECODE: "decode"}
+_ATTENTION = {_RAGGED, _PAGED, _DECODE}
 _UNUSED_KERNELS = (5, 6, 7, 8)
 _MERGE = 10
 

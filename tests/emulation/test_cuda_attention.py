@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from fairy_compile.kernels import cuda_attention, cuda_attention_prefill
-from fairy_compile.kernels.cuda_attention import CacheShape, build_decode
+from fairy_compile.kernels.attention_shape import AttentionShape
+from fairy_compile.kernels.cuda_attention import build_decode
 from tests.emulation import cuda_library, cuda_rig, metal_rig
 from tests.emulation.gpu_cases import call, compile_functions, host_target
 
@@ -26,9 +27,9 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 PAGE = 16
 SHAPES = [
-    CacheShape(4, 4, 128, "float16"),
-    CacheShape(6, 2, 16, "float16"),
-    CacheShape(8, 1, 64, "float32"),
+    AttentionShape(4, 4, 128, "float16"),
+    AttentionShape(6, 2, 16, "float16"),
+    AttentionShape(8, 1, 64, "float32"),
 ]
 
 
@@ -37,7 +38,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> cuda_library.CudaRig:
     return cuda_library.CudaRig(tmp_path_factory.mktemp("cuda"))
 
 
-def attention(shape: CacheShape, q, pages, tables, lengths, scale):
+def attention(shape: AttentionShape, q, pages, tables, lengths, scale):
     """Return outputs and log-sum-exps, in units of log2, in float64."""
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -1e30)
     for b, (table, length) in enumerate(zip(tables, lengths, strict=True)):
@@ -56,7 +57,7 @@ def attention(shape: CacheShape, q, pages, tables, lengths, scale):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("lengths", [(1,), (70,), (600,), (5, 0, 300, 16)], ids=str)
-def test_attention_equals_numpy(rig, tmp_path, monkeypatch, shape: CacheShape, lengths) -> None:
+def test_attention_equals_numpy(rig, tmp_path, monkeypatch, shape: AttentionShape, lengths) -> None:
     """Scores err by head_dim eps |q| |k|, weights by as much, sums by less than the number of keys.
 
     Numbers are about 1, so 1e-5 is allowed, and the rounding of outputs to float16.
@@ -83,7 +84,7 @@ def test_attention_equals_numpy(rig, tmp_path, monkeypatch, shape: CacheShape, l
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
-PREFILL = [CacheShape(2, 2, 128, "float16"), CacheShape(4, 2, 32, "float16")]
+PREFILL = [AttentionShape(2, 2, 128, "float16"), AttentionShape(4, 2, 32, "float16")]
 # (rows of queries, keys) of each sequence: whole tiles, short ones, a past, none at all.
 SEQUENCES = [[(64, 64)], [(1, 1), (70, 70), (3, 50)], [(65, 200), (0, 16), (5, 0)]]
 
@@ -91,7 +92,7 @@ SEQUENCES = [[(64, 64)], [(1, 1), (70, 70), (3, 50)], [(65, 200), (0, 16), (5, 0
 @pytest.mark.parametrize("shape", PREFILL, ids=str)
 @pytest.mark.parametrize("sequences", SEQUENCES, ids=str)
 @pytest.mark.parametrize("paged", [True, False])
-def test_prefill_equals_numpy(rig, tmp_path, shape: CacheShape, sequences, paged: bool) -> None:
+def test_prefill_equals_numpy(rig, tmp_path, shape: AttentionShape, sequences, paged: bool) -> None:
     """Weights are rounded to float16, by 2^-11 each: outputs err by that of the mean |value|."""
     rng, target, batch = np.random.default_rng(1), host_target("cuda"), len(sequences)
     queries, keys = (np.array(n) for n in zip(*sequences, strict=True))
@@ -136,7 +137,7 @@ def in_pages(rng, k, v, kv_indptr):
 
 
 def check_row(
-    shape: CacheShape,
+    shape: AttentionShape,
     q,
     keys,
     values,
@@ -174,13 +175,13 @@ def check_row(
 
 # (shape, about what scores are: beyond the cap where there is one, far beyond a cap of 1.5).
 FEATURES = [
-    (CacheShape(2, 2, 128, "float16", window=37), 1),
-    (CacheShape(3, 1, 16, "float16", window=1), 1),
-    (CacheShape(4, 1, 64, "float32", window=5, softcap=1.5), 30),
-    (CacheShape(2, 1, 64, "float16", softcap=50.0), 20),
-    (CacheShape(2, 2, 16, "float32", softcap=1.5), 1),
-    (CacheShape(2, 1, 256, "float16", window=5000, softcap=50.0), 20),
-    (CacheShape(2, 2, 32, "float32", window=48), 1),
+    (AttentionShape(2, 2, 128, "float16", window=37), 1),
+    (AttentionShape(3, 1, 16, "float16", window=1), 1),
+    (AttentionShape(4, 1, 64, "float32", window=5, softcap=1.5), 30),
+    (AttentionShape(2, 1, 64, "float16", softcap=50.0), 20),
+    (AttentionShape(2, 2, 16, "float32", softcap=1.5), 1),
+    (AttentionShape(2, 1, 256, "float16", window=5000, softcap=50.0), 20),
+    (AttentionShape(2, 2, 32, "float32", window=48), 1),
 ]
 # Lengths of contexts, and how many positions the query is past the last key: at it but for caches
 # that hold the first part of a context only, which may be out of a window's sight.
@@ -238,7 +239,7 @@ def test_parts_of_a_context_are_cut_out_of_the_window(rig, tmp_path, monkeypatch
 
     monkeypatch.setattr(cuda_attention, "_PART_PAGES", 1)
     monkeypatch.setattr(cuda_attention, "read_files", read_files)
-    shape, target = CacheShape(1, 1, 16, "float16", window=48), host_target("cuda")
+    shape, target = AttentionShape(1, 1, 16, "float16", window=48), host_target("cuda")
     library = compile_functions({"attention": build_decode(shape)}, target, tmp_path)
     for length, scale, parts in ((320, -1.0, 3), (312, -1.0, 4), (312, 1.0, 20)):
         q = np.zeros((1, 1, 16), np.float16)
@@ -250,7 +251,7 @@ def test_parts_of_a_context_are_cut_out_of_the_window(rig, tmp_path, monkeypatch
         assert seen == parts
 
 
-def first_keys(shape: CacheShape, local: bool, position, offset) -> np.ndarray:
+def first_keys(shape: AttentionShape, local: bool, position, offset) -> np.ndarray:
     """Return the first key that each query sees, which may be beyond the last one."""
     if not local:
         return np.zeros(len(position), np.int64)
@@ -266,11 +267,11 @@ def hide(rows: np.ndarray, indptr, counts) -> np.ndarray:
 
 
 WINDOWED_PREFILL = [
-    (CacheShape(2, 2, 128, "float16", window=37), 1),
-    (CacheShape(4, 2, 32, "float16", window=1), 1),
-    (CacheShape(2, 1, 64, "float16", window=5, softcap=1.5), 30),
-    (CacheShape(2, 1, 32, "float16", softcap=50.0), 20),
-    (CacheShape(2, 1, 64, "float16", window=5000, softcap=50.0), 20),
+    (AttentionShape(2, 2, 128, "float16", window=37), 1),
+    (AttentionShape(4, 2, 32, "float16", window=1), 1),
+    (AttentionShape(2, 1, 64, "float16", window=5, softcap=1.5), 30),
+    (AttentionShape(2, 1, 32, "float16", softcap=50.0), 20),
+    (AttentionShape(2, 1, 64, "float16", window=5000, softcap=50.0), 20),
 ]
 # (new rows, keys before them) of each sequence.
 CHUNKS = [[(70, 200)], [(3, 50), (65, 0)], [(i % 6, 9 * i) for i in range(17)]]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from fairy_compile.kernels import gpu_attention_decode, gpu_attention_prefill
-from fairy_compile.kernels.attention_cpu_tile import AttentionShape
 from fairy_compile.kernels.attention_gpu import shared_bytes
+from fairy_compile.kernels.attention_shape import AttentionShape
 from tests.emulation import metal_rig, opencl_rig, vulkan_device, webgpu_rig
 from tests.emulation.gpu_attention_cases import BUILD, Device, Sequences
 from tests.emulation.gpu_cases import host_target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -217,11 +218,15 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, built, family: str, act: st
 @pytest.mark.parametrize("act", ["float", "int8"])
 @pytest.mark.parametrize("family", ["mistral_window", "gemma2", "gemma3"])
 def test_windows_and_capped_scores_equal_pytorch(rig, built, family: str, act: str) -> None:
-    """Windows of 12 tokens, in chunks of 32."""
+    """Windows of 12 tokens, in chunks of 32.
+
+    Gemma 3 rounds to float16 57 times, see test_bfloat16_models.py, also where no window matters.
+    """
     rig.order = 7
     out, oracle = built(family, act)
+    tolerance = math.sqrt(57) * 2**-11 if (family, act) == ("gemma3", "int8") else TOLERANCE[act]
     with fc.load(out) as model:
-        assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= TOLERANCE[act]
+        assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= tolerance
         if act == "float":
             assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
 
