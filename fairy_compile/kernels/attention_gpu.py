@@ -1,150 +1,150 @@
-"""Attention on GPUs: what TVM's kernels serve, and merging of partial attention.
+"""What our attention kernels for GPUs share: sizes, sliding windows, capped scores, keys.
 
-TVM's attention kernels for GPUs are taken for what they cover, those of `gpu_attention_decode` and
-`gpu_attention_prefill` for the rest. TVM's merge is replaced: it lets every thread of a head read
-the log-sum-exp that one of them writes, which only threads in lockstep get away with.
+TVM's kernels serve GPUs where a model attends over all keys. These serve what those lack: layers
+with sliding windows, capped scores, and sizes whose elements or heads they leave out.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-import tvm
-import tvm_ffi
-from tvm import tirx
-from tvm.relax.frontend.nn.llm import kv_cache as upstream
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.gpu_builder import build_function, launch, load_float, local, store, when
+from fairy_compile.kernels.attention_shape import LOG2_E, PAGE, AttentionShape
+from fairy_compile.kernels.gpu_builder import local, store
 
 if TYPE_CHECKING:
-    from tvm.tirx import PrimFunc
+    from tvm.ir import Expr
+    from tvm.tirx import Buffer
 
-    from fairy_compile.kernels.attention_shape import AttentionShape
-    from fairy_compile.targets import Limits
+THREADS = 128
+"""Threads of a group."""
 
-HEAD_DIM_STEP = 8
-
-
-def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> PrimFunc:
-    """Return ``merge_state``: attention over two sets of keys from attention over each, in place.
-
-    Arguments: v ``dtype`` (n, heads, head_dim), s float32 (n, heads), and other v and s; s is the
-    log2 of the sum of exponentials. v and s become those of all keys.
-    """
-    threads = min(head_dim, max_threads)
-
-    def body() -> None:
-        tokens = T.int32()
-        shape = (tokens, heads, head_dim)
-        v = T.arg("v", T.buffer(shape, dtype))
-        s = T.arg("s", T.buffer(shape[:2], "float32"))
-        v_other = T.arg("v_other", T.buffer(shape, dtype))
-        s_other = T.arg("s_other", T.buffer(shape[:2], "float32"))
-        extents = {"blockIdx.y": tokens, "blockIdx.x": heads, "threadIdx.x": threads}
-        with launch(extents) as (token, head, thread):
-            state = local((2,))
-            store(state, 0, s[token, head])
-            store(state, 1, s_other[token, head])
-            # All threads have read before one writes.
-            T.evaluate(T.tvm_storage_sync("shared"))
-            peak = T.bind(T.max(state[0], state[1]))
-            own = T.bind(T.exp2(state[0] - peak))
-            other = T.bind(T.exp2(state[1] - peak))
-            total = T.bind(own + other)
-            with T.serial(0, -(-head_dim // threads)) as turn:
-                i = T.bind(turn * threads + thread)
-                with when(i < head_dim):
-                    at = (token, head, i)
-                    merged = load_float(v, *at) * own + load_float(v_other, *at) * other
-                    store(v, at, T.cast(merged / total, dtype))
-            with when(thread == 0):
-                store(s, (token, head), T.log2(total) + peak)
-
-    return build_function("merge_state", body).without_attr("global_symbol")
+LAST = 1 << 30
+"""A position that no context reaches, nor the window of a layer that has none."""
 
 
-def serves(shape: AttentionShape) -> bool:
-    """Tell whether TVM's kernels compute such attention: over all keys, of heads they do not cut.
-
-    Their prefill reads past the end of heads that are no multiple of `HEAD_DIM_STEP`.
-    """
-    return shape.window is None and shape.softcap is None and shape.head_dim % HEAD_DIM_STEP == 0
+def vector(head_dim: int) -> int:
+    """Return how many neighbouring elements of a head are read at a time."""
+    return math.gcd(head_dim, 4)
 
 
-def covers_heads(decode: PrimFunc, heads: int, head_dim: int) -> bool:
-    """Tell whether the threads of TVM's decode kernel cover all heads and elements.
-
-    It halves the heads of a thread group until they are few enough, dropping odd ones, and gives
-    each thread a number of elements that need not divide a head.
-    """
-    extents = thread_extents(decode)
-    covered = extents["blockIdx.y"] * extents["threadIdx.y"]
-    return covered == heads and head_dim % extents["threadIdx.x"] == 0
+def window_of(shape: AttentionShape, sm_scale: Expr) -> Expr | None:
+    """Return the window of the layer of this call, on the host; None if no layer has one."""
+    if shape.window is None:
+        return None
+    return T.bind(T.if_then_else(sm_scale < 0, T.int32(shape.window), T.int32(LAST)))
 
 
-def fit_prefill(
-    prefill: PrimFunc, ragged: bool, sizes: tuple[int, int, int, str], scaling: Any, limits: Limits
-) -> PrimFunc | None:
-    """Return a prefill kernel of TVM's that has its shared memory, None if no smaller tile fits.
+def query_scale(shape: AttentionShape, sm_scale: Expr) -> Expr:
+    """Return the factor of scores, on the host."""
+    return T.bind(T.max(sm_scale, -sm_scale) * T.float32(shape.score_unit))
+
+
+def capped(shape: AttentionShape, score: Expr) -> Expr:
+    """Return log2(e) cap tanh(s / cap) of a score of a scaled query, see `query_scale`."""
+    if not shape.softcap:
+        return score
+    # tanh x = 1 - 2 / (e^2x + 1), which is 1 to float32 long before the power overflows.
+    power = T.exp2(T.min(score, T.float32(64)))
+    tanh = T.float32(1) - T.float32(2) / (power + T.float32(1))
+    return T.float32(shape.softcap * LOG2_E) * tanh
+
+
+def first_key(window: Expr | None, position: Expr, offset: Expr) -> Expr:
+    """Return the first key that a query sees; it may lie beyond the last there is.
 
     Args:
-        prefill: the one for the target.
-        ragged: whether keys are an array of their own, not pages of the cache.
-        sizes: kv_heads, heads, head_dim, dtype of keys.
-        scaling: rule of rotary embedding, as TVM wants it.
-        limits: of the target.
+        window: see `window_of`.
+        position: of the query in its sequence.
+        offset: position of key 0.
     """
-    if shared_bytes(prefill) <= limits.shared_bytes:
-        return prefill
-    # TVM shrinks tiles for this kind of target only; the functions are the same for all.
-    keys = {
-        "kind": "metal",
-        "max_num_threads": limits.max_threads,
-        "max_threads_per_block": limits.max_threads,
-        "max_shared_memory_per_block": limits.shared_bytes,
-    }
-    kv_heads, heads, head_dim, dtype = sizes
-    target = tvm.target.Target(keys)
-    try:
-        if ragged:
-            return upstream._attention_prefill_ragged(
-                kv_heads, heads, head_dim, head_dim, dtype, scaling, target
-            )
-        return upstream._attention_prefill(kv_heads, heads, head_dim, dtype, False, scaling, target)
-    except ValueError:
-        return None
+    if window is None:
+        return T.int32(0)
+    return T.max(position - (window - 1) - offset, T.int32(0))
 
 
-def shared_bytes(function: PrimFunc) -> int:
-    """Return the bytes of shared memory a scheduled function declares.
+def load_vector(buffer: Buffer, at: tuple[Any, ...], into: Buffer, place: int, lanes: int) -> None:
+    """Load ``lanes`` neighbours as float32 into registers from ``place`` on."""
+    *lead, last = at
+    if lanes == 1:
+        value = buffer[(*lead, last)]
+        store(into, place, value if str(buffer.dtype) == "float32" else T.cast(value, "float32"))
+        return
+    value = buffer[(*lead, T.ramp(last, 1, lanes))]
+    if str(buffer.dtype) != "float32":
+        value = T.cast(value, f"float32x{lanes}")
+    store(into, T.ramp(place, 1, lanes), value)
 
-    TVM may let arrays share memory later, so that this is the most it can need.
+
+class Keys:
+    """Keys and values of a sequence, in pages of the cache or one after the other.
+
+    Args:
+        pages: (p, 2, kv_heads, 16, head_dim), or None.
+        page_values: int32, pages of all sequences.
+        k, v: (m, kv_heads, head_dim), where there are no pages.
+        begin: of the sequence, in ``page_values`` or in the rows of k and v.
+        head: of keys and values.
     """
-    total = 0
 
-    def visit(block: Any, visitor: Any) -> None:
-        nonlocal total
-        for buffer in block.alloc_buffers:
-            if buffer.scope() == "shared":
-                elements = 1
-                for size in buffer.ty.shape:
-                    elements *= int(size)
-                total += elements * tvm.runtime.DataType(buffer.ty.dtype).itemsize
-        visitor.default_visit(block)
+    def __init__(
+        self,
+        begin: Expr,
+        head: Expr,
+        *,
+        pages: Buffer | None = None,
+        page_values: Buffer | None = None,
+        k: Buffer | None = None,
+        v: Buffer | None = None,
+    ) -> None:
+        self.begin, self.head = begin, head
+        self.pages, self.page_values = pages, page_values
+        self.k, self.v = k, v
 
-    tvm_ffi.structural_visit(function.body, [(tvm.s_tir.SBlock, visit)])
-    return total
+    def place(self, key: Expr) -> tuple[Any, ...]:
+        """Return where a key's row lies; what reads it takes this."""
+        if self.pages is None:
+            return (self.begin + key,)
+        page = keep(self.page_values[self.begin + T.shift_right(key, T.int32(4))])
+        return page, T.bitwise_and(key, T.int32(PAGE - 1))
+
+    def load(
+        self, which: int, place: tuple[Any, ...], at: Any, into: Buffer, to: int, lanes: int
+    ) -> None:
+        """Load elements from ``at`` on of a key (``which`` 0) or value (1) into registers."""
+        if self.pages is None:
+            rows = self.v if which else self.k
+            load_vector(rows, (*place, self.head, at), into, to, lanes)
+            return
+        page, row = place
+        load_vector(self.pages, (page, which, self.head, row, at), into, to, lanes)
 
 
-def thread_extents(function: PrimFunc) -> dict[str, int]:
-    """Return thread tag -> extent of a scheduled function; symbolic ones are left out."""
-    extents: dict[str, int] = {}
+def fill(buffer: Buffer, count: int, value: float) -> None:
+    """Store a number to registers 0 to ``count`` - 1."""
+    for i in range(count):
+        store(buffer, i, T.float32(value))
 
-    def visit(loop: Any, visitor: Any) -> None:
-        if loop.thread_binding is not None and isinstance(loop.extent, tirx.IntImm):
-            extents[str(loop.thread_binding.thread_tag)] = int(loop.extent)
-        visitor.default_visit(loop)
 
-    tvm_ffi.structural_visit(function.body, [(tirx.For, visit)])
-    return extents
+def registers(count: int, value: float = 0.0) -> Buffer:
+    """Return ``count`` registers of float32 with a value."""
+    made = local((count,))
+    fill(made, count, value)
+    return made
+
+
+def keep(value: Expr) -> Expr:
+    """Return an int32 value that is computed here, once.
+
+    What is bound to a name TVM computes again wherever it simplifies the name away.
+    """
+    register = local((1,), "int32")
+    store(register, 0, value)
+    return register[0]
+
+
+def as_dtype(value: Expr, dtype: str) -> Expr:
+    """Return a float32 value as ``dtype``."""
+    return value if dtype == "float32" else T.cast(value, dtype)

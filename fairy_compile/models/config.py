@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
+from fairy_compile.kernels.attention_shape import AttentionShape
 from fairy_compile.kernels.base import Activation
 from fairy_compile.models.rope import Rope, parse_rope
 from fairy_compile.models.values import positive_float, positive_int
@@ -95,6 +96,18 @@ class DecoderConfig:
     def is_local(self, layer: int) -> bool:
         """Tell whether a layer attends over the sliding window only."""
         return bool(self.local_layers) and self.local_layers[layer]
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """Sizes of attention over the cache."""
+        return AttentionShape(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.kv_dtype,
+            window=self.window,
+            softcap=self.attention_softcap,
+        )
 
     def is_sparse(self, layer: int) -> bool:
         """Tell whether a layer is a mixture of experts."""

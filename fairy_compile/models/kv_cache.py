@@ -1,10 +1,8 @@
 """The paged KV cache of a model: how it is created, and attention over it.
 
 The cache is the runtime's (`vm.builtin.paged_attention_kv_cache_create`), which manages sequences
-and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs. On GPUs
-they are those of TVM's `TIRPagedKVCache`, but for attention on CUDA, which is
-`kernels.cuda_attention` where that serves, and for windows, capped scores and heads that TVM's
-kernels do not cover, which are `kernels.gpu_attention_decode`'s and `gpu_attention_prefill`'s.
+and pages; the functions it calls to work on them are `kernels.attention_cpu`'s on CPUs, and those
+of `kv_cache_gpu` on GPUs.
 The cache demands one dtype for pages and for everything that goes in and comes out, so a float16
 cache means that queries and outputs are rounded to float16 as well. Arithmetic in between is
 float32.
@@ -20,7 +18,6 @@ and have no place for models of which every layer has one.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import tvm
@@ -30,18 +27,10 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
     AttnKind,
     PagedKVCache,
     RopeMode,
-    TIRPagedKVCache,
 )
 
-from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels import attention_cpu as kernels
-from fairy_compile.kernels import (
-    attention_gpu,
-    cuda_attention,
-    cuda_attention_prefill,
-    gpu_attention_decode,
-    gpu_attention_prefill,
-)
+from fairy_compile.models.kv_cache_gpu import gpu_functions
 from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
@@ -50,8 +39,6 @@ if TYPE_CHECKING:
 
 CREATE = "create_tir_paged_kv_cache"
 _FLOAT16_MAX = 65504.0
-PAGE_SIZE = 16
-"""Tokens of a page; engines use no other size."""
 
 
 def attend(
@@ -167,7 +154,7 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
     sizes = [tirx.Var(name, "int64") for name in names]
     params = [relax.Var(f"{v.name}_", relax.ShapeType([v])) for v in sizes]
     mode = RopeMode.NORMAL if _rotates_in_cache(config, target) else RopeMode.NONE
-    functions = (_gpu_functions if target.is_gpu else _functions)(bb, config, target)
+    functions = (gpu_functions if target.is_gpu else _functions)(bb, config, target)
     with bb.function(CREATE, params=params):
         prim = relax.prim_value
         arguments = [
@@ -194,7 +181,7 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
 
 def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> list[Any]:
     """Return the function arguments of the runtime's constructor, in its order."""
-    shape = attention_shape(config)
+    shape = config.attention_shape
     unit = kernels.vector_unit(target)
 
     def add(function: tirx.PrimFunc) -> relax.GlobalVar:
@@ -221,153 +208,3 @@ def _functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) ->
         add(kernels.build_read(shape, unit, config.num_layers)),
         add(kernels.build_compact(shape, unit)),
     ]
-
-
-def _gpu_functions(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) -> list[Any]:
-    """Return the function arguments of the runtime's constructor for a GPU.
-
-    Left out are kernels for the runtime's own windows, token trees and latent attention, which
-    nothing calls.
-
-    Raises:
-        UnsupportedError: no kernel takes heads of the model's size.
-    """
-    rope = config.rope
-    scaling = {}
-    if rope.kind == "llama3":
-        scaling = {"rope_type": "llama3", **rope.settings}
-    names = ("max_sequences", "max_total_tokens", "prefill_chunk", "sliding_window")
-    sizes = {name: tirx.Var(name, "int64") for name in names}
-    params = [relax.Var(f"{name}_", relax.ShapeType([var])) for name, var in sizes.items()]
-    # TVM builds the call as a class; it is emitted into a function that is dropped later.
-    with bb.function("upstream_kv_cache", params=params, private=True):
-        try:
-            cache = TIRPagedKVCache(
-                "mha",
-                sizes["max_sequences"],
-                sizes["max_total_tokens"],
-                sizes["prefill_chunk"],
-                PAGE_SIZE,
-                sizes["sliding_window"],
-                layer_partition=relax.ShapeExpr([0, config.num_layers]),
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                qk_head_dim=config.head_dim,
-                v_head_dim=config.head_dim,
-                mla_original_qk_head_dim=0,
-                mla_original_v_head_dim=0,
-                rope_mode=RopeMode.NORMAL,
-                rope_scale=1.0 / rope.settings["factor"] if rope.kind == "linear" else 1.0,
-                rope_theta=rope.theta,
-                rope_scaling=scaling,
-                rope_ext_factors=relax.prim_value(0),
-                rotary_dim=rope.rotary_dim(config.head_dim),
-                enable_disaggregation=False,
-                dtype=config.kv_dtype,
-                target=_attention_target(config, target),
-            )
-        except ValueError as error:  # no tile of a kernel has such heads
-            bb.emit_func_output(relax.Tuple([]))
-            raise _unsupported_heads(config, target) from error
-        call = bb.lookup_binding(cache._expr)
-        bb.emit_func_output(cache._expr)
-    # Before the functions are the name of the packed function and 13 sizes.
-    functions = list(call.args)[14:]
-    functions[_APPEND_LATENT] = relax.prim_value(0)
-    for index in _UNUSED_KERNELS:
-        functions[index] = relax.Tuple([])
-    limits = target.limits
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    shape = (kv_heads, heads, head_dim, config.kv_dtype)
-    own = _own_attention(config, target)
-    for index in sorted(_ATTENTION - own.keys()):
-        var = functions[index].fields[1]
-        kernel = bb.get()[var]
-        if index != _DECODE:
-            kernel = attention_gpu.fit_prefill(kernel, index == _RAGGED, shape, scaling, limits)
-        elif not attention_gpu.covers_heads(kernel, heads, head_dim):
-            kernel = None
-        if kernel is None:
-            own[index] = _build_attention(index, config, target)
-        else:
-            bb.update_func(var, kernel)
-    for index, kernel in own.items():
-        added = bb.add_func(kernel, str(kernel.attrs["global_symbol"]))
-        functions[index] = relax.Tuple([tvm.ir.StringImm("tirx"), added])
-    merge = attention_gpu.build_merge(heads, head_dim, config.kv_dtype, limits.max_threads)
-    functions[_MERGE] = relax.Tuple([bb.add_func(merge, "kv_cache_merge")])
-    return functions
-
-
-def _own_attention(config: DecoderConfig, target: Target) -> dict[int, tirx.PrimFunc]:
-    """Return place among the functions -> our own kernel, where it is known to be the one."""
-    shape = attention_shape(config)
-    own = {}
-    if target.device == "cuda":
-        if cuda_attention.serves(shape):
-            own[_DECODE] = cuda_attention.build_decode(shape)
-        if cuda_attention_prefill.serves(shape):
-            own[_RAGGED] = cuda_attention_prefill.build_ragged_prefill(shape)
-            own[_PAGED] = cuda_attention_prefill.build_paged_prefill(shape)
-    if not attention_gpu.serves(shape):
-        for index in sorted(_ATTENTION - own.keys()):
-            own[index] = _build_attention(index, config, target)
-    return own
-
-
-def _build_attention(index: int, config: DecoderConfig, target: Target) -> tirx.PrimFunc:
-    """Return our own kernel for any GPU.
-
-    Raises:
-        UnsupportedError: heads are too large for it.
-    """
-    shape = attention_shape(config)
-    served = gpu_attention_decode.serves(shape) and gpu_attention_prefill.serves(shape)
-    if not served:
-        raise _unsupported_heads(config, target)
-    build = {
-        _DECODE: gpu_attention_decode.build_decode,
-        _RAGGED: gpu_attention_prefill.build_ragged_prefill,
-        _PAGED: gpu_attention_prefill.build_paged_prefill,
-    }
-    return build[index](shape)
-
-
-def _unsupported_heads(config: DecoderConfig, target: Target) -> UnsupportedError:
-    return UnsupportedError(
-        f"attention heads have {config.head_dim} elements; kernels of target {target.name} take "
-        f"multiples of 4 up to {gpu_attention_prefill.MOST_DIM}; build with --target cpu"
-    )
-
-
-def attention_shape(config: DecoderConfig) -> kernels.AttentionShape:
-    """Return the sizes of a model's attention over its cache."""
-    return kernels.AttentionShape(
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.kv_dtype,
-        window=config.window,
-        softcap=config.attention_softcap,
-    )
-
-
-# Places among the functions, in the order of `_functions`.
-_APPEND_LATENT = 1
-_RAGGED, _PAGED, _DECODE = 2, 3, 4
-_ATTENTION = {_RAGGED, _PAGED, _DECODE}
-_UNUSED_KERNELS = (5, 6, 7, 8)
-_MERGE = 10
-
-
-def _attention_target(config: DecoderConfig, target: Target) -> Any:
-    """Return the TVM target upstream's attention kernels are shaped for.
-
-    They count two bytes an element whatever the dtype, and would take more shared memory than there
-    is with float32 keys and values; half the threads take half the memory.
-    """
-    limits = target.limits
-    if limits and config.kv_dtype == "float32":
-        target = replace(target, limits=replace(limits, max_threads=min(256, limits.max_threads)))
-    return target.to_tvm()

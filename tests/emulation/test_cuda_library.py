@@ -63,6 +63,28 @@ def test_logits_and_greedy_tokens_equal_pytorch(rig, patch, tmp_path, family: st
             assert _greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
 
 
+@pytest.mark.parametrize("family", ["mistral_window", "gemma2", "gemma3"])
+@pytest.mark.parametrize("act", ["float", "int16"])
+def test_windows_and_capped_scores_equal_pytorch(rig, patch, tmp_path, family: str, act: str):
+    """Windows of 12 tokens: prefill in chunks of 32, and decode beyond them.
+
+    Gemma 3 rounds to float16 57 times, see test_bfloat16_models.py.
+    """
+    _make_source(patch, tmp_path / "targets")
+    source, out = tmp_path / "model", tmp_path / "out"
+    save_model(source, family)
+    fc.build(source, target="cuda", act=act, output=out, context=128, prefill_chunk=32)
+    oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
+    tolerance = 57**0.5 * 2**-11 if (family, act) == ("gemma3", "int16") else TOLERANCE[act]
+    want = oracle.logits(TOKENS)
+    with fc.load(out) as model:
+        assert relative_error(model.logits(TOKENS), want) <= tolerance
+        sequence = model.engine.add_sequence()
+        logits = [model.engine.prefill(sequence, TOKENS[:30])]
+        logits += [model.engine.decode([sequence], [token])[0] for token in TOKENS[30:]]
+        assert relative_error(np.array(logits), want[29:]) <= tolerance
+
+
 def test_a_long_prompt_on_hopper(rig, patch, tmp_path) -> None:
     """By warpgroup matrix instructions, with images of x and sums of shares of columns."""
     _make_source(patch, tmp_path / "targets")

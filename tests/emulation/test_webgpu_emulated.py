@@ -118,7 +118,7 @@ def test_a_vocabulary_of_152k_sorts_and_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "quant"), [("llama", "w2"), ("qwen2", "w1")])
+@pytest.mark.parametrize(("family", "quant"), [("llama", "w2"), ("qwen2", "w1"), ("gemma2", "w2")])
 def test_whole_model_equals_pytorch(
     rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, quant: str
 ) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.attention_cpu_decode import index_buffer, rope_and_scale_args
-from fairy_compile.kernels.attention_shape import EMPTY, MASKED, PAGE, AttentionShape
-from fairy_compile.kernels.gpu_attention import (
+from fairy_compile.kernels.attention_gpu import (
+    LAST,
     THREADS,
     Keys,
     as_dtype,
@@ -29,6 +29,7 @@ from fairy_compile.kernels.gpu_attention import (
     vector,
     window_of,
 )
+from fairy_compile.kernels.attention_shape import EMPTY, MASKED, PAGE, AttentionShape
 from fairy_compile.kernels.gpu_builder import (
     build_function,
     ceildiv,
@@ -210,7 +211,7 @@ class _Prefill:
         if self.window is None:
             return T.int32(0)
         least = local((1,), "int32")
-        store(least, 0, T.int32(2**31 - 1))
+        store(least, 0, T.int32(LAST))
         first = keep(T.truncdiv(self.first, self.shape.group))
         with T.serial(0, T.if_then_else(self.count > 0, last - first + 1, T.int32(0))) as i:
             store(least, 0, T.min(least[0], self.position[self.begin + first + i]))

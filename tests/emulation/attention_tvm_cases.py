@@ -11,12 +11,12 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from fairy_compile.models import kv_cache
+from fairy_compile.kernels.attention_shape import PAGE
 from fairy_compile.models.config import DecoderConfig, parse_decoder
+from fairy_compile.models.kv_cache_gpu import gpu_functions
 from fairy_compile.targets import Target
 from tests.emulation.gpu_cases import compile_functions
 
-PAGE = kv_cache.PAGE_SIZE
 # Of one key, within a page, of whole tiles, and of several with a rest.
 LENGTHS = (1, 9, 32, 47)
 DECODE, PAGED, RAGGED = (
@@ -44,7 +44,7 @@ def config_of(heads: int, kv_heads: int, head_dim: int, dtype: str) -> DecoderCo
 def attention_functions(config: DecoderConfig, target: Target) -> dict[str, Any]:
     """Return name -> kernel of a model's cache."""
     bb = relax.BlockBuilder()
-    kv_cache._gpu_functions(bb, config, target)
+    gpu_functions(bb, config, target)
     functions = bb.get().functions_items()
     return {v.name_hint: f for v, f in functions if isinstance(f, tvm.tirx.PrimFunc)}
 

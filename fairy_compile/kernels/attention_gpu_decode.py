@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.attention_cpu_decode import index_buffer, rope_and_scale_args
-from fairy_compile.kernels.attention_shape import EMPTY, MASKED, PAGE, AttentionShape
-from fairy_compile.kernels.gpu_attention import (
+from fairy_compile.kernels.attention_gpu import (
     THREADS,
     Keys,
     as_dtype,
@@ -27,6 +26,7 @@ from fairy_compile.kernels.gpu_attention import (
     vector,
     window_of,
 )
+from fairy_compile.kernels.attention_shape import EMPTY, MASKED, PAGE, AttentionShape
 from fairy_compile.kernels.gpu_builder import (
     build_function,
     ceildiv,

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import tvm
 
-from fairy_compile.kernels import gpu_attention_decode, gpu_attention_prefill
+from fairy_compile.kernels import attention_gpu_decode, attention_gpu_prefill
 from fairy_compile.kernels.attention_shape import EMPTY, PAGE, AttentionShape
 from fairy_compile.targets import Target
 from tests.emulation.gpu_cases import compile_functions
 
 BUILD = {
-    "decode": gpu_attention_decode.build_decode,
-    "paged": gpu_attention_prefill.build_paged_prefill,
-    "ragged": gpu_attention_prefill.build_ragged_prefill,
+    "decode": attention_gpu_decode.build_decode,
+    "paged": attention_gpu_prefill.build_paged_prefill,
+    "ragged": attention_gpu_prefill.build_ragged_prefill,
 }
 
 
