@@ -109,6 +109,17 @@ def test_casts(source):
     agree(run_both(lambda a: [tirx.Cast(t, a) for t in targets], [values]))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "float16"])
+def test_narrow_values_that_are_only_chosen_from(dtype):
+    """Nothing is computed with them, and yet a choice needs more than memory of their type."""
+
+    def body(a, b, which):
+        return [tirx.if_then_else(which > 0, a, b)]
+
+    arrays = [samples(dtype, 1), samples(dtype, 2), samples("int32", 3)]
+    agree(run_both(body, arrays))
+
+
 def test_booleans_in_memory_and_in_registers():
     a, b = samples("int32"), samples("int32", 1)
 

@@ -60,12 +60,14 @@ CASES = [
     pytest.param("qwen2", "float", "w2", marks=slow),
     pytest.param("qwen2", "int8", "w3", marks=slow),
     pytest.param("gemma2", "float", "w2", marks=slow),
-    pytest.param("gemma3", "int8", "w2", marks=slow),
+    pytest.param("gemma3", "float", "w2", marks=slow),
     pytest.param("mistral_window", "float", "w2", marks=slow),
 ]
 
 
-@pytest.mark.parametrize(("family", "act", "quant"), CASES)
+@pytest.mark.parametrize(
+    ("family", "act", "quant"), [*CASES, pytest.param("gemma3", "int8", "w2", marks=slow)]
+)
 def test_every_kernel_is_valid(build, family, act, quant):
     artifact, _ = build(family, act, quant)
     kernels = kernels_in((artifact / "model.so").read_bytes())

@@ -150,6 +150,7 @@ class FunctionBuilder:
         self.begin_block(merge_label)
         merged = []
         for i, dtype in enumerate(results):
+            self.module.use_arithmetic(dtype)  # OpPhi is more than loading and storing
             pairs = [word for values, label in incoming for word in (values[i], label)]
             merged.append(self.emit_impure(Op.Phi, self.module.type(dtype), *pairs))
         return merged
