@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := dist/demo
 
-.PHONY: help demo test test-all lint train-demo web-tools clean
+.PHONY: help demo test test-all lint train-demo web-tools windows-tools clean
 
 help:
 	@echo "make demo       build the bundled model for this machine and chat with it"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all   run all tests, the slow ones too"
 	@echo "make lint       check style"
 	@echo "make web-tools  install WebLLM and Playwright from npm into the user's cache"
+	@echo "make windows-tools  unpack TVM's runtime for Windows into the user's cache, for tests"
 	@echo "make train-demo train the bundled model again (about 45 minutes on 2 cores)"
 
 # The core alone: no torch, about 150 MB to download.
@@ -46,6 +47,17 @@ web-tools: $(VENV)/.core
 	mkdir -p '$(WEB_TOOLS)'
 	cp examples/web/package.json '$(WEB_TOOLS)'
 	npm install --prefix '$(WEB_TOOLS)' --no-audit --no-fund
+
+# TVM's runtime for Windows, for tests under Wine. Its C++ runtime library comes with it.
+WINDOWS_TOOLS = $(shell $(BIN)/python -c 'from fairy_compile.user_cache import *; print(cache_directory() / "windows")')
+TVM_WHEELS = $(shell $(BIN)/python -c 'from fairy_compile.tvm_pair import *; print(*map("==".join, TVM_PAIR.items()))')
+windows-tools: $(VENV)/.core
+	mkdir -p '$(WINDOWS_TOOLS)'
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --platform win_amd64 \
+	  --python-version 312 -d '$(WINDOWS_TOOLS)' $(TVM_WHEELS)
+	cd '$(WINDOWS_TOOLS)' && for wheel in *.whl; do $(PYTHON) -m zipfile -e $$wheel $$wheel.unpacked; done
+	find '$(WINDOWS_TOOLS)' -type f ! -name '*.dll' -delete
+	find '$(WINDOWS_TOOLS)' -name 'tvm_compiler.dll' -delete
 
 train-demo: $(VENV)/.test
 	$(BIN)/python examples/bundled/train.py -o dist/bundled

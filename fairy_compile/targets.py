@@ -251,7 +251,13 @@ def _detect_host(target: Target) -> Target:
         "mcpu": host_cpu(),
         "mattr": sorted(f"+{name}" for name in host_features()),
     }
-    return replace(target, tvm=tvm_target, features=host_features(), detected=True)
+    found = replace(target, tvm=tvm_target, features=host_features(), detected=True)
+    if platform.system() != "Windows":
+        return found
+    # As for Windows from anywhere: LLVM's own choice there wants Microsoft's linker.
+    like = load_target("windows-x86-64-v3")
+    triple = {"mtriple": like.tvm["mtriple"]}
+    return replace(found, tvm=found.tvm | triple, library=like.library, linkers=like.linkers)
 
 
 @cache

@@ -10,8 +10,8 @@ from fairy_compile import FairyError, targets
 from fairy_compile.kernels import FAMILIES
 
 CPU_TARGETS = {
-    "android-cpu", "arm64-i8mm", "arm64-linux", "cpu", "macos-cpu", "rpi5", "x86-64-v3",
-    "x86-64-v4", "x86-amx",
+    "android-cpu", "arm64-i8mm", "arm64-linux", "cpu", "macos-cpu", "rpi5", "windows-x86-64-v3",
+    "windows-x86-64-v4", "x86-64-v3", "x86-64-v4", "x86-amx",
 }  # fmt: skip
 
 
@@ -42,6 +42,18 @@ def test_cpu_is_this_machine() -> None:
     assert cpu.detected
     assert cpu.runs_here()
     assert cpu.features == targets.host_features()
+
+
+def test_the_cpu_of_a_windows_machine_is_linked_as_windows_targets_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(targets.platform, "system", lambda: "Windows")
+    cpu, windows = targets.load_target("cpu"), targets.load_target("windows-x86-64-v3")
+    assert cpu.detected
+    assert cpu.runs_here()
+    assert (cpu.library, cpu.linkers) == ("dll", windows.linkers)
+    assert cpu.tvm["mtriple"] == windows.tvm["mtriple"]
+    assert windows.runs_here() == (windows.features <= targets.host_features())
 
 
 def test_foreign_machines_do_not_run_here() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +33,9 @@ def export_library(
 ) -> Path:
     """Write the model library of ``executable`` into ``directory``.
 
-    ``so`` and ``dylib`` libraries for a foreign machine are linked by the first of the target's
-    linkers that is installed; ``tar`` holds the objects of a system library for an app's linker;
-    ``wasm`` holds TVM's runtime besides the model, see `codegen.wasm`.
+    ``so``, ``dylib`` and ``dll`` libraries for a foreign machine are linked by the first of the
+    target's linkers that is installed; ``tar`` holds the objects of a system library for an app's
+    linker; ``wasm`` holds TVM's runtime besides the model, see `codegen.wasm`.
 
     Raises:
         FairyError: no linker for the target is installed, or linking failed.
@@ -49,7 +51,7 @@ def export_library(
         executable.export_library(str(path))
     else:
         command = find_linker(target)
-        executable.export_library(str(path), fcompile=link_with(command))
+        executable.export_library(str(path), fcompile=link_with(command, target.library))
     return path
 
 
@@ -97,16 +99,60 @@ def _pack(output: str, objects: list[str], **_: Any) -> None:
 _pack.output_format = "tar"
 
 
-def link_with(command: list[str]) -> Any:
-    """Return an export callback that links objects with ``command``."""
+def link_with(command: list[str], library: str = "so") -> Any:
+    """Return an export callback that links objects with ``command``.
+
+    Args:
+        command: the linker and its options.
+        library: what kind to make, see `Target`.
+    """
 
     def link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
-        done = subprocess.run(
-            [*command, "-o", output, *objects], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise FairyError(f"linking the model library failed: {command[0]}: {lines[-1]}")
+        _link([*command, "-o", output, *objects])
 
-    link.output_format = "so"
-    return link
+    def link_dll(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+        # Linkers leave files for debuggers and other linkers next to the library.
+        with tempfile.TemporaryDirectory(prefix="fairy-") as directory:
+            imports = import_library(command, Path(directory))
+            linked = Path(directory, Path(output).name)
+            _link([*command, "-o", str(linked), *objects, str(imports)])
+            shutil.move(linked, output)
+
+    chosen = link_dll if library == "dll" else link
+    chosen.output_format = "dll" if library == "dll" else "so"
+    return chosen
+
+
+def import_library(linker: list[str], directory: Path) -> Path:
+    """Write what a library for Windows needs to call tvm-ffi, which is loaded before it.
+
+    Libraries of other systems leave such functions open; one for Windows names their library.
+
+    Raises:
+        FairyError: the ``dlltool`` that belongs to ``linker`` is missing or fails.
+    """
+    from tvm_ffi.libinfo import find_include_path
+
+    header = Path(find_include_path(), "tvm", "ffi", "c_api.h").read_text("utf-8")
+    names = sorted(set(re.findall(r"TVM_FFI_DLL[^;]*?\b(TVMFFI\w+)\(", header)))
+    definition, library = directory / "tvm_ffi.def", directory / "tvm_ffi.lib"
+    definition.write_text("\n".join(["LIBRARY tvm_ffi.dll", "EXPORTS", *names, ""]), "utf-8")
+    if "cc" in linker:  # zig cc ...
+        tool = [*linker[: linker.index("cc")], "dlltool"]
+    else:
+        tool = [linker[0].replace("gcc", "dlltool")]
+    _link([*tool, "-m", "i386:x86-64", "-d", str(definition), "-l", str(library)])
+    return library
+
+
+def _link(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise FairyError(
+            f'{command[0]} is not installed; the quickest is: pip install "fairy-compile[cross]"'
+        ) from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        told = next((line for line in lines if "error" in line), lines[-1])
+        raise FairyError(f"linking the model library failed: {command[0]}: {told}")

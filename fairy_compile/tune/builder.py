@@ -111,7 +111,7 @@ class Builder:
         from fairy_compile.compiler.export import link_with
 
         if self.link:
-            inner = link_with(self.link)
+            inner = link_with(self.link, self.suffix)
         else:
             inner = tar.tar if self.suffix == "tar" else cc.create_shared
 

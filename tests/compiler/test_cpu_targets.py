@@ -16,16 +16,19 @@ from tests.tiny_models import relative_error
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 # First bytes of a library for each machine: ELF machine 0xB7 and Mach-O CPU type 0x0100000C are
-# 64-bit ARM; a tar is gzip-compressed.
+# 64-bit ARM; a tar is gzip-compressed; libraries for Windows are what its programs are.
 ELF_ARM64 = (18, b"\xb7\x00")
 MACHO_ARM64 = (0, b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01")
 GZIP = (0, b"\x1f\x8b")
+WINDOWS = (0, b"MZ")
 FOREIGN = {
     "arm64-linux": ELF_ARM64,
     "arm64-i8mm": ELF_ARM64,
     "rpi5": ELF_ARM64,
     "macos-cpu": MACHO_ARM64,
     "android-cpu": GZIP,
+    "windows-x86-64-v3": WINDOWS,
+    "windows-x86-64-v4": WINDOWS,
 }
 
 

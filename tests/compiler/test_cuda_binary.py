@@ -62,10 +62,17 @@ def test_kernels_compile_for_an_architecture(batch):
 
 @needs_nvcc
 @pytest.mark.slow
-def test_a_library_holds_machine_code_and_no_source(model: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(("name", "magic"), [("cuda", b"\x7fELF"), ("windows-cuda", b"MZ")])
+def test_a_library_holds_machine_code_and_no_source(
+    model: Path, tmp_path: Path, monkeypatch, name: str, magic: bytes
+) -> None:
+    if name == "windows-cuda":
+        pytest.importorskip("ziglang", reason='needs: pip install "fairy-compile[cross]"')
     monkeypatch.setattr(cuda_binary, "archs", lambda target: ("sm_80", "sm_90"))
-    report = fc.build(model, target="cuda", act="int16", output=tmp_path / "out", context=64)
+    report = fc.build(model, target=name, act="int16", output=tmp_path / "out", context=64)
     assert set(report.kernels()) == {"cuda.planes"}
-    library = (tmp_path / "out" / "model.so").read_bytes()
-    assert library.count(b"\x7fELF") >= 3  # the library itself, and one for each architecture
+    (file,) = (tmp_path / "out").glob("model.*")
+    library = file.read_bytes()
+    assert library.startswith(magic)
+    assert library[1:].count(b"\x7fELF") >= 2  # one for each architecture
     assert b"__global__" not in library

@@ -29,12 +29,14 @@ GPU_TARGETS = {
     "vulkan-mali": "vulkan",
     "vulkan-nvidia": "vulkan",
     "webgpu": "webgpu",
+    "windows-vulkan": "vulkan",
 }
 OTHERS = sorted(set(GPU_TARGETS) - {"metal"})
-# First bytes of a library: ELF, 64-bit ARM Mach-O, gzip of a tar, WebAssembly.
+# First bytes of a library: ELF, 64-bit ARM Mach-O, Windows, gzip of a tar, WebAssembly.
 MAGIC = {
     "so": b"\x7fELF",
     "dylib": b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01",
+    "dll": b"MZ",
     "tar": b"\x1f\x8b",
     "wasm": b"\0asm",
 }
