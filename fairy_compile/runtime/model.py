@@ -307,9 +307,14 @@ class Model:
 
         return ChatSession(self, system)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a conversation, ready for an answer."""
-        text = self.template.render(messages)
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Return the tokens of a conversation, ready for an answer.
+
+        Args:
+            messages: the conversation, oldest first.
+            variables: further variables of the chat template, e.g. ``tools``.
+        """
+        text = self.template.render(messages, **variables)
         # A template writes the start token itself.
         return self.tokenizer.encode(text, special=self.template.source is None)
 

@@ -121,6 +121,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             service.token_bytes,
             logprobs=bool(body.logprobs),
             usage=body.include_usage,
+            readers=service.tool_readers(body),
         )
         return await _respond(reply, service.start(requests, body.n, body.stream), request)
 

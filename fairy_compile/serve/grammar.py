@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from fairy_compile.runtime.text import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 << 10
 _CACHE_BYTES = 64 << 20
-_MAX_WHITESPACE = 24  # spaces in a row; small models like to go on with them for ever
+MAX_WHITESPACE = 24  # spaces in a row; small models like to go on with them for ever
 
 
 class GrammarCompiler:
@@ -42,16 +42,32 @@ class GrammarCompiler:
             FairyError: xgrammar cannot use the schema.
             UnsupportedError: xgrammar is not installed.
         """
-        text = json.dumps(schema)
-        if len(text) > MAX_SCHEMA_BYTES:
-            raise FairyError(f"the JSON schema has {len(text)} bytes; allowed: {MAX_SCHEMA_BYTES}")
+        text = _checked(schema, "the JSON schema has")
+        return self._compile(
+            lambda compiler: compiler.compile_json_schema(
+                text, strict_mode=strict, max_whitespace_cnt=MAX_WHITESPACE
+            )
+        )
+
+    def compile_structure(self, structure: Mapping[str, Any]) -> CompiledGrammar:
+        """Return the grammar of texts with parts that conform to schemas.
+
+        Args:
+            structure: xgrammar's structural tag, see `serve.tools`.
+
+        Raises:
+            FairyError: xgrammar cannot use a schema.
+            UnsupportedError: xgrammar is not installed.
+        """
+        text = _checked(structure, "the schemas have")
+        return self._compile(lambda compiler: compiler.compile_structural_tag(text))
+
+    def _compile(self, compile_with: Callable[[Any], Any]) -> CompiledGrammar:
         with self._lock:
             if self._compiler is None:
                 self._compiler = self._create()
             try:
-                compiled = self._compiler.compile_json_schema(
-                    text, strict_mode=strict, max_whitespace_cnt=_MAX_WHITESPACE
-                )
+                compiled = compile_with(self._compiler)
             except (RuntimeError, ValueError, TypeError) as error:
                 raise FairyError(f"unusable JSON schema: {_reason(error)}") from error
         return CompiledGrammar(compiled, self._vocab_size)
@@ -61,7 +77,7 @@ class GrammarCompiler:
             import xgrammar
         except ImportError as error:
             raise UnsupportedError(
-                f"response_format needs xgrammar ({error}); run "
+                f"answers of a given form need xgrammar ({error}); run "
                 "pip install 'fairy-compile[serve]' where the server runs"
             ) from error
         tokens = [""] * self._vocab_size
@@ -77,6 +93,13 @@ class GrammarCompiler:
             add_prefix_space=found["add_prefix_space"],
         )
         return xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
+
+
+def _checked(value: Mapping[str, Any], what: str) -> str:
+    text = json.dumps(value)
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise FairyError(f"{what} {len(text)} bytes; allowed: {MAX_SCHEMA_BYTES}")
+    return text
 
 
 def _reason(error: Exception) -> str:

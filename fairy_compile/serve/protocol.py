@@ -10,8 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fairy_compile.serve.tools import with_objects
+
 MAX_STOPS = 16
 MAX_CHOICES = 128
+MAX_TOOLS = 128
 
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1)]
@@ -130,16 +133,48 @@ class ChatMessage(BaseModel):
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        message = {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        return with_objects(message)
+
+
+class Function(BaseModel):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A tool; there are only functions."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """Return the tool as chat templates expect it."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+
+
+class FunctionName(BaseModel):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(_Sampled):
     """Body of ``POST /v1/chat/completions``; ``max_tokens`` is the older name of the limit."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "audio": (),
         "modalities": (["text"],),
@@ -150,6 +185,24 @@ class ChatRequest(_Sampled):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def limit(self) -> int | None:
@@ -160,4 +213,19 @@ class ChatRequest(_Sampled):
     def _logprobs_fit(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed when logprobs is true")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have one name; give each its own")
+        if self.must_call and not self.callable_tools:
+            raise ValueError("tool_choice asks for a tool that is not among tools")
+        if self.callable_tools:
+            form = self.response_format
+            if form is not None and form.type != "text":
+                raise ValueError("response_format is only allowed where no tool may be called")
+            if self.logprobs:
+                raise ValueError("logprobs is only allowed where no tool may be called")
         return self

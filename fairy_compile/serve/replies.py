@@ -13,6 +13,7 @@ from fairy_compile.serve.api_error import ApiError
 from fairy_compile.serve.exchange import Exchange
 from fairy_compile.serve.request import Failed, Finished, Piece, TokenLogprob
 from fairy_compile.serve.token_bytes import TokenBytes
+from fairy_compile.serve.tools import Arguments, CallBegins, Part, Text, ToolReader
 
 
 class Reply(ABC):
@@ -80,7 +81,8 @@ class Reply(ABC):
                     error = ApiError(event.status, event.message, kind="server_error")
                     yield _sse(error.body())
                     return
-                yield self._chunk([self.delta(index, event)])
+                for delta in self.deltas(index, event):
+                    yield self._chunk([delta])
             if self._usage:
                 yield self._chunk([], usage=exchange.usage.to_json())
             yield b"data: [DONE]\n\n"
@@ -93,11 +95,11 @@ class Reply(ABC):
             {**self._head, "object": self.chunk_object, "choices": choices, **usage, **more}
         )
 
-    def delta(self, index: int, event: Piece | Finished) -> dict[str, Any]:
-        """Return the choice of one part of a stream."""
+    def deltas(self, index: int, event: Piece | Finished) -> list[dict[str, Any]]:
+        """Return the choices of one part of a stream."""
         if isinstance(event, Finished):
-            return self.part(index, None, (), event.reason)
-        return self.part(index, event.text, event.logprobs, None)
+            return [self.part(index, None, (), event.reason)]
+        return [self.part(index, event.text, event.logprobs, None)]
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Return choices that come before the first text of a stream."""
@@ -168,16 +170,50 @@ class ChatReply(Reply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, *args: Any, readers: Sequence[ToolReader] | None = None, **options: Any):
+        """Prepare a reply.
+
+        Args:
+            args, options: see `Reply`.
+            readers: one a choice, where answers may call tools.
+        """
+        super().__init__(*args, **options)
+        self._readers = readers
+
     def choice(
         self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str
     ) -> dict[str, Any]:
         """See `Reply.choice`."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._readers:
+            reader = self._readers[index]
+            parts = [*reader.push(text), *reader.finish()]
+            message["content"] = "".join(p.text for p in parts if isinstance(p, Text)) or None
+            if reader.calls:
+                message["tool_calls"] = _calls(parts)
+            reason = _reason(reader, reason)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(logprobs),
             "finish_reason": reason,
         }
+
+    def deltas(self, index: int, event: Piece | Finished) -> list[dict[str, Any]]:
+        """See `Reply.deltas`."""
+        if not self._readers:
+            return super().deltas(index, event)
+        reader = self._readers[index]
+        if isinstance(event, Piece):
+            return [self._tool_part(index, part) for part in reader.push(event.text)]
+        parts = [self._tool_part(index, part) for part in reader.finish()]
+        return [*parts, self.part(index, None, (), _reason(reader, event.reason))]
+
+    def _tool_part(self, index: int, part: Part) -> dict[str, Any]:
+        if isinstance(part, Text):
+            return self.part(index, part.text, (), None)
+        delta = {"tool_calls": [_call_delta(part)]}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Return the choice that names the speaker."""
@@ -214,6 +250,35 @@ class ChatReply(Reply):
             "logprob": logprob,
             "bytes": list(data),
         }
+
+
+def _reason(reader: ToolReader, reason: str) -> str:
+    """Return why an answer ended: for its calls, unless it was cut off before they were whole."""
+    whole = reader.calls > 0 and reader.complete == reader.calls
+    return "tool_calls" if whole and reason == "stop" else reason
+
+
+def _call_delta(part: CallBegins | Arguments) -> dict[str, Any]:
+    if isinstance(part, Arguments):
+        return {"index": part.index, "function": {"arguments": part.text}}
+    return {
+        "index": part.index,
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": part.name, "arguments": ""},
+    }
+
+
+def _calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return the whole calls of an answer."""
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, CallBegins):
+            call = _call_delta(part)
+            calls.append({key: value for key, value in call.items() if key != "index"})
+        elif isinstance(part, Arguments):
+            calls[part.index]["function"]["arguments"] += part.text
+    return calls
 
 
 def _sse(value: dict[str, Any]) -> bytes:

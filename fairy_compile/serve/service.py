@@ -9,11 +9,12 @@ from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime.sampler import SamplingParams
 from fairy_compile.serve.api_error import ApiError
 from fairy_compile.serve.exchange import Exchange
-from fairy_compile.serve.grammar import CompiledGrammar, GrammarCompiler
+from fairy_compile.serve.grammar import MAX_WHITESPACE, CompiledGrammar, GrammarCompiler
 from fairy_compile.serve.metrics import Metrics
 from fairy_compile.serve.protocol import ChatRequest, CompletionRequest, ResponseFormat
 from fairy_compile.serve.request import ClosingError, QueueFullError, Request
 from fairy_compile.serve.token_bytes import TokenBytes
+from fairy_compile.serve.tools import NO_ARGUMENTS, ToolReader, form_of, structure
 from fairy_compile.serve.worker import EngineThread
 
 _RETRY_SECONDS = 1
@@ -43,6 +44,7 @@ class Service:
         self._grammars = GrammarCompiler(
             self._model.tokenizer, self._vocab_size, self._model.stop_tokens
         )
+        self._tool_form = form_of(self._model.template.source)
         self.token_bytes = TokenBytes(self._model.tokenizer, self._config)
 
     def check_room(self) -> None:
@@ -81,10 +83,13 @@ class Service:
     def chat_requests(self, body: ChatRequest) -> list[Request]:
         """Return the ``n`` requests of a chat; see `completion_requests`."""
         self._check_model(body.model)
-        grammar = self._grammar(body.response_format)
+        tools = body.callable_tools
+        grammar = self._tool_grammar(body) if tools else self._grammar(body.response_format)
         try:
-            tokens = self._model.encode_chat([message.plain() for message in body.messages])
-        except FairyError as error:
+            messages = [message.plain() for message in body.messages]
+            shown = [tool.plain() for tool in tools] or None
+            tokens = self._model.encode_chat(messages, tools=shown)
+        except (FairyError, ValueError) as error:
             raise ApiError(400, str(error), param="messages") from error
         self._check_prompt(tokens, "messages")
         return [
@@ -98,6 +103,13 @@ class Service:
             )
             for choice in range(body.n)
         ]
+
+    def tool_readers(self, body: ChatRequest) -> list[ToolReader] | None:
+        """Return what reads the calls of each choice of a chat; None if it may call no tools."""
+        if not body.callable_tools or self._tool_form is None:
+            return None
+        names = [tool.function.name for tool in body.callable_tools]
+        return [ToolReader(self._tool_form, names) for _ in range(body.n)]
 
     def start(self, requests: Sequence[Request], choices: int, stream: bool) -> Exchange:
         """Queue requests; to be called on the event loop.
@@ -183,6 +195,30 @@ class Service:
             raise ApiError(501, str(error), param="response_format") from error
         except FairyError as error:
             raise ApiError(400, str(error), param="response_format") from error
+
+    def _tool_grammar(self, body: ChatRequest) -> CompiledGrammar:
+        if self._tool_form is None:
+            raise ApiError(
+                400,
+                "the model's chat template shows no tools, or wants calls in a form that this "
+                "server does not know; leave tools out",
+                param="tools",
+            )
+        functions = [tool.function for tool in body.callable_tools]
+        try:
+            return self._grammars.compile_structure(
+                structure(
+                    self._tool_form,
+                    [(f.name, f.parameters or NO_ARGUMENTS) for f in functions],
+                    required=body.must_call,
+                    parallel=body.parallel_tool_calls is not False,
+                    max_whitespace=MAX_WHITESPACE,
+                )
+            )
+        except UnsupportedError as error:
+            raise ApiError(501, str(error), param="tools") from error
+        except FairyError as error:
+            raise ApiError(400, str(error), param="tools") from error
 
 
 def _queue_full(message: str) -> ApiError:
