@@ -102,10 +102,11 @@ def build_grouped(call: LinearCall) -> PrimFunc:
         starts = T.arg("starts", T.buffer((call.experts + 1,), "int32"))
         weight = _stacked(call)
         y = T.arg("y", T.buffer((rows, sum(call.out_features)), call.out_dtype))
+        arguments = (x, starts, weight.buffer, y)
         with launch_if(rows <= switch):
-            _dot(x, weight, y, LedRows(rows, starts, [weight]))
+            _dot(x, weight, y, LedRows(rows, starts, [weight], arguments))
         with launch_if(rows > switch):
-            _tiled(x, weight, y, call).emit(x, PackedRows(rows, starts, [weight]))
+            _tiled(x, weight, y, call).emit(x, PackedRows(rows, starts, [weight], arguments))
 
     return build_function("dense_grouped", body).without_attr("global_symbol")
 
@@ -126,7 +127,7 @@ def _dot(x: Buffer | OneRow, weight: Buffer | Stacked, y: Buffer, rows: Rows) ->
         "threadIdx.y": _TEAMS,
         "threadIdx.x": _THREADS,
     }
-    with launch(extents) as (group, block, team, thread):
+    with launch(extents, rows.arguments) as (group, block, team, thread):
         token = rows.tile(group, 1).first
         feature = T.bind(block * _TEAMS + team)
         row = T.bind(T.min(feature, features - 1))

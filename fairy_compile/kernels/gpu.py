@@ -236,10 +236,12 @@ class GpuKernel:
             y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
             weights, switch = Weights(spec, *stacked), values["switch"] * experts
             decode = self._decode(weights, x, y, values["tokens"], target, values)
+            arguments = (x, starts, *(array.buffer for array in stacked), y)
+            gemm = self._gemm(weights, y, target, values)
             with launch_if(rows <= switch):
-                decode.emit(LedRows(rows, starts, stacked))
+                decode.emit(LedRows(rows, starts, stacked, arguments))
             with launch_if(rows > switch):
-                self._gemm(weights, y, target, values).emit(x, PackedRows(rows, starts, stacked))
+                gemm.emit(x, PackedRows(rows, starts, stacked, arguments))
 
         return build_function("phase_gemm_grouped", body).without_attr("global_symbol")
 

@@ -103,7 +103,7 @@ class Decode:
             "threadIdx.y": shape.teams,
             "threadIdx.x": shape.threads,
         }
-        with launch(extents) as (group, block, team, thread):
+        with launch(extents, rows_of_x.arguments) as (group, block, team, thread):
             tile = rows_of_x.tile(group, shape.tokens)
             token, end = tile.first, tile.end
             first = T.bind((block * shape.teams + team) * shape.rows)

@@ -82,7 +82,7 @@ class MatrixTileGemm(TileGemm):
         units, side = self.units, self.units.side
         columns = OUTPUTS // _ALONG_OUTPUTS // side
         count = self.tokens // _ALONG_TOKENS // side
-        with launch(extents) as (group, block, thread):
+        with launch(extents, rows.arguments) as (group, block, thread):
             tile = rows.tile(group, self.tokens)
             first, end = tile.first, tile.end
             weight_tile = shared((DEPTH, OUTPUTS), self.dtype)

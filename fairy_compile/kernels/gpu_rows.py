@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.gpu_builder import ceildiv
+from fairy_compile.kernels.gpu_builder import ceildiv, local, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -48,7 +48,13 @@ class Tile:
 
 
 class Rows(Protocol):
-    """The rows of x of a launch."""
+    """The rows of x of a launch.
+
+    Attributes:
+        arguments: see `gpu_builder.launch`.
+    """
+
+    arguments: Sequence[Buffer]
 
     def groups(self, tokens: int) -> Any:
         """Return the number of tiles of up to ``tokens`` rows."""
@@ -62,6 +68,7 @@ class AllRows:
     """``count`` rows and one matrix."""
 
     count: Any
+    arguments: Sequence[Buffer] = ()
 
     def groups(self, tokens: int) -> Any:
         """See `Rows.groups`."""
@@ -109,6 +116,7 @@ class ChosenRows:
 
     ids: Buffer
     matrices: Sequence[Stacked]
+    arguments: Sequence[Buffer] = ()
 
     def groups(self, tokens: int) -> int:
         """See `Rows.groups`; tiles have one row."""
@@ -130,11 +138,13 @@ class LedRows:
         count: of all rows.
         starts: int32 (experts + 1,); expert e has rows ``starts[e]`` to ``starts[e + 1] - 1``.
         matrices: of all experts.
+        arguments: of the function, y last.
     """
 
     count: Any
     starts: Buffer
     matrices: Sequence[Stacked]
+    arguments: Sequence[Buffer]
 
     def groups(self, tokens: int) -> Any:
         """See `Rows.groups`."""
@@ -166,6 +176,7 @@ class PackedRows:
     count: Any
     starts: Buffer
     matrices: Sequence[Stacked]
+    arguments: Sequence[Buffer]
 
     def groups(self, tokens: int) -> Any:
         """See `Rows.groups`."""
@@ -194,12 +205,14 @@ def _choose(matrices: Sequence[Stacked], expert: Expr) -> None:
 
 def _last_at_most(limit: Expr, count: int, key: Callable[[Expr], Expr]) -> Expr:
     """Return the last i below ``count`` with key(i) <= limit; keys ascend, and the first does."""
-    found: Any = T.int32(0)
+    # A register: as nested expressions, TVM's simplifier would take exponential time for it. So
+    # launches need their `Rows.arguments`.
+    found = local((1,), "int32")
+    store(found, 0, T.int32(0))
     step = 1 << (count - 1).bit_length() >> 1
     while step:
-        further = found + step
+        further = T.bind(found[0] + step)
         reached = T.And(further < count, key(T.min(further, count - 1)) <= limit)
-        # A value, not a register: TVM would take one that launches are cut by for global memory.
-        found = T.bind(T.if_then_else(reached, further, found))
+        store(found, 0, T.if_then_else(reached, further, found[0]))
         step //= 2
-    return found
+    return T.bind(found[0])

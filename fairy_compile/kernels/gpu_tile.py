@@ -72,7 +72,7 @@ class TileGemm:
             "threadIdx.x": GROUP,
         }
         own = self.tokens // SIDE
-        with launch(extents) as (group, block, thread):
+        with launch(extents, rows.arguments) as (group, block, thread):
             tile = rows.tile(group, self.tokens)
             first, end = tile.first, tile.end
             weight_tile = shared((DEPTH, OUTPUTS), self.dtype)

@@ -180,10 +180,12 @@ def test_registers_stay_registers(rig_of, tmp_path: Path) -> None:
     rig, target = rig_of("metal"), host_target("metal")
     (kernel,), spec = FAMILIES["metal.words"], gpu_spec(SHAPES[0], "float32")
     functions = {
-        "route": experts_gpu.build_route(5, 2, True, "many"),
-        "group": experts_gpu.build_group(5, 2, "many"),
-        "grouped": kernel.build_grouped(spec, 5, target, {}),
-        "chosen": kernel.build_chosen(spec, 5, 2, 1, target, {}),
+        "route_single": experts_gpu.build_route(128, 8, True, "single"),
+        "route": experts_gpu.build_route(128, 8, True, "many"),
+        "group_single": experts_gpu.build_group(128, 8, "single"),
+        "group": experts_gpu.build_group(128, 8, "many"),
+        "grouped": kernel.build_grouped(spec, 128, target, {}),
+        "chosen": kernel.build_chosen(spec, 128, 8, 1, target, {}),
     }
     for name, function in functions.items():
         compile_functions({name: function}, target, tmp_path)

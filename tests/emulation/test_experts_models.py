@@ -11,6 +11,7 @@ import pytest
 
 import fairy_compile as fc
 from fairy_compile.compiler import cuda_binary, pipeline
+from tests.emulation import cuda_graphs
 from tests.emulation.gpu_targets import use_linux_host
 from tests.emulation.spirv_val import validate
 from tests.emulation.test_experts_gpu import RIGS
@@ -51,8 +52,8 @@ def build(rig_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         rig_of(kind)
         use_linux_host(monkeypatch, tmp_path / "targets", kind)
         sizes = {"context": 128, "prefill_chunk": 32, "max_batch": 4}
-        out = tmp_path / f"{kind}-{'-'.join(map(str, options.values()))}"
-        return fc.build(source, target=kind, output=out, **{**sizes, **options}), out
+        out = tmp_path / "out"
+        return fc.build(source, target=kind, output=out, **sizes, **options), out
 
     return make
 
@@ -100,3 +101,31 @@ def test_float16_activations(build, tmp_path: Path, kind: str, family: str) -> N
     source = save(tmp_path / "model", family)
     _, out = build(kind, source)
     check(out, Oracle(source, fc.QuantConfig("w2", act="float")), TOLERANCE["half"])
+
+
+def test_other_kernels_beside_those_of_experts(build, tmp_path: Path) -> None:
+    """On CUDA, where experts compute in floating point and the rest in integers."""
+    source = save(tmp_path / "model", "mixtral")
+    report, out = build("cuda", source, act="int16")
+    assert set(report.kernels()) == {"cuda.planes", "cuda.words", "dense"}
+    check(out, Oracle(source, fc.QuantConfig("w2", act="float")), TOLERANCE["half"])
+
+
+def test_graphs_do_not_hold_what_a_router_chose(build, tmp_path: Path) -> None:
+    recorder = cuda_graphs.install()
+    source = save(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)
+    _, out = build("cuda", source, act="float", cuda_graphs=True)
+    oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
+    check(out, oracle, TOLERANCE["float"])
+    with fc.load(out) as model:
+        assert greedy(model, TOKENS[:5], 8) == oracle.greedy(TOKENS[:5], 8)
+    assert recorder.replayed > recorder.recorded
+
+
+def test_dense_experts(build, tmp_path: Path) -> None:
+    source = save(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    quant = fc.QuantConfig("w2", act="float", exempt=("*.experts.*",))
+    report, out = build("metal", source, quant=quant)
+    experts = {row.kernel for row in report.layers if ".experts." in row.name}
+    assert experts == {"dense"}
+    check(out, Oracle(source, quant), TOLERANCE["float"])
