@@ -152,6 +152,17 @@ def test_both_kernels_serve_any_number_of_rows(rig_of, tmp_path, kind: str, swit
 
 
 @pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("switch", [0, 8])
+def test_a_hundred_experts(rig_of, tmp_path: Path, kind: str, switch: int) -> None:
+    rig_of(kind)
+    (kernel,), spec = FAMILIES[f"{kind}.words"], gpu_spec(SHAPES[5], "float32")
+    rows_of = np.random.default_rng(6).choice([0, 0, 0, 1, 2, 5], 128).tolist()
+    assert sum(rows_of) > 64
+    target, knobs = host_target(kind), {"switch": switch}
+    assert experts_cases.grouped_error(kernel, spec, rows_of, target, tmp_path, **knobs) <= 1
+
+
+@pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=slow) for s in SHAPES[1:])])
 def test_one_token_meets_its_experts(rig_of, tmp_path, kind, one_row: bool, shape) -> None:
