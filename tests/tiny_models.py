@@ -196,7 +196,9 @@ class Oracle:
             if quant.act == "int8":
                 parent = self.model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], Int8Linear(module))
-        for module in self.model.modules():
+        for module_name, module in self.model.named_modules():
+            if quant.is_exempt(f"{module_name}.0"):  # where checkpoints have the first expert
+                continue
             for name in ("gate_up_proj", "down_proj"):
                 if isinstance(weight := getattr(module, name, None), nn.Parameter):
                     _dequantize_experts(weight, quant, parts=2 if name == "gate_up_proj" else 1)

@@ -11,37 +11,52 @@ from fairy_compile.config import QuantConfig, check_choice
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.source import LayerPlan, ModelSource
 from fairy_compile.kernels import FAMILIES
-from fairy_compile.kernels.base import Batch, PhaseKernel
+from fairy_compile.kernels.base import Batch, ExpertsKernel, PhaseKernel
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op.spec import PhaseSpec
 from fairy_compile.op.token_int8 import guarded_columns
 from fairy_compile.targets import Target, activation_dtype
 
+Refusals = dict[str, dict[str, str]]
+"""Reason -> family -> what is named of it: one of its kernels, or the family."""
 
-def pick_kernel(spec: PhaseSpec, target: Target) -> tuple[PhaseKernel, PhaseSpec, str]:
+
+def pick_kernel(
+    spec: PhaseSpec, target: Target, experts: int = 0
+) -> tuple[PhaseKernel, PhaseSpec, str]:
     """Return the first of the target's kernels that serves ``spec``, and the reason in words.
 
     A kernel family that only computes with float activations may serve an ``int8`` request: that
-    is more accurate than what was asked for, and the reason says so.
+    is more accurate than what was asked for, and the reason says so. With ``experts`` the call is
+    of so many matrices, which on GPUs an `ExpertsKernel` serves.
 
     Raises:
         UnsupportedError: no kernel of the target can serve the call.
     """
-    refusals: dict[str, str] = {}
+    refusals: Refusals = {}
     for contract in dict.fromkeys((spec.act, "float")):
         wanted = replace(spec, act=contract)
         for family in target.kernels:
             check_choice(f"kernel family of target {target.name}", family, list(FAMILIES))
             for kernel in FAMILIES[family]:
                 refusal = kernel.unsupported(wanted, target)
+                if experts and target.is_gpu:
+                    refusal = _lacks_experts(kernel, wanted, experts) or refusal
                 if refusal is None:
                     return kernel, wanted, _in_words(refusals) or "first choice of the target"
                 # Members of a family that refuse for one reason are named by the family.
-                refusals[refusal] = family if refusal in refusals else kernel.name
+                names = refusals.setdefault(refusal, {})
+                names[family] = family if family in names else kernel.name
     raise UnsupportedError(
         f"target {target.name} has no kernel for {spec.describe()}: {_in_words(refusals)}; "
         "try --act float or another --target"
     )
+
+
+def _lacks_experts(kernel: PhaseKernel, spec: PhaseSpec, experts: int) -> str | None:
+    if not isinstance(kernel, ExpertsKernel):
+        return "it multiplies by one matrix, not by those of several experts"
+    return kernel.unsupported_experts(spec, experts)
 
 
 # Kernel knobs that keep the weights exact. An approximate ratio of scales would undo what exact
@@ -69,8 +84,8 @@ _GUARDED = "int8 activations a token, exactly, by two guard columns in each grou
 _ROUNDED = "inputs are rounded to int8 a token before a call with float activations"
 
 
-def _in_words(refusals: dict[str, str]) -> str:
-    return "; ".join(f"not {name}: {reason}" for reason, name in refusals.items())
+def _in_words(refusals: Refusals) -> str:
+    return "; ".join(f"not {', '.join(names.values())}: {why}" for why, names in refusals.items())
 
 
 class Planner:
@@ -157,7 +172,8 @@ class Planner:
         Raises:
             UnsupportedError: the target has no such kernels, or experts differ in form.
         """
-        if self.target.is_gpu:
+        families = (kernel for family in self.target.kernels for kernel in FAMILIES.get(family, ()))
+        if self.target.is_gpu and not any(isinstance(k, ExpertsKernel) for k in families):
             raise UnsupportedError(
                 f"{name} is a mixture of {len(sources)} experts; target {self.target.name} has no "
                 "kernels for mixtures of experts, CPU targets have; build with --target cpu"
@@ -172,9 +188,10 @@ class Planner:
                         "experts of a layer must agree, so use patterns such as '*.experts.*'"
                     )
         rows = tuple(out_features)
-        call = self._call(name, tuple(sources[0]), in_features, rows, False, False, None)
+        count = len(sources)
+        call = self._call(name, tuple(sources[0]), in_features, rows, False, False, None, count)
         flat = tuple(layer for layers in sources for layer in layers)
-        call = replace(call, sources=flat, experts=len(sources))
+        call = replace(call, sources=flat, experts=count)
         self.calls.append(call)
         return call
 
@@ -224,6 +241,7 @@ class Planner:
         bias: bool,
         token_int8: bool,
         out_dtype: str | None,
+        experts: int = 0,
     ) -> LinearCall:
         plan = self.layer_plans[layers[0]]
         out_dtype = out_dtype or self.act_dtype
@@ -250,8 +268,10 @@ class Planner:
             out_dtype=out_dtype,
         )
         token_int8 = token_int8 and spec.act == "int8"
-        pick = pick_token_int8_kernel if token_int8 else pick_kernel
-        kernel, spec, reason = pick(spec, self.target)
+        if token_int8:
+            kernel, spec, reason = pick_token_int8_kernel(spec, self.target)
+        else:
+            kernel, spec, reason = pick_kernel(spec, self.target, experts)
         demanded = dict(self.demands.get(name, {}))
         if token_int8:
             demanded = {k: v for k, v in _EXACT.items() if v in kernel.knobs.get(k, ())}

@@ -107,18 +107,22 @@ class _Decode:
         room = batch * shape.heads * self.parts
         # Of every part the outputs, and after them the log-sum-exp: WebGPU counts buffers.
         self.partial = scratch("partial", (room * (shape.head_dim + 1),))
+        arguments = [
+            self.q, self.pages, self.indptr, self.page_values, self.last_page, self.offset,
+            self.position, self.partial, self.lse, self.output,
+        ]  # fmt: skip
         groups = shape.heads // self.heads
         extents = {
             "blockIdx.y": batch * groups,  # WebGPU has two dimensions
             "blockIdx.x": self.parts,
             "threadIdx.x": THREADS,
         }
-        with launch(extents, regions=False) as (row, part, thread):
+        with launch(extents, arguments) as (row, part, thread):
             sequence, block = T.truncdiv(row, T.int32(groups)), T.truncmod(row, T.int32(groups))
             self._attend(sequence, block, part, thread)
         with launch_if(self.parts > 1):
             extents = {"blockIdx.y": batch, "blockIdx.x": shape.heads, "threadIdx.x": THREADS}
-            with launch(extents, regions=False) as (sequence, head, thread):
+            with launch(extents, [self.partial, self.lse, self.output]) as (sequence, head, thread):
                 self._merge(sequence, head, thread)
 
     def _parts(self, batch: Expr, pages: Expr) -> Expr:

@@ -114,7 +114,7 @@ class _Prefill:
         rows = (self.total, shape.heads, shape.head_dim)
         self.q = T.arg("q", T.buffer(rows, shape.dtype))
         self.q_indptr = T.arg("q_indptr", index_buffer(self.batch + 1))
-        self._key_args()
+        keys = self._key_args()
         self.output = T.arg("output", T.buffer(rows, shape.dtype))
         self.lse = T.arg("lse", T.buffer((self.total, shape.heads), "float32"))
         self.causal = T.arg("causal", T.int32())
@@ -128,11 +128,13 @@ class _Prefill:
             "blockIdx.x": tiles,
             "threadIdx.x": THREADS,
         }
-        with launch(extents, regions=False) as (kv_head, tile, thread):
+        arguments = [self.q, self.q_indptr, *keys, self.lse, self.output]
+        with launch(extents, arguments) as (kv_head, tile, thread):
             self.kv_head, self.thread = kv_head, thread
             self._attend(tile)
 
-    def _key_args(self) -> None:
+    def _key_args(self) -> list[Buffer]:
+        """Take the arguments between q_indptr and output, and return them."""
         shape = self.shape
         if self.paged:
             page = (2, shape.kv_heads, PAGE, shape.head_dim)
@@ -142,12 +144,14 @@ class _Prefill:
             self.last_page = T.arg("last_page_len", index_buffer(self.batch))
             self.offset = T.arg("k_rope_pos_offset", index_buffer(self.batch))
             self.position = T.arg("q_rope_position", index_buffer(self.total))
-            return
+            tables = [self.indptr, self.page_values, self.last_page]
+            return [self.pages, *tables, self.offset, self.position]
         new = (T.int32(), shape.kv_heads, shape.head_dim)
         self.k, self.v = (T.arg(name, T.buffer(new, shape.dtype)) for name in "kv")
         self.indptr = T.arg("kv_indptr", index_buffer(self.batch + 1))
         self.position = T.arg("q_rope_position", index_buffer(self.total))
         self.offset = T.arg("k_rope_pos_offset", index_buffer(self.batch))
+        return [self.k, self.v, self.indptr, self.position, self.offset]
 
     def _keys(self, sequence: Expr) -> tuple[Keys, Expr]:
         """Return the keys of a sequence, and how many they are."""

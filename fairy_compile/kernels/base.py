@@ -127,6 +127,42 @@ class ModelKernel(Protocol):
         """
 
 
+@runtime_checkable
+class ExpertsKernel(Protocol):
+    """A kernel of a GPU that multiplies rows by the matrices of different experts.
+
+    All experts of a layer have one spec; its arrays lie stacked, with experts as first dimension.
+    (On CPUs, `experts_cpu.build_grouped` makes such a function from those of any `PhaseKernel`.)
+    """
+
+    def unsupported_experts(self, spec: PhaseSpec, experts: int) -> str | None:
+        """Return None, or the reason in words why it has no calls for so many ``spec``."""
+
+    def build_chosen(
+        self,
+        spec: PhaseSpec,
+        experts: int,
+        chosen: int,
+        x_rows: int,
+        target: Target,
+        knobs: Mapping[str, Any],
+    ) -> PrimFunc:
+        """Return a scheduled function (x, ids, *arrays, y) for one token.
+
+        x is (x_rows, 2m), 1 row for all choices or ``chosen``, one each; ids int32 (1, chosen); y
+        (chosen, 2n). Knobs are those of batch ``single``.
+        """
+
+    def build_grouped(
+        self, spec: PhaseSpec, experts: int, target: Target, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """Return a scheduled function (x, starts, *arrays, y) for any number of rows.
+
+        x is (r, 2m), sorted by expert, starts int32 (experts + 1,) as `experts_cpu.build_group`
+        gives it, y (r, 2n). Knobs are those of batch ``many``.
+        """
+
+
 def choose_knobs(kernel: PhaseKernel, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a value for every knob of ``kernel``: the given one, or the default.
 

@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.gpu_builder import build_function, ceildiv, launch_if, reduce_group
-from fairy_compile.kernels.gpu_decode import DecodeShape, Lookup, Reduce
+from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Lookup, Reduce
 from fairy_compile.kernels.gpu_halves import (
     BLOCK_BYTES,
     block_entries,
@@ -24,6 +24,7 @@ from fairy_compile.kernels.gpu_halves import (
 )
 from fairy_compile.kernels.gpu_layout import WordsLayout
 from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
+from fairy_compile.kernels.gpu_rows import AllRows, ChosenRows, LedRows, OneRow, PackedRows, Stacked
 from fairy_compile.kernels.gpu_tile import GROUP, TileGemm
 from fairy_compile.kernels.gpu_weights import Weights
 from fairy_compile.op import PhaseSpec
@@ -42,7 +43,7 @@ _TABLE_DEVICES = ("metal", "opencl", "vulkan")
 
 
 class GpuKernel:
-    """Phase GEMM for one kind of device; implements `PhaseKernel`.
+    """Phase GEMM for one kind of device; implements `PhaseKernel` and `ExpertsKernel`.
 
     Knobs:
         threads: threads that share a matrix row while decoding; ``auto`` takes more of them where
@@ -143,25 +144,114 @@ class GpuKernel:
             ]
             y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
             weights = Weights(spec, *packed)
-            tokens = 1 if batch == "single" else chosen["tokens"]
-            shape = self._decode_shape(spec, target, tokens, chosen)
-            kind = decode_kind(shape)
-            decode = kind(weights, x, y, shape, self.reduction(shape, target))
             if batch == "single":
-                decode.emit(rows)
+                self._decode(weights, x, y, 1, target, chosen).emit(AllRows(rows))
                 return
-            tile_tokens = self._tile_tokens(spec, chosen["tile_tokens"])
-            gemm = self.tile_gemm(weights, y, tile_tokens, target, chosen)
+            decode = self._decode(weights, x, y, chosen["tokens"], target, chosen)
+            gemm = self._gemm(weights, y, target, chosen)
             switch = chosen["switch"]
             if not switch:
-                gemm.emit(x, rows)
+                gemm.emit(x, AllRows(rows))
                 return
             with launch_if(rows <= switch):
-                decode.emit(rows)
+                decode.emit(AllRows(rows))
             with launch_if(rows > switch):
-                gemm.emit(x, rows)
+                gemm.emit(x, AllRows(rows))
 
         return build_function("phase_gemm", body).without_attr("global_symbol")
+
+    def _decode(
+        self,
+        weights: Weights,
+        x: Buffer | OneRow,
+        y: Buffer,
+        tokens: int,
+        target: Target,
+        chosen: Mapping[str, Any],
+    ) -> Decode:
+        shape = self._decode_shape(weights.spec, target, tokens, chosen)
+        kind = decode_kind(shape)
+        return kind(weights, x, y, shape, self.reduction(shape, target))
+
+    def _gemm(
+        self, weights: Weights, y: Buffer, target: Target, chosen: Mapping[str, Any]
+    ) -> TileGemm:
+        tile_tokens = self._tile_tokens(weights.spec, chosen["tile_tokens"])
+        return self.tile_gemm(weights, y, tile_tokens, target, chosen)
+
+    def unsupported_experts(self, spec: PhaseSpec, experts: int) -> str | None:
+        """See `ExpertsKernel.unsupported_experts`."""
+        words = experts * self.layout.arrays(spec)["codes"].nbytes // 4
+        if words > _MAX_WORDS:
+            return (
+                f"the packed codes of {experts} experts take {words} words; its offsets reach "
+                f"{_MAX_WORDS}"
+            )
+        return None
+
+    def build_chosen(
+        self,
+        spec: PhaseSpec,
+        experts: int,
+        chosen: int,
+        x_rows: int,
+        target: Target,
+        knobs: Mapping[str, Any],
+    ) -> PrimFunc:
+        """See `ExpertsKernel.build_chosen`: one launch, whose grid has a dimension of choices.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        values = choose_knobs(self, knobs)
+
+        def body() -> None:
+            x = T.arg("x", T.buffer((x_rows, spec.in_features), spec.dtype))
+            ids = T.arg("ids", T.buffer((1, chosen), "int32"))
+            stacked = self._stacked(spec, experts)
+            y = T.arg("y", T.buffer((chosen, spec.out_features), spec.out_dtype))
+            rows_of_x = x if x_rows == chosen else OneRow(x)
+            decode = self._decode(Weights(spec, *stacked), rows_of_x, y, 1, target, values)
+            decode.emit(ChosenRows(ids, stacked))
+
+        return build_function("phase_gemm_chosen", body).without_attr("global_symbol")
+
+    def build_grouped(
+        self, spec: PhaseSpec, experts: int, target: Target, knobs: Mapping[str, Any]
+    ) -> PrimFunc:
+        """See `ExpertsKernel.build_grouped`.
+
+        Knob ``switch`` is meant for the rows of an expert: decoding serves ``switch * experts``.
+
+        Raises:
+            FairyError: an unknown knob or value.
+        """
+        values = choose_knobs(self, knobs)
+
+        def body() -> None:
+            rows: Any = T.int32()
+            x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
+            starts = T.arg("starts", T.buffer((experts + 1,), "int32"))
+            stacked = self._stacked(spec, experts)
+            y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
+            weights, switch = Weights(spec, *stacked), values["switch"] * experts
+            decode = self._decode(weights, x, y, values["tokens"], target, values)
+            arguments = (x, starts, *(array.buffer for array in stacked), y)
+            gemm = self._gemm(weights, y, target, values)
+            with launch_if(rows <= switch):
+                decode.emit(LedRows(rows, starts, stacked, arguments))
+            with launch_if(rows > switch):
+                gemm.emit(x, PackedRows(rows, starts, stacked, arguments))
+
+        return build_function("phase_gemm_grouped", body).without_attr("global_symbol")
+
+    def _stacked(self, spec: PhaseSpec, experts: int) -> list[Stacked]:
+        """Declare the packed arrays of all experts as arguments."""
+        arrays = self.layout.arrays(spec).items()
+        return [
+            Stacked(T.arg(name, T.buffer((experts, *array.shape), array.dtype)))
+            for name, array in arrays
+        ]
 
     def reduction(self, shape: DecodeShape, target: Target) -> Reduce:
         """Return how the threads of a team add up their sums: through shared memory."""

@@ -32,20 +32,22 @@ def build_function(name: str, body: Callable[[], None], **attributes: Any) -> Pr
 
 
 @contextmanager
-def launch(extents: Mapping[str, Any], *, regions: bool = True) -> Iterator[list[Any]]:
+def launch(extents: Mapping[str, Any], arguments: Sequence[Buffer] = ()) -> Iterator[list[Any]]:
     """Open one kernel launch; yields the thread indices in the order of ``extents``.
 
     Args:
         extents: thread tag -> number, e.g. ``{"blockIdx.x": rows, "threadIdx.x": 256}``.
-        regions: let TVM derive what is read and written. It must not where a register is part of an
-            index of an argument: the register would stand in the region, outside of the threads,
-            and TVM would make one in global memory that all of them share.
+        arguments: all buffers of the function, the output last, where registers are indices into
+            them. The launch then says that it reads and writes all of them. Else TVM says where,
+            and names the registers doing so: outside of the launch, to where it then moves them,
+            which is memory of the device that all thread groups share.
     """
     with ExitStack() as stack:
         stack.enter_context(T.sblock("launch"))
-        if not regions:
-            T.reads()
-            T.writes()
+        if arguments:
+            *inputs, output = (b[tuple(slice(0, size) for size in b.shape)] for b in arguments)
+            T.reads(*inputs)
+            T.writes(output)
         yield [
             stack.enter_context(T.thread_binding(0, extent, thread=tag))
             for tag, extent in extents.items()

@@ -14,6 +14,7 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.gpu_builder import ceildiv, launch, local, store, when
 from fairy_compile.kernels.gpu_layout import UNIT, code_place
+from fairy_compile.kernels.gpu_rows import OneRow, Rows, Tile
 from fairy_compile.kernels.gpu_tables import Tables
 from fairy_compile.kernels.gpu_weights import Weights
 from fairy_compile.op.spec import PhaseSpec
@@ -87,27 +88,28 @@ class Decode:
     """Emits one launch; arguments are declared by the caller."""
 
     def __init__(
-        self, weights: Weights, x: Buffer, y: Buffer, shape: DecodeShape, reduce: Reduce
+        self, weights: Weights, x: Buffer | OneRow, y: Buffer, shape: DecodeShape, reduce: Reduce
     ) -> None:
         self.weights, self.x, self.y = weights, x, y
         self.shape, self.reduce = shape, reduce
         self.spec: PhaseSpec = weights.spec
 
-    def emit(self, batch: Any) -> None:
-        """Emit the launch for ``batch`` rows of x."""
+    def emit(self, rows_of_x: Rows) -> None:
+        """Emit the launch for all rows of x."""
         shape, spec = self.shape, self.spec
         extents = {
-            "blockIdx.y": ceildiv(batch, shape.tokens),
+            "blockIdx.y": rows_of_x.groups(shape.tokens),
             "blockIdx.x": -(-spec.n // (shape.teams * shape.rows)),
             "threadIdx.y": shape.teams,
             "threadIdx.x": shape.threads,
         }
-        with launch(extents) as (token_block, block, team, thread):
+        with launch(extents, rows_of_x.arguments) as (group, block, team, thread):
+            tile = rows_of_x.tile(group, shape.tokens)
+            token, end = tile.first, tile.end
             first = T.bind((block * shape.teams + team) * shape.rows)
             rows = [T.bind(T.min(first + r, spec.n - 1)) for r in range(shape.rows)]
-            token = token_block * shape.tokens
             tokens = [
-                token if shape.tokens == 1 else T.bind(T.min(token + b, batch - 1))
+                token if shape.tokens == 1 else T.bind(T.min(token + b, end - 1))
                 for b in range(shape.tokens)
             ]
             self._begin(rows, thread)
@@ -115,14 +117,14 @@ class Decode:
             sums = local((shape.rows * shape.tokens * 2,))
             for i in range(shape.rows * shape.tokens * 2):
                 store(sums, i, T.float32(0))
-            self._multiply(rows, tokens, thread, sums)
+            self._multiply(rows, tokens, tile, thread, sums)
             values = self.reduce(
                 [sums[i] for i in range(shape.rows * shape.tokens * 2)], thread, team
             )
             with when(thread == 0):
                 for r in range(shape.rows):
                     with when(first + r < spec.n):
-                        self._write(first + r, token, batch, values, r)
+                        self._write(first + r, token, end, values, r)
 
     def prepare(self, block: Expr, team: Expr, thread: Expr, rows: Sequence[Expr]) -> None:
         """Emit what a thread group does before its first turn."""
@@ -142,7 +144,7 @@ class Decode:
         return value
 
     def _multiply(
-        self, rows: Sequence[Expr], tokens: Sequence[Expr], thread: Expr, sums: Buffer
+        self, rows: Sequence[Expr], tokens: Sequence[Expr], tile: Tile, thread: Expr, sums: Buffer
     ) -> None:
         shape, weights = self.shape, self.weights
         planes, together, steps = weights.planes, self._together, self._steps
@@ -151,7 +153,7 @@ class Decode:
         if not weights.tiled and shape.weights == "bits":
             for r, row in enumerate(rows):
                 weights.load_scales(scales, r * planes * 2, row, T.int32(0))
-        with T.serial(0, ceildiv(steps, shape.threads)) as turn:
+        with T.serial(0, tile.turns(ceildiv(steps, shape.threads))) as turn:
             step = T.bind(turn * shape.threads + thread)
             with when(step < steps):
                 if shape.ahead:
@@ -260,7 +262,7 @@ class Decode:
             value = value if dtype == "float32" else T.cast(value, "float32")
             store(values, at + c, T.if_then_else(column + c < m, value, T.float32(0)))
 
-    def _write(self, row: Expr, token: Any, batch: Any, values: Sequence[Any], r: int) -> None:
+    def _write(self, row: Expr, token: Any, end: Any, values: Sequence[Any], r: int) -> None:
         shape = self.shape
         features = self.weights.feature(row)
         for b in range(shape.tokens):
@@ -269,7 +271,7 @@ class Decode:
             if shape.tokens == 1:
                 self._write_token(token, features, results)
             else:
-                with when(token + b < batch):
+                with when(token + b < end):
                     self._write_token(token + b, features, results)
 
     def _write_token(self, token: Any, features: Sequence[Expr], values: Sequence[Any]) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.gpu_builder import ceildiv, launch, shared, when
+from fairy_compile.kernels.gpu_builder import launch, shared, when
+from fairy_compile.kernels.gpu_rows import Rows
 from fairy_compile.kernels.gpu_tile import DEPTH, GROUP, OUTPUTS, TileGemm
 
 if TYPE_CHECKING:
@@ -71,39 +72,41 @@ class MatrixTileGemm(TileGemm):
         """Shared memory of a thread group: the tiles, and the outputs in float32."""
         return super().shared_bytes + 4 * OUTPUTS * self.tokens
 
-    def emit(self, x: Buffer, batch: Expr) -> None:
-        """Emit the launch."""
+    def emit(self, x: Buffer, rows: Rows) -> None:
+        """Emit the launch for all rows of x."""
         extents = {
-            "blockIdx.y": ceildiv(batch, self.tokens),
+            "blockIdx.y": rows.groups(self.tokens),
             "blockIdx.x": self.outputs,
             "threadIdx.x": GROUP,
         }
         units, side = self.units, self.units.side
         columns = OUTPUTS // _ALONG_OUTPUTS // side
-        rows = self.tokens // _ALONG_TOKENS // side
-        with launch(extents) as (token_block, block, thread):
+        count = self.tokens // _ALONG_TOKENS // side
+        with launch(extents, rows.arguments) as (group, block, thread):
+            tile = rows.tile(group, self.tokens)
+            first, end = tile.first, tile.end
             weight_tile = shared((DEPTH, OUTPUTS), self.dtype)
             x_tile = shared((DEPTH, self.tokens), self.dtype)
             y_tile = shared((self.tokens, OUTPUTS))
-            sums = units.matrices(rows * columns, "float32")
+            sums = units.matrices(count * columns, "float32")
             subgroup = T.bind(T.floordiv(thread, SUBGROUP))
             output = T.bind(T.floormod(subgroup, _ALONG_OUTPUTS) * (columns * side))
-            token = T.bind(T.floordiv(subgroup, _ALONG_OUTPUTS) * (rows * side))
-            for i in range(rows * columns):
+            token = T.bind(T.floordiv(subgroup, _ALONG_OUTPUTS) * (count * side))
+            for i in range(count * columns):
                 units.clear(sums, i)
-            with T.serial(0, self.steps) as step:
+            with T.serial(0, tile.turns(self.steps)) as step:
                 self.fill_weight(weight_tile, block, step, thread)
-                self._fill_x(x_tile, x, batch, token_block, step, thread)
-                self._multiply_matrices(weight_tile, x_tile, output, token, sums, (rows, columns))
-            for r in range(rows):
+                self._fill_x(x_tile, x, first, end, step, thread)
+                self._multiply_matrices(weight_tile, x_tile, output, token, sums, (count, columns))
+            for r in range(count):
                 for c in range(columns):
                     place = token + r * side, output + c * side
                     units.store(sums, r * columns + c, y_tile, place)
             with T.serial(0, self.tokens * OUTPUTS // GROUP) as turn:
                 at = T.bind(turn * GROUP + thread)
                 j, b = T.bind(T.floormod(at, OUTPUTS)), T.bind(T.floordiv(at, OUTPUTS))
-                row = T.bind(token_block * self.tokens + b)
-                with when(row < batch):
+                row = T.bind(first + b)
+                with when(row < end):
                     self.write(row, block, j, y_tile[b, j])
 
     def _multiply_matrices(

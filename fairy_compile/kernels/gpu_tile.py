@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from tvm.tirx.script import builder as T
 
-from fairy_compile.kernels.gpu_builder import ceildiv, launch, local, shared, store, when
+from fairy_compile.kernels.gpu_builder import launch, local, shared, store, when
+from fairy_compile.kernels.gpu_rows import Rows
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -63,15 +64,17 @@ class TileGemm:
         """Shared memory of a thread group."""
         return DEPTH * (OUTPUTS + self.tokens) * (2 if self.dtype == "float16" else 4)
 
-    def emit(self, x: Buffer, batch: Expr) -> None:
-        """Emit the launch."""
+    def emit(self, x: Buffer, rows: Rows) -> None:
+        """Emit the launch for all rows of x."""
         extents = {
-            "blockIdx.y": ceildiv(batch, self.tokens),
+            "blockIdx.y": rows.groups(self.tokens),
             "blockIdx.x": self.outputs,
             "threadIdx.x": GROUP,
         }
         own = self.tokens // SIDE
-        with launch(extents) as (token_block, block, thread):
+        with launch(extents, rows.arguments) as (group, block, thread):
+            tile = rows.tile(group, self.tokens)
+            first, end = tile.first, tile.end
             weight_tile = shared((DEPTH, OUTPUTS), self.dtype)
             x_tile = shared((DEPTH, self.tokens), self.dtype)
             sums = local((own * _VECTOR,))
@@ -79,18 +82,18 @@ class TileGemm:
                 store(sums, i, T.float32(0))
             column = T.bind(T.floormod(thread, SIDE))
             row = T.bind(T.floordiv(thread, SIDE))
-            with T.serial(0, self.steps) as step:
+            with T.serial(0, tile.turns(self.steps)) as step:
                 self.fill_weight(weight_tile, block, step, thread)
-                self._fill_x(x_tile, x, batch, token_block, step, thread)
+                self._fill_x(x_tile, x, first, end, step, thread)
                 self._multiply(weight_tile, x_tile, row, column, sums)
             for b in range(own):
-                token = T.bind(token_block * self.tokens + row * own + b)
-                with when(token < batch):
+                token = T.bind(first + row * own + b)
+                with when(token < end):
                     for j in range(_VECTOR):
                         self.write(token, block, column * _VECTOR + j, sums[b * _VECTOR + j])
 
     def _fill_x(
-        self, tile: Buffer, x: Buffer, batch: Expr, token_block: Expr, step: Expr, thread: Expr
+        self, tile: Buffer, x: Buffer, first_token: Expr, end: Expr, step: Expr, thread: Expr
     ) -> None:
         pieces = DEPTH // _VECTOR
         values = local((_VECTOR,), self.dtype)
@@ -98,7 +101,7 @@ class TileGemm:
             piece = T.bind(thread + turn * GROUP)
             depth = T.bind(T.floormod(piece, pieces) * _VECTOR)
             token = T.bind(T.floordiv(piece, pieces))
-            source = T.bind(T.min(token_block * self.tokens + token, batch - 1))
+            source = T.bind(T.min(first_token + token, end - 1))
             first, inside = self.x_column(step, depth)
             if inside is None:
                 loaded = x[source, T.ramp(first, 1, _VECTOR)]

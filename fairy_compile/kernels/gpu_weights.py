@@ -19,6 +19,7 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.gpu_builder import local, store
 from fairy_compile.kernels.gpu_layout import UNIT, row_tiles, units
+from fairy_compile.kernels.gpu_rows import Stacked
 from fairy_compile.op.spec import PhaseSpec
 from fairy_compile.phase import tile_shape
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Weights:
-    """The packed weight of one call inside a kernel.
+    """The packed weight of one call inside a kernel, or of one expert of it.
 
     Attributes:
         planes: terms * T, the words of a unit.
@@ -36,7 +37,7 @@ class Weights:
         tiled: whether scales change along a row.
     """
 
-    def __init__(self, spec: PhaseSpec, codes: Buffer, scales: Buffer) -> None:
+    def __init__(self, spec: PhaseSpec, codes: Buffer | Stacked, scales: Buffer | Stacked) -> None:
         self.spec, self.codes, self.scales = spec, codes, scales
         self.planes = len(spec.terms) * spec.stages
         self.slots = [

@@ -110,11 +110,13 @@ class LinearPlanner(Protocol):
         out_features: Sequence[int],
         bias: bool = False,
         token_int8: bool = False,
+        out_dtype: str | None = None,
     ) -> list[LinearCall]:
         """Plan the layers ``sources`` over one input: one fused call, or several in order.
 
         ``token_int8`` says what int8 activations mean to the model: iFairy's contract of
-        `op.token_int8` instead of that of the kernels.
+        `op.token_int8` instead of that of the kernels. ``out_dtype`` is that of outputs, by default
+        that of activations.
         """
 
     def experts(

@@ -11,7 +11,9 @@ import pytest
 import fairy_compile as fc
 from fairy_compile.artifact import verify
 from fairy_compile.artifact.contract import REQUIRED_FUNCTIONS
+from fairy_compile.compiler.plan import pick_kernel
 from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.op import PhaseSpec
 from fairy_compile.targets import Limits, load_target
 from tests.tiny_models import save_model
 
@@ -77,17 +79,44 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
     assert REQUIRED_FUNCTIONS[target.device].keys() <= set(manifest.functions)
 
 
-@pytest.mark.parametrize(
-    ("family", "words"),
-    [
-        ("mixtral", r"is a mixture of 5 experts; target {} has no kernels.*--target cpu"),
-    ],
-)
-def test_what_gpus_lack_is_refused_with_what_helps(tmp_path: Path, family: str, words: str) -> None:
-    model = save_model(tmp_path / "model", family)
-    for name in ("cuda", "metal", "opencl", "vulkan", "webgpu"):
-        with pytest.raises(UnsupportedError, match=words.format(name)):
-            fc.build(model, target=name, dry_run=True)
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("mixture") / "model", "mixtral")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda-hopper"])
+@pytest.mark.parametrize("act", ["int16", "int8"])
+def test_experts_on_cuda_compute_in_floating_point(mixture: Path, name: str, act: str) -> None:
+    """The other kernels multiply by one matrix; nothing falls back without saying so."""
+    rows = fc.build(mixture, target=name, act=act, dry_run=True).layers
+    experts = [row for row in rows if ".experts." in row.name]
+    assert len(experts) == 4
+    own = ", ".join(load_target(name).kernels[:-1])
+    for row in experts:
+        assert (row.kernel, row.act) == ("cuda.words", "float16")
+        reason = f"not {own}: it multiplies by one matrix, not by those of several experts"
+        assert reason in row.reason
+        assert f"floating point; this call asks for {act}" in row.reason
+        assert "5 experts" in row.reason
+    assert {row.kernel for row in rows if ".self_attn." in row.name} == {own.split(",")[0]}
+    exact = fc.build(mixture, target=name, act="float", dry_run=True).layers
+    assert {row.act for row in exact} == {"float"}
+
+
+def test_a_target_without_kernels_for_experts_refuses_them(monkeypatch, mixture: Path) -> None:
+    bare = replace(load_target("cuda"), name="bare", kernels=("cuda.planes",))
+    monkeypatch.setattr(sys.modules[fc.build.__module__], "load_target", lambda _: bare)
+    words = r"is a mixture of 5 experts; target bare has no kernels.*--target cpu"
+    with pytest.raises(UnsupportedError, match=words):
+        fc.build(mixture, target="bare", act="int16", dry_run=True)
+
+
+def test_more_codes_than_offsets_reach_are_refused() -> None:
+    spec = PhaseSpec((14336,), 8192, 2, ("U", "W"), "tensor", "float", "float16", "float16")
+    words = r"codes of 128 experts take 3758096384 words; its offsets reach 2147483647"
+    with pytest.raises(UnsupportedError, match=words):
+        pick_kernel(spec, load_target("metal"), experts=128)
+    assert pick_kernel(spec, load_target("metal"), experts=8)[0].name == "metal.words"
 
 
 def test_contexts_of_gpus_go_beyond_the_sliding_window(tmp_path: Path) -> None:
