@@ -58,12 +58,6 @@ def build(rig_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return make
 
 
-def save(directory: Path, family: str, **changes: Any) -> Path:
-    """Write a model; contexts of GPUs end at its window."""
-    window = {"sliding_window": 128} if family == "mixtral" else {}
-    return save_model(directory, family, **window, **changes)
-
-
 def check(out: Path, oracle: Oracle, tolerance: float) -> None:
     """Compare prefill in pieces, and steps of one and of three sequences."""
     prompts = [TOKENS[i : i + 3 + i] for i in range(3)]
@@ -83,7 +77,7 @@ def check(out: Path, oracle: Oracle, tolerance: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", RIGS)
 def test_logits_and_greedy_tokens_equal_pytorch(build, tmp_path, kind: str, family: str) -> None:
-    source = save(tmp_path / "model", family)
+    source = save_model(tmp_path / "model", family)
     report, out = build(kind, source, act="float")
     assert set(report.kernels()) == {f"{kind}.words", "dense"}
     oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
@@ -98,14 +92,14 @@ def test_logits_and_greedy_tokens_equal_pytorch(build, tmp_path, kind: str, fami
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["metal", "vulkan", "webgpu"])
 def test_float16_activations(build, tmp_path: Path, kind: str, family: str) -> None:
-    source = save(tmp_path / "model", family)
+    source = save_model(tmp_path / "model", family)
     _, out = build(kind, source)
     check(out, Oracle(source, fc.QuantConfig("w2", act="float")), TOLERANCE["half"])
 
 
 def test_other_kernels_beside_those_of_experts(build, tmp_path: Path) -> None:
     """On CUDA, where experts compute in floating point and the rest in integers."""
-    source = save(tmp_path / "model", "mixtral")
+    source = save_model(tmp_path / "model", "mixtral")
     report, out = build("cuda", source, act="int16")
     assert set(report.kernels()) == {"cuda.planes", "cuda.words", "dense"}
     check(out, Oracle(source, fc.QuantConfig("w2", act="float")), TOLERANCE["half"])
@@ -113,7 +107,7 @@ def test_other_kernels_beside_those_of_experts(build, tmp_path: Path) -> None:
 
 def test_graphs_do_not_hold_what_a_router_chose(build, tmp_path: Path) -> None:
     recorder = cuda_graphs.install()
-    source = save(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)
+    source = save_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=2)
     _, out = build("cuda", source, act="float", cuda_graphs=True)
     oracle = Oracle(source, fc.QuantConfig("w2", act="float"))
     check(out, oracle, TOLERANCE["float"])
@@ -123,7 +117,7 @@ def test_graphs_do_not_hold_what_a_router_chose(build, tmp_path: Path) -> None:
 
 
 def test_dense_experts(build, tmp_path: Path) -> None:
-    source = save(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    source = save_model(tmp_path / "model", "mixtral", num_hidden_layers=1)
     quant = fc.QuantConfig("w2", act="float", exempt=("*.experts.*",))
     report, out = build("metal", source, quant=quant)
     experts = {row.kernel for row in report.layers if ".experts." in row.name}
