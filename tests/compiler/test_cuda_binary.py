@@ -62,11 +62,13 @@ def test_kernels_compile_for_an_architecture(batch):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "magic"), [("cuda", b"\x7fELF"), ("windows-cuda", b"MZ")])
+@pytest.mark.parametrize(
+    ("name", "magic"), [("cuda", b"\x7fELF"), ("arm64-cuda", b"\x7fELF"), ("windows-cuda", b"MZ")]
+)
 def test_a_library_holds_machine_code_and_no_source(
     model: Path, tmp_path: Path, monkeypatch, name: str, magic: bytes
 ) -> None:
-    if name == "windows-cuda":
+    if name != "cuda":
         pytest.importorskip("ziglang", reason='needs: pip install "fairy-compile[cross]"')
     monkeypatch.setattr(cuda_binary, "archs", lambda target: ("sm_80", "sm_90"))
     report = fc.build(model, target=name, act="int16", output=tmp_path / "out", context=64)
