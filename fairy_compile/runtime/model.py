@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ def load(
         )
     report = verify(directory)
     directory, manifest = Path(directory), report.manifest
+    _check_system(manifest)
     _check_features(manifest)
     _check_arch(manifest, device)
     warnings = [*report.warnings, *_permit_amx(manifest)]
@@ -113,6 +115,7 @@ def load_language_model(
             f"{directory} is a compiled graph ({manifest.model.family}), not a language model; run "
             f"it from Python: fairy_compile.load({str(directory)!r}).run(inputs)"
         )
+    _check_system(manifest)
     _check_features(manifest)
     _check_arch(manifest, device)
     engine = Engine(
@@ -137,6 +140,25 @@ def _permit_amx(manifest: Manifest) -> list[str]:
     uses_amx = any(layer.kernel.endswith("amx") for layer in manifest.layers)
     refusal = request_amx() if uses_amx else None
     return [refusal] if refusal else []
+
+
+_ELSEWHERE = {
+    ".dll": ("Windows", "runs on Windows"),
+    ".dylib": ("Darwin", "runs on macOS"),
+    ".tar": (None, "is objects for an app's linker"),
+    ".wasm": (None, "runs in browsers"),
+}
+"""Ending of a library -> the system that loads it, in Python's words, and what to say elsewhere."""
+
+
+def _check_system(manifest: Manifest) -> None:
+    """Refuse a library that no system, or another one, loads."""
+    system, where = _ELSEWHERE.get(Path(manifest.library).suffix, (platform.system(), ""))
+    if system != platform.system():
+        raise UnsupportedError(
+            f"this artifact was built for target {manifest.target.name}: its library "
+            f"({manifest.library}) {where}; build the model here with --target cpu"
+        )
 
 
 def _check_arch(manifest: Manifest, name: str | None) -> None:
