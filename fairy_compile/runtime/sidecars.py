@@ -25,7 +25,9 @@ def load_sidecars() -> None:
     if not _RUNTIME_ONLY:
         return
     folder = Path(tvm.__file__).parent / "lib"
-    for path in sorted(folder.glob("libtvm_runtime_*")):
-        if path.stem == "libtvm_runtime_cuda":
+    for path in sorted(folder.glob("*tvm_runtime_*")):
+        if path.suffix not in (".so", ".dylib", ".dll"):
+            continue
+        if path.stem.removeprefix("lib") == "tvm_runtime_cuda":
             load_cudart()  # the system's loader may not find it
         load_first([str(path)])
