@@ -5,39 +5,21 @@ Emulation shows that they are right, not that they are fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from fairy_compile.kernels import attention_gpu_decode, attention_gpu_prefill
 from fairy_compile.kernels.attention_shape import AttentionShape
 from fairy_compile.kernels.attention_tvm import shared_bytes
-from tests.emulation import metal_rig, opencl_rig, vulkan_device, webgpu_rig
+from tests.emulation import metal_rig
 from tests.emulation.attention_gpu_cases import BUILD, Device, Sequences
 from tests.emulation.gpu_cases import host_target
+from tests.emulation.rigs import RIGS
 
 slow = pytest.mark.slow
 
 
-def _vulkan(_: Path) -> Any:
-    from tests.emulation import vulkan_runtime
-
-    vulkan_runtime.install()
-    return SimpleNamespace(order=0)
-
-
-RIGS: dict[str, tuple[Callable[[], str | None], Callable[[Path], Any]]] = {
-    "metal": (metal_rig.missing_tools, metal_rig.MetalRig),
-    "opencl": (
-        opencl_rig.missing_tools,
-        lambda path: opencl_rig.OpenCLRig(path, optimize=False),
-    ),
-    "webgpu": (webgpu_rig.missing_tools, webgpu_rig.WebGpuRig),
-    "vulkan": (vulkan_device.missing_driver, _vulkan),
-}
 # Windows of a part of a page, of whole pages, and of more than any sequence has; heads that are no
 # multiple of a vector, that fill registers, that no power of two divides.
 SHAPES = {
@@ -75,28 +57,13 @@ OLDER = Sequences((0, 9, 32, 150, 70), (1, 9, 20, 33, 70), (0, 0, 7, 3, 200), be
 CHUNKS = Sequences((1, 9, 20, 33, 70), (1, 9, 20, 33, 70), (0, 4, 7, 3, 200))
 
 
-@pytest.fixture(scope="module")
-def rig_of(tmp_path_factory: pytest.TempPathFactory):
-    """Return rig_of(kind), which makes each device once."""
-    made: dict[str, Any] = {}
-
-    def get(kind: str) -> Any:
-        missing_tools, make = RIGS[kind]
-        if (missing := missing_tools()) is not None:
-            pytest.skip(missing)
-        if kind not in made:
-            made[kind] = make(tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return get
-
-
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_attention_equals_numpy(rig_of, tmp_path: Path, kind: str, name: str) -> None:
     rig = rig_of(kind)
     shape = SHAPES[name]
     for order in (0, 7) if kind == "metal" else (0,):
         rig.order = order
+        rig.optimize = False  # of PoCL, see there
         device = Device(shape, host_target(kind), tmp_path)
         for local in (False, True) if shape.window else (False,):
             for batch, sequences in DECODE.items():

@@ -5,17 +5,14 @@ Emulation shows that they are right, not that they are fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.kernels.attention_tvm import shared_bytes
 from fairy_compile.targets import load_target
-from tests.emulation import metal_rig, opencl_rig, webgpu_rig
 from tests.emulation.attention_tvm_cases import (
     DECODE,
     PAGED,
@@ -26,38 +23,18 @@ from tests.emulation.attention_tvm_cases import (
 )
 from tests.emulation.gpu_cases import host_target
 
-RIGS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
-    "metal": (metal_rig, metal_rig.MetalRig),
-    "opencl": (opencl_rig, lambda path: opencl_rig.OpenCLRig(path, optimize=False)),
-    "webgpu": (webgpu_rig, webgpu_rig.WebGpuRig),
-}
+KINDS = ("metal", "opencl", "webgpu")
 SIZES = (16, 32, 64, 96, 128, 256)
 # The commonest size of published models runs always, on the device that checks most. PoCL has no
 # float16.
 QUICK = {("metal", 128, "float16")}
 CASES = [
     pytest.param(kind, dim, dtype, marks=() if (kind, dim, dtype) in QUICK else pytest.mark.slow)
-    for kind in RIGS
+    for kind in KINDS
     for dim in SIZES
     for dtype in ("float16", "float32")
     if (kind, dtype) != ("opencl", "float16")
 ]
-
-
-@pytest.fixture(scope="module")
-def rig_of(tmp_path_factory: pytest.TempPathFactory):
-    """Return rig_of(kind), which makes each device once."""
-    made: dict[str, Any] = {}
-
-    def get(kind: str) -> Any:
-        module, make = RIGS[kind]
-        if (missing := module.missing_tools()) is not None:
-            pytest.skip(missing)
-        if kind not in made:
-            made[kind] = make(tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return get
 
 
 @pytest.mark.parametrize(("kind", "head_dim", "dtype"), CASES)
@@ -65,6 +42,7 @@ def test_attention_equals_numpy(rig_of, tmp_path: Path, kind, head_dim: int, dty
     rig = rig_of(kind)
     if kind == "metal":
         rig.order = 7
+    rig.optimize = False  # of PoCL, see there
     config = config_of(4, 2, head_dim, dtype)
     cases = Cases(config, host_target(kind), (DECODE, PAGED, RAGGED), tmp_path)
     assert cases.error(DECODE) <= 1

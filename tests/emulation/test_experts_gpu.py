@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fairy_compile.kernels import FAMILIES, experts_gpu
 from tests.emulation import (
-    cuda_library,
-    cuda_rig,
     experts_cases,
-    metal_rig,
-    opencl_rig,
-    spirv_val,
-    vulkan_device,
-    webgpu_rig,
 )
 from tests.emulation.experts_cases import ROWS_OF, check_dense, check_group, check_route
 from tests.emulation.gpu_cases import SHAPES, compile_functions, gpu_spec, host_target
+from tests.emulation.rigs import RIGS
 
 slow = pytest.mark.slow
 
 
-def _vulkan(_: Path) -> Any:
-    from tests.emulation import vulkan_runtime
-
-    return vulkan_runtime.install()
-
-
-RIGS: dict[str, tuple[Callable[[], str | None], Callable[[Path], Any]]] = {
-    "metal": (metal_rig.missing_tools, metal_rig.MetalRig),
-    "cuda": (
-        lambda: cuda_rig.missing_tools() or metal_rig.missing_tools(),
-        cuda_library.CudaRig,
-    ),
-    "opencl": (opencl_rig.missing_tools, opencl_rig.OpenCLRig),
-    "vulkan": (lambda: vulkan_device.missing_driver() or spirv_val.missing_validator(), _vulkan),
-    "webgpu": (webgpu_rig.missing_tools, webgpu_rig.WebGpuRig),
-}
 # All cases run on the device that checks most, where they are quick; some of them on the others.
 DEVICES = [pytest.param(kind, marks=() if kind == "metal" else slow) for kind in RIGS]
-
-
-@pytest.fixture(scope="module")
-def rig_of(tmp_path_factory: pytest.TempPathFactory):
-    """Return rig_of(kind), which makes each device once."""
-    made: dict[str, Any] = {}
-
-    def get(kind: str) -> Any:
-        missing, make = RIGS[kind]
-        if (reason := missing()) is not None:
-            pytest.skip(reason)
-        if kind not in made:
-            made[kind] = make(tmp_path_factory.mktemp(kind))
-        if kind == "metal":
-            made[kind].order = 7
-        return made[kind]
-
-    return get
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -13,8 +13,8 @@ import fairy_compile as fc
 from fairy_compile.compiler import cuda_binary, pipeline
 from tests.emulation import cuda_graphs
 from tests.emulation.gpu_targets import use_linux_host
+from tests.emulation.rigs import RIGS
 from tests.emulation.spirv_val import validate
-from tests.emulation.test_experts_gpu import RIGS
 from tests.emulation.vulkan_module import kernels_in
 from tests.greedy import greedy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
@@ -24,22 +24,6 @@ FAMILIES = ("mixtral", "qwen3_moe")
 TOKENS = np.random.default_rng(3).integers(0, SIZES["vocab_size"], 45).tolist()
 # As of other models on these devices: float32, and float16 activations.
 TOLERANCE = {"float": 1e-4, "half": 2e-3}
-
-
-@pytest.fixture(scope="module")
-def rig_of(tmp_path_factory: pytest.TempPathFactory):
-    """Return rig_of(kind), which makes each device once."""
-    made: dict[str, Any] = {}
-
-    def get(kind: str) -> Any:
-        missing, make = RIGS[kind]
-        if (reason := missing()) is not None:
-            pytest.skip(reason)
-        if kind not in made:
-            made[kind] = make(tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return get
 
 
 @pytest.fixture
