@@ -16,8 +16,9 @@ from fairy_compile.targets import activation_dtype, activation_dtypes, load_targ
 from tests.tiny_models import SIZES
 
 BRAIN = {
-    "android", "android-adreno", "android-mali", "cuda", "cuda-hopper", "iphone", "metal", "opencl",
-    "vulkan", "vulkan-adreno", "vulkan-amd", "vulkan-intel", "vulkan-mali", "vulkan-nvidia",
+    "android", "android-adreno", "android-mali", "arm64-cuda", "cuda", "cuda-hopper", "iphone",
+    "metal", "opencl", "vulkan", "vulkan-adreno", "vulkan-amd", "vulkan-intel", "vulkan-mali",
+    "vulkan-nvidia", "windows-cuda", "windows-vulkan",
 }  # fmt: skip
 
 
