@@ -67,7 +67,7 @@ class PeerKernel:
         from tvm.script.ir_builder import IRBuilder
         from tvm.tirx.script import builder as T
 
-        from fairy_compile.kernels.cuda_launch import _launch_first
+        from fairy_compile.kernels.cuda_launch import launch_first
 
         launches = self.launches(spec, batch)
         with IRBuilder() as ir, T.prim_func(s_tir=True):
@@ -80,7 +80,7 @@ class PeerKernel:
             y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
             if len(arrays) == 1:
                 arrays = [*arrays, arrays[0]]  # dense weights have no scales
-            _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)])
+            launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)])
             T.func_name(f"{launches[-1].function}_{batch}")
         return ir.get()
 

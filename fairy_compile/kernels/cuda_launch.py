@@ -48,14 +48,22 @@ def emit(
             arrays.append(T.arg("bias", T.buffer((spec.out_features,), "float32")))
         y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
         memory = T.arg("scratch", T.buffer((T.int64(),), "uint8")) if scratch else None
-        _launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)], memory)
+        launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)], memory)
         T.func_name(f"phase_gemm_{launches[-1].function}_{batch}")
     return ir.get()
 
 
-def _launch_first(
-    launches: Sequence[Launch], count: Any, pointers: list[Any], scratch: Any
+def launch_first(
+    launches: Sequence[Launch], count: Any, pointers: list[Any], scratch: Any = None
 ) -> None:
+    """Emit the first launch meant for ``count`` rows of x.
+
+    Args:
+        launches: by rising number of rows.
+        count: rows of x.
+        pointers: of the function's arrays: x, codes, scales, a bias if there is one, y.
+        scratch: memory for what grids leave to each other; None lets launches allocate it.
+    """
     first, *others = launches
     if first.most is None or not others:
         _launch(first, count, pointers, scratch)
@@ -64,7 +72,7 @@ def _launch_first(
         with T.Then():
             _launch(first, count, pointers, scratch)
         with T.Else():
-            _launch_first(others, count, pointers, scratch)
+            launch_first(others, count, pointers, scratch)
 
 
 def _launch(launch: Launch, count: Any, pointers: list[Any], scratch: Any) -> None:
