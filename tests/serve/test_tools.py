@@ -12,12 +12,14 @@ import pytest
 import fairy_compile as fc
 from fairy_compile.serve.tools import (
     FORMS,
+    NO_ARGUMENTS,
     Arguments,
     CallBegins,
     Part,
     Text,
     ToolReader,
     form_of,
+    structure,
     with_objects,
 )
 
@@ -264,3 +266,39 @@ def test_a_model_without_a_form_for_calls_refuses_tools(engine) -> None:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="chat template shows no tools"):
             chat(client)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_grammars_allow_calls_that_conform_and_no_others(
+    engine, form, required: bool, parallel: bool
+) -> None:
+    pytest.importorskip("xgrammar", reason="xgrammar is missing: pip install '.[serve]'")
+    from fairy_compile.serve.grammar import GrammarCompiler
+
+    model = engine.model
+    compiler = GrammarCompiler(model.tokenizer, model.engine.vocab_size, model.stop_tokens)
+    function = WEATHER["function"]
+    grammar = compiler.compile_structure(
+        structure(
+            form,
+            [(function["name"], function["parameters"]), ("clock", NO_ARGUMENTS)],
+            required=required,
+            parallel=parallel,
+            max_whitespace=4,
+        )
+    )
+
+    def allowed(text: str) -> bool:
+        return grammar.matcher()._matcher.accept_string(text)
+
+    good = write(form, "get_weather", '{"city": "Oslo", "days": 3, "units": "C"}')
+    assert allowed(good)
+    assert allowed(write(form, "clock", "{}"))
+    assert allowed("It is ") is not required
+    assert allowed(f"{good}\n{write(form, 'clock', '{}')}") is parallel
+    for arguments in ('{"city": 3', '{"city": "Oslo", "days": 12', '{"town"', "[", '{"days": 3'):
+        assert not allowed(form.begin("get_weather") + arguments)
+    assert not allowed(form.begin("other"))
+    assert not allowed(form.begin("clock") + '{"a"')
