@@ -52,6 +52,7 @@ web-tools: $(VENV)/.core
 WINDOWS_TOOLS = $(shell $(BIN)/python -c 'from fairy_compile.user_cache import *; print(cache_directory() / "windows")')
 TVM_WHEELS = $(shell $(BIN)/python -c 'from fairy_compile.tvm_pair import *; print(*map("==".join, TVM_PAIR.items()))')
 windows-tools: $(VENV)/.core
+	rm -rf '$(WINDOWS_TOOLS)'
 	mkdir -p '$(WINDOWS_TOOLS)'
 	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --platform win_amd64 \
 	  --python-version 312 -d '$(WINDOWS_TOOLS)' $(TVM_WHEELS)

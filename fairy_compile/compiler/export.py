@@ -139,8 +139,10 @@ def import_library(linker: list[str], directory: Path) -> Path:
     definition.write_text("\n".join(["LIBRARY tvm_ffi.dll", "EXPORTS", *names, ""]), "utf-8")
     if "cc" in linker:  # zig cc ...
         tool = [*linker[: linker.index("cc")], "dlltool"]
-    else:
+    elif "gcc" in linker[0]:
         tool = [linker[0].replace("gcc", "dlltool")]
+    else:
+        tool = ["llvm-dlltool"]
     _link([*tool, "-m", "i386:x86-64", "-d", str(definition), "-l", str(library)])
     return library
 

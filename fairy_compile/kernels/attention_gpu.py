@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.attention_shape import LOG2_E, PAGE, AttentionShape
-from fairy_compile.kernels.gpu_builder import local, store
+from fairy_compile.kernels.gpu_builder import load_float, local, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -69,8 +69,7 @@ def load_vector(buffer: Buffer, at: tuple[Any, ...], into: Buffer, place: int, l
     """Load ``lanes`` neighbours as float32 into registers from ``place`` on."""
     *lead, last = at
     if lanes == 1:
-        value = buffer[(*lead, last)]
-        store(into, place, value if str(buffer.dtype) == "float32" else T.cast(value, "float32"))
+        store(into, place, load_float(buffer, *at))
         return
     value = buffer[(*lead, T.ramp(last, 1, lanes))]
     if str(buffer.dtype) != "float32":
@@ -122,16 +121,11 @@ class Keys:
         load_vector(self.pages, (page, which, self.head, row, at), into, to, lanes)
 
 
-def fill(buffer: Buffer, count: int, value: float) -> None:
-    """Store a number to registers 0 to ``count`` - 1."""
-    for i in range(count):
-        store(buffer, i, T.float32(value))
-
-
 def registers(count: int, value: float = 0.0) -> Buffer:
     """Return ``count`` registers of float32 with a value."""
     made = local((count,))
-    fill(made, count, value)
+    for i in range(count):
+        store(made, i, T.float32(value))
     return made
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fairy_compile.kernels.attention_shape import AttentionShape
     from fairy_compile.targets import Limits
 
-HEAD_DIM_STEP = 8
+_HEAD_DIM_STEP = 8
 
 
 def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> PrimFunc:
@@ -67,9 +67,9 @@ def build_merge(heads: int, head_dim: int, dtype: str, max_threads: int) -> Prim
 def serves(shape: AttentionShape) -> bool:
     """Tell whether TVM's kernels compute such attention: over all keys, of heads they do not cut.
 
-    Their prefill reads past the end of heads that are no multiple of `HEAD_DIM_STEP`.
+    Their prefill reads past the end of heads that are no multiple of 8.
     """
-    return shape.window is None and shape.softcap is None and shape.head_dim % HEAD_DIM_STEP == 0
+    return shape.window is None and shape.softcap is None and shape.head_dim % _HEAD_DIM_STEP == 0
 
 
 def covers_heads(decode: PrimFunc, heads: int, head_dim: int) -> bool:
