@@ -187,8 +187,7 @@ class CudaPlanes:
     @staticmethod
     def _shapes(spec: PhaseSpec) -> list[tuple[int, int]]:
         """Return the (rows of x in an operand, operands) that decode comes in, by rising rows."""
-        cycle = 8 // math.gcd(planes(spec), 8)
-        most = max(1, _SUM_REGISTERS // (4 * cycle * planes(spec)))
+        most = max(1, _SUM_REGISTERS // (4 * planes(spec)))
         operands = [n for n in (1, 2, 4) if n <= most]
         if spec.act == "int16":  # two digits fill an operand with two rows
             return [(2, n) for n in operands]
@@ -258,7 +257,7 @@ class CudaPlanes:
             share = math.ceil(tiles / MULTIPROCESSORS)
             per_block = math.ceil(share / math.ceil(share / most))
         if warps == "auto":
-            warps = 16 if operands > 1 else max(20, 2 * per_block)
+            warps = 16 if operands > 1 else 20
         per_block = min(per_block, warps)
         turns = math.ceil(groups / (warps // per_block))
         return per_block, math.ceil(groups / turns)  # fewer warps that take as many turns

@@ -277,11 +277,21 @@ struct Multiply {
   }
 };
 
-inline void multiply_bytes(int (&sums)[4], const Word (&a)[4], uint2 b, const int (&before)[4],
-                           int line = __builtin_LINE()) {
-  typedef Multiply<uint8_t, int8_t, int> M;
-  M operands = {sums, a, {b.x, b.y}, before};
+template <class A>
+void multiply_bytes(int (&sums)[4], const Word (&a)[4], uint2 b, int line) {
+  typedef Multiply<A, int8_t, int> M;
+  M operands = {sums, a, {b.x, b.y}, sums};
   emulated::wait(emulated::Wait::warp, line, M::together, &operands);
+}
+
+inline void multiply_unsigned(int (&sums)[4], const Word (&a)[4], uint2 b,
+                              int line = __builtin_LINE()) {
+  multiply_bytes<uint8_t>(sums, a, b, line);
+}
+
+inline void multiply_signed(int (&sums)[4], const Word (&a)[4], uint2 b,
+                            int line = __builtin_LINE()) {
+  multiply_bytes<int8_t>(sums, a, b, line);
 }
 
 template <class T>

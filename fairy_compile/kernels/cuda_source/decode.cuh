@@ -1,15 +1,18 @@
 // Phase GEMM for few rows of x: bit planes of the codes meet quantised activations in the integer
 // tensor cores. `Call` holds the constants of one call, see kernels/cuda_source/__init__.py.
 //
-// A plane's bits, masked out of 128 bits of codes, are operand A as they lie: bytes of 0 or 2^s.
-// Operand B holds, in its 8 columns, the digits of Re x and Im x of some rows of x:
+// Let bq, bp be the bits of a code that tell the signs of re - im and re + im (see
+// kernels/cuda_layout.py). 128 bits of codes, shifted and masked so that the two are the highest bits
+// of their byte, are operand A twice: as unsigned bytes, 64 bq + 128 bp, and as signed ones, 64 bq -
+// 128 bp. Operand B holds, in its 8 columns, the digits of Re x and Im x of some rows of x:
 //   int16  (re hi, re lo, im hi, im lo) of 2 rows     int8  (re, im) of 4 rows, or (re, -, im, -)
-// of 2 rows, which halves what a lane has to scale; so 1 row of x costs what 2 do. Let bq, bp be the
-// bits of a code that tell the signs of re - im and re + im (see kernels/cuda_layout.py), and x a
-// real or imaginary part of activations:
-//   sum re x = sum x - sum bp x - sum bq x          sum im x = sum bq x - sum bp x
+// of 2 rows, which halves what a lane has to scale. With x a real or imaginary part of activations
+// and u, v its sums with unsigned and with signed bytes:
+//   256 sum (bq + bp) x = 3 u + v                   256 sum (bq - bp) x = u + 3 v
+//   sum re x = sum x - sum (bq + bp) x              sum im x = sum (bq - bp) x
 // These are integers, exact for every group of 128 columns (64 with a scale for every 64x64 tile).
-// Then they are scaled and added up in float:
+// A single row of x leaves half of the columns empty: there u is summed in the first four, v in the
+// others, so that a lane has half as much to scale. Then sums are scaled and added up in float:
 //   U x        re += R re - I im,  im += R im + I re
 //   W conj x   re += R re + I im,  im += I re - R im      with R, I the scaled sums
 #ifndef FAIRY_DECODE
@@ -31,19 +34,16 @@ struct Decode {
   static constexpr int kScaleRows = Call::kScaleRows > 1 ? 2 : 1;  // of a lane
   static constexpr int kFlushBlocks = kTileScales ? 2 : 4;         // blocks between scalings
 
-  // Blocks of 32 columns whose planes lie at the same bits of a byte share sums.
-  static constexpr int kCycle = kPlanes % 8 == 0 ? 1 : kPlanes % 4 == 0 ? 2 : 4;
-
   // Pairs of planes whose sums are in registers at a time: fewer make room for more warps.
-  static constexpr int kPasses =
-      kCycle == 1 && kPairs % Call::kPasses == 0 ? Call::kPasses : 1;
+  static constexpr int kPasses = kPairs % Call::kPasses == 0 ? Call::kPasses : 1;
   static constexpr int kPassPairs = kPairs / kPasses;
-  static constexpr int kPassPlanes = kPlanes / kPasses;
 
   static constexpr bool kTwoDigits = Call::kLevels > 127;
   static constexpr bool kImage = Call::kImage;
   static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
   static constexpr bool kOneHalf = kSlots <= 2;                 // of x in a lane's sums
+  static constexpr bool kOneSign = kSlots == 1;                 // a lane has sums u, or sums v
+  static constexpr int kSigns = kOneSign ? 1 : 2;
   // Of operand B, in shared memory. One row's columns are read twice, for those of a second.
   static constexpr int kColumnsB = kSlots > 1 ? 8 : Record<Call::kLevels>::kDigits;
   static constexpr int kHalves = kOneHalf ? 1 : 2;
@@ -76,9 +76,13 @@ struct Decode {
     float im[2];
   };
   typedef Sums Outputs[kOperands][2][kHalves];  // operand, row g or g + 8, half of x
-  typedef float Scales[kPairs][2][kScaleRows];
+  // What a lane's sums are multiplied by for the scaled sums R and I.
+  struct Scales {
+    float of[kPairs][2][kScaleRows];
+    float of_x[kTerms][kScaleRows];  // the sum of x for R, where sums u and v are in two lanes
+  };
   typedef Quantize<Call::kLevels, 4> Lanes;
-  typedef int PassSums[kCycle * kPassPlanes][kOperands][4];  // of bits: block of a cycle and plane
+  typedef int PassSums[kPassPairs][kSigns][kOperands][4];
 
   static __device__ void run(const Given* x, const unsigned char* codes, const float* scales,
                              const float* bias, Y* y, int batch) {
@@ -106,6 +110,7 @@ struct Decode {
       if (active) fetch(own, group + (1 + ahead) * kSlices, lane);
     launch_dependents();
 
+    // Scales are asked for here and used when x is there: one wait for both.
     Scales scale;
     if (active && !kTileScales) load_scales(scale, scales, tile, 0, lane);
     Outputs outputs = {};
@@ -116,12 +121,16 @@ struct Decode {
       take(shared.chunk, x, batch, first_row, first, end, warp, lane);
       __syncthreads();
       if (!active) continue;
+      if (first == 0 && !kTileScales) adjust(scale, lane);
       for (; group < end; group += kSlices) {
         const int next = group + kSlices;
         if (Call::kPrefetch > 0) fetch(own, next + Call::kPrefetch * kSlices, lane);
 #pragma unroll
         for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
-          if (kTileScales) load_scales(scale, scales, tile, 2 * group + flush, lane);
+          if (kTileScales) {
+            load_scales(scale, scales, tile, 2 * group + flush, lane);
+            adjust(scale, lane);
+          }
           multiply(outputs, fragments, own, next, shared.chunk, group - first, flush, scale, lane);
         }
       }
@@ -149,7 +158,6 @@ struct Decode {
     return (lane / 4 % 4 * kColumnsB / 4 ^ block % kColumnsB) * 4 + lane % 4;
   }
 
-  // Sums of a pair of planes carry a factor, which its scales take back.
   static __device__ __forceinline__ void load_scales(Scales& scale, const float* scales, int tile,
                                                      int column_tile, int lane) {
     const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
@@ -158,14 +166,29 @@ struct Decode {
     for (int i = 0; i < kPairs * 2; ++i)
 #pragma unroll
       for (int r = 0; r < kScaleRows; ++r)
-        scale[i / 2][i % 2][r] =
-            own[i * Call::kScaleRows + (kScaleRows > 1 ? lane / 4 + 8 * r : 0)] / factor(i / 2);
+        scale.of[i / 2][i % 2][r] =
+            own[i * Call::kScaleRows + (kScaleRows > 1 ? lane / 4 + 8 * r : 0)];
   }
 
-  // Bits s and s + 1 of bytes count 2^s and 2^(s + 1): the factor is 2^(s + 1), or 2^7 where a pair
-  // lies at several bits.
-  static __device__ __forceinline__ constexpr int factor(int pair) {
-    return kCycle > 1 ? 128 : 2 << 2 * pair % 8;
+  // Turns scales into what a lane's sums are multiplied by.
+  static __device__ __forceinline__ void adjust(Scales& scale, int lane) {
+#pragma unroll
+    for (int r = 0; r < kScaleRows; ++r) {
+      if (kOneSign) {
+        const bool is_signed = lane % 4 >= 2;
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) scale.of_x[term][r] = 0;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          if (!is_signed) scale.of_x[pair % kTerms][r] += scale.of[pair][0][r];
+          scale.of[pair][0][r] *= is_signed ? -1.0f / 256 : -3.0f / 256;
+          scale.of[pair][1][r] *= is_signed ? 3.0f / 256 : 1.0f / 256;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPairs * 2; ++i) scale.of[i / 2][i % 2][r] *= 1.0f / 256;
+      }
+    }
   }
 
   // Puts groups [first, end) of the pass's rows into shared memory. What belongs to rows beyond the
@@ -187,7 +210,8 @@ struct Decode {
     const int count = (end - first) * kVectors;
 #pragma unroll 2
     for (int i = threadIdx.x; i < rows * count; i += Call::kWarps * 32) {
-      const int row = i / count, group = i % count / kVectors, vector = i % count % kVectors;
+      const int row = kRows == 1 ? 0 : i / count;
+      const int group = (i - row * count) / kVectors, vector = (i - row * count) % kVectors;
       const int block = vector / (2 * kDigits), digit = vector / 2 % kDigits;
       const uint4* from = (const uint4*)(records + (size_t)row * kGroups + first + group) + vector;
       uint4* to = (uint4*)&chunk.scales[group][row] + vector % 2;
@@ -259,20 +283,23 @@ struct Decode {
 #pragma unroll
       for (int b = 0; b < kFlushBlocks; ++b) {
         const int block = flush * kFlushBlocks + b;
-        uint2 operand[kOperands];
+        uint2 operand[kOperands][2];  // for unsigned and for signed bytes
 #pragma unroll
-        for (int n = 0; n < kOperands; ++n)
-          operand[n] = ((const uint2*)chunk.values[group * 4 + block][n])[operand_at(lane, block)];
+        for (int n = 0; n < kOperands; ++n) {
+          const uint2 own = ((const uint2*)chunk.values[group * 4 + block][n])[operand_at(lane, block)];
+          operand[n][0] = kOneSign && lane >= 16 ? uint2{} : own;
+          operand[n][1] = kOneSign && lane < 16 ? uint2{} : own;
+        }
 #pragma unroll
-        for (int plane = 0; plane < kPassPlanes; ++plane) {
-          const int bit = block * kPlanes + pass * kPassPlanes + plane;
+        for (int pair = 0; pair < kPassPairs; ++pair) {
+          const int bit = block * kPlanes + 2 * (pass * kPassPairs + pair), shift = 6 - bit % 8;
           const uint4 bytes = codes[bit / 8];
-          const Word mask = 0x01010101u << (bit % 8);
-          const Word a[4] = {bytes.x & mask, bytes.y & mask, bytes.z & mask, bytes.w & mask};
+          const Word a[4] = {highest(bytes.x, shift), highest(bytes.y, shift),
+                             highest(bytes.z, shift), highest(bytes.w, shift)};
 #pragma unroll
           for (int n = 0; n < kOperands; ++n) {
-            int(&sum)[4] = sums[block % kCycle * kPassPlanes + plane][n];
-            multiply_bytes(sum, a, operand[n], sum);
+            multiply_unsigned(sums[pair][0][n], a, operand[n][0]);
+            multiply_signed(sums[pair][kSigns - 1][n], a, operand[n][1]);
           }
         }
 #pragma unroll
@@ -293,37 +320,43 @@ struct Decode {
           if (!kTileScales) x_sum += of_x.sums[1][own];
 #pragma unroll
           for (int r = 0; r < 2; ++r)
-            flush_sums(outputs[n][r][half], sums, pass, n, r, half, flush, x_sum, x_scale, scale);
+            flush_sums(outputs[n][r][half], sums, pass, n, r, half, x_sum, x_scale, scale);
         }
     }
   }
 
   static __device__ __forceinline__ void flush_sums(Sums& out, const PassSums& sums, int pass, int n,
-                                                    int r, int half, int flush, int x_sum,
-                                                    float x_scale, const Scales& scale) {
+                                                    int r, int half, int x_sum, float x_scale,
+                                                    const Scales& scale) {
+    const int s = kScaleRows > 1 ? r : 0;
     float re[2] = {}, im[2] = {};
+    if (kOneSign && pass == 0)
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term)
+        re[term] = scale.of_x[term][s] * __int2float_rn(x_sum);
 #pragma unroll
     for (int own = 0; own < kPassPairs; ++own) {
-      const int pair = pass * kPassPairs + own;
-      int both = 0, difference = 0;  // sum (bp + bq) x and sum (bq - bp) x, times the factor
-#pragma unroll
-      for (int b = 0; b < kCycle && b < kFlushBlocks; ++b) {
-        const int c = (flush * kFlushBlocks + b) % kCycle, plane = c * kPassPlanes + 2 * own;
-        const int align = factor(pair) / 2 >> (c * kPlanes + 2 * pair) % 8;
-        const int q = 2 * join_digits(sums[plane][n], r, half);
-        const int p = join_digits(sums[plane + 1][n], r, half);
-        both += (q + p) * align;
-        difference += (q - p) * align;
+      const int pair = pass * kPassPairs + own, term = pair % kTerms;
+      const int u = join_digits(sums[own][0][n], r, half);
+      if (kOneSign) {
+        re[term] += scale.of[pair][0][s] * __int2float_rn(u);
+        im[term] += scale.of[pair][1][s] * __int2float_rn(u);
+      } else {
+        const int v = join_digits(sums[own][kSigns - 1][n], r, half), once = u + v;
+        re[term] += scale.of[pair][0][s] * __int2float_rn(x_sum * 256 - (once + 2 * u));
+        im[term] += scale.of[pair][1][s] * __int2float_rn(once + 2 * v);
       }
-      const int s = kScaleRows > 1 ? r : 0, term = pair % kTerms;
-      re[term] += scale[pair][0][s] * __int2float_rn(x_sum * factor(pair) - both);
-      im[term] += scale[pair][1][s] * __int2float_rn(difference);
     }
 #pragma unroll
     for (int term = 0; term < kTerms; ++term) {
       out.re[term] += x_scale * re[term];
       out.im[term] += x_scale * im[term];
     }
+  }
+
+  // Shifts bits of bytes to their highest two, and leaves out the others.
+  static __device__ __forceinline__ Word highest(Word bytes, int shift) {
+    return (bytes << shift) & 0xc0c0c0c0u;
   }
 
   static __device__ __forceinline__ int join_digits(const int (&sum)[4], int r, int half) {
@@ -343,8 +376,11 @@ struct Decode {
           const bool imag = lane % 2;
           float re, im;
           contributions(re, im, outputs[n][r][0], imag);
-          re += shuffle_xor(re, 1);
-          im += shuffle_xor(im, 1);
+#pragma unroll
+          for (int lanes = 1; lanes <= (kOneSign ? 2 : 1); ++lanes) {
+            re += shuffle_xor(re, lanes);
+            im += shuffle_xor(im, lanes);
+          }
           if (kSlots > 1 || lane % 4 < 2)
             partial[kSlots * n + lane % 4 / 2 % kSlots][imag][row] = imag ? im : re;
         } else {

@@ -54,15 +54,21 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-// sums = a b + before; a is unsigned bytes, b signed ones.
-__device__ __forceinline__ void multiply_bytes(int (&sums)[4], const Word (&a)[4], uint2 b,
-                                               const int (&before)[4]) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(before[0]),
-        "r"(before[1]), "r"(before[2]), "r"(before[3]));
+#define FAIRY_MULTIPLY_BYTES(type)                                                              \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." type ".s8.s32 "                                   \
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])                               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y))
+
+// sums += a b; bytes of b are signed, those of a are or are not.
+__device__ __forceinline__ void multiply_unsigned(int (&sums)[4], const Word (&a)[4], uint2 b) {
+  FAIRY_MULTIPLY_BYTES("u8");
 }
+
+__device__ __forceinline__ void multiply_signed(int (&sums)[4], const Word (&a)[4], uint2 b) {
+  FAIRY_MULTIPLY_BYTES("s8");
+}
+#undef FAIRY_MULTIPLY_BYTES
 
 // sums += a b in halves, summed in float.
 __device__ __forceinline__ void multiply_halves(float (&sums)[4], const Word (&a)[4], Word b0,
