@@ -25,6 +25,7 @@ ARCH = "sm_90a"
 
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper, barriers included
 _BARRIER_BYTES = 1024
+_STAGED_BYTES = 128 * (128 + 8) * 4  # of outputs on their way to y, over x and tables
 _WARPS = 8
 _TILES = 4  # row tiles of a block
 _ARRANGE_THREADS = 128
@@ -95,7 +96,7 @@ class CudaHopper(CudaPlanes):
             threads=_ARRANGE_THREADS,
             rows=_ARRANGE_THREADS,
         )
-        shared = buffers * block_bytes + tables + _BARRIER_BYTES
+        shared = max(buffers * block_bytes, _STAGED_BYTES) + tables + _BARRIER_BYTES
         return replace(launch, shared=shared, arrange=arrange)
 
 

@@ -68,6 +68,28 @@ inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
   bulk_copies.push_back({to, from, bytes, barrier});
 }
 
+struct StoreTransposed {
+  void* to;
+  const Word* matrices;
+
+  static void together(void* const (&operands)[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int matrix = lane / 8, column = lane % 8;
+      uint16_t* to = (uint16_t*)((StoreTransposed*)operands[lane])->to;
+      if ((uintptr_t)to % 16) emulated::fail("a column of a matrix is not aligned");
+      for (int row = 0; row < 8; ++row) {
+        const auto& from = *(StoreTransposed*)operands[4 * row + column / 2];
+        to[row] = from.matrices[matrix] >> (column % 2 * 16);
+      }
+    }
+  }
+};
+
+inline void store_transposed(void* to, const Word (&matrices)[4], int line = __builtin_LINE()) {
+  StoreTransposed operands = {to, matrices};
+  emulated::wait(emulated::Wait::warp, line, StoreTransposed::together, &operands);
+}
+
 struct GroupMultiply {
   float (*number)(const void* at);  // of an operand
   float (*sums)[4];

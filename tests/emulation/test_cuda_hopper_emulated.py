@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_
 
 KERNEL = CudaHopper()
 NARROW = {"wide_tokens": 128, "wide_buffers": 3}
+ALIGNED = make_spec((72, 40), 1160, act="int16")
+"""Features of a part are a multiple of 8, so that 16 bytes of them are stored at once."""
 
 
 def wide(spec: PhaseSpec, dtype: str, **knobs) -> Launch:
@@ -61,7 +63,7 @@ def test_rows_of_one_block_and_of_two(narrow, spec):
         check(narrow, wide(spec, "float16", **NARROW), spec, make_x(spec, batch).astype(np.float16))
 
 
-@pytest.mark.parametrize("spec", LONG, ids=PhaseSpec.describe)
+@pytest.mark.parametrize("spec", [*LONG, ALIGNED], ids=PhaseSpec.describe)
 def test_columns_are_shared_by_blocks(tmp_path, spec):
     grids = KERNEL.launches(replace(spec, dtype="float16", out_dtype="float16"), "many", NARROW)
     shared = [g for g in grids if g.arrange and g.splits > 1]
@@ -72,7 +74,8 @@ def test_columns_are_shared_by_blocks(tmp_path, spec):
 
 
 def test_biases(tmp_path):
-    for i, (spec, splits) in enumerate(((QUICK[0], 1), (LONG[0], 2))):
+    calls = ((QUICK[0], 1), (LONG[0], 2), (ALIGNED, 1), (ALIGNED, 2))
+    for i, (spec, splits) in enumerate(calls):
         spec = replace(spec, dtype="float16", out_dtype="float16", bias=True)
         *_, shared, whole = KERNEL.launches(spec, "many", NARROW)
         launch = whole if splits == 1 else shared
@@ -82,6 +85,19 @@ def test_biases(tmp_path):
         bias = np.linspace(-30, 30, spec.out_features, dtype=np.float32)
         x = make_x(spec, 20).astype(np.float16)
         check(Emulator([launch], folder, "float16", "float16"), launch, spec, x, bias=bias)
+
+
+@pytest.mark.parametrize("tokens", [128, 256])
+def test_outputs_are_stored_together(tmp_path, tokens):
+    """By blocks that share columns, and store float, and by those that do not."""
+    spec = replace(ALIGNED, dtype="float16", out_dtype="float16")
+    grids = KERNEL.launches(spec, "many", {"wide_tokens": tokens})
+    grids = {g.splits: g for g in grids if g.arrange and g.function.startswith("hopper")}
+    assert set(grids) == {1, 2}
+    emulated = Emulator(list(grids.values()), tmp_path, "float16", "float16")
+    for launch in grids.values():
+        assert "kAligned = 1" in launch.source
+        check(emulated, launch, spec, make_x(spec, 137).astype(np.float16))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -112,13 +128,14 @@ def test_float32_activations(tmp_path):
         ("wait_barrier(&shared.empty[refilled.buffer], refilled.parity);", ""),
         ("wait_multiplications<3>();", "wait_multiplications<7>();"),
         ("wait_multiplications<0>();", ""),
-        ("__syncthreads();\n      // Warp", "// Warp"),
+        ("__syncthreads();  // everybody", "// everybody"),
+        ("__syncthreads();\n      const int first", "const int first"),
         (
             "__syncwarp();\n    for (int i = lane; i < kTableRows",
             "for (int i = lane; i < kTableRows",
         ),
     ],
-    ids=["x is there", "x is done with", "operands", "sums", "outputs", "tables"],
+    ids=["x is there", "x is done with", "operands", "sums", "multiplied", "outputs", "tables"],
 )
 def test_missing_synchronisation_is_noticed(tmp_path, removed, kept):
     # Scales for every tile, so that tables change; more blocks of columns than buffers.
@@ -126,7 +143,7 @@ def test_missing_synchronisation_is_noticed(tmp_path, removed, kept):
     launch = wide(spec, "float16", **NARROW)
     assert removed in launch.source
     broken = replace(launch, source=launch.source.replace(removed, kept))
-    x = make_x(spec, 8).astype(np.float16)
+    x = make_x(spec, 128).astype(np.float16)
     check(Emulator([launch], tmp_path, "float16", "float16"), launch, spec, x)
     emulated = Emulator([broken], tmp_path, "float16", "float16")
     noticed = 0

@@ -18,6 +18,8 @@ from fairy_compile.op import PhaseSpec
 
 Program = Literal["decode", "prefill", "hopper"]
 
+_ALIGNED_ROWS = 8  # of parts whose outputs are stored 16 bytes at a time: 8 16-bit features
+
 CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 OPERANDS = {"float32": "float16", "float16": "float16", "bfloat16": "bfloat16"}
 """dtype of x -> that of the operands of the tensor cores that multiply many rows of x. float16 has
@@ -111,6 +113,7 @@ def render(
         "kColumnTiles": scales[1],
         "kScaleRows": scales[4],
         "kBias": int(spec.bias),
+        "kAligned": int(all(rows % _ALIGNED_ROWS == 0 for rows in spec.parts)),
         **constants,
     }
     dtypes = (spec.dtype, spec.out_dtype, OPERANDS[spec.dtype])

@@ -91,8 +91,12 @@ struct Hopper : private Tables<Call> {
   static constexpr int kGroupsOfWarps = 2;
   static constexpr int kWarps = 4 * kGroupsOfWarps;  // that multiply
   static constexpr int kTiles = 2 * kGroupsOfWarps;  // row tiles of a block
+  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kOutputs = 32 * kTiles;       // real ones
-  static constexpr int kPitch = kOutputs + 2;        // of a row of outputs
+  // Outputs on their way to y: rows of x at a time, and what one takes. Neighbouring rows begin 16
+  // bytes of banks apart.
+  static constexpr int kStaged = sizeof(Out) == 2 ? kTokens : 128;
+  static constexpr int kPitch = kOutputs + 16 / sizeof(Out);
 
   struct alignas(128) Stages {
     uint4 x[kBuffers][Image::kVectors];
@@ -100,7 +104,7 @@ struct Hopper : private Tables<Call> {
   struct Shared {
     union {
       Stages stages;
-      float y[kTokens / 2][kPitch];
+      alignas(128) Out y[kStaged][kPitch];
     };
     alignas(128) Word table[kWarps][kTableRows][kStages][kEntries];
     Barrier full[kBuffers], empty[kBuffers];
@@ -255,39 +259,79 @@ struct Hopper : private Tables<Call> {
     return sum;
   }
 
-  // Stores outputs through shared memory, half of the rows of x at a time, so that neighbouring
-  // threads store neighbouring features.
-  static __device__ __forceinline__ void store_all(Shared& shared, const Sums& sums,
-                                                   const float* bias, Out* y, int batch,
-                                                   int first_tile, int warp, int lane) {
+  // Stores outputs through shared memory, so that a thread stores 16 bytes of neighbouring features.
+  static __device__ __forceinline__ void store_all(Shared& shared, Sums& sums, const float* bias,
+                                                   Out* y, int batch, int first_tile, int warp,
+                                                   int lane) {
+    // Warp (half of y, tile of its warpgroup) -> column of outputs: half, tile, row.
+    const int half = warp % 4 / 2, tile = warp / 4 * 2 + warp % 2;
+    const int column = half * (kOutputs / 2) + tile * 16;
+    if (Share::kAddsBias) add_bias(sums, bias, first_tile + tile, half, lane);
 #pragma unroll
-    for (int turn = 0; turn < 2; ++turn) {
+    for (int turn = 0; turn < kTokens / kStaged; ++turn) {
+      __syncthreads();  // everybody is done with what outputs are written over
+#pragma unroll
+      for (int token = 0; token < kStaged; token += 16)
+        stage(&shared.y[token][column], sums, (turn * kStaged + token) / 8, lane);
       __syncthreads();
-      // Warp (half of y, tile of its warpgroup) -> column of outputs: half, tile, row.
-      const int column = warp % 4 / 2 * (kOutputs / 2) + (warp / 4 * 2 + warp % 2) * 16 + lane / 4;
+      const int first = blockIdx.y * kTokens + turn * kStaged;
+      store_staged(shared, y + (size_t)first * Call::kFeatures, batch - first, first_tile);
+    }
+  }
+
+  static __device__ __forceinline__ void add_bias(Sums& sums, const float* bias, int tile, int half,
+                                                  int lane) {
+    float more[2];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part)
+    for (int r = 0; r < 2; ++r) {
+      const int feature = Call::feature(tile, lane / 4 + 8 * r, half);
+      more[r] = feature < 0 ? 0 : bias[feature];
+    }
 #pragma unroll
-        for (int core = 0; core < 16; ++core) {
-          const int token = part * 128 + core * 8;
-          if (token / (kTokens / 2) != turn) continue;
+    for (int core = 0; core < kTokens / 8; ++core)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            shared.y[token % (kTokens / 2) + lane % 4 * 2 + i % 2][column + 8 * (i / 2)] =
-                sums[part][core][i];
-        }
-      __syncthreads();
-      const int first = blockIdx.y * kTokens + turn * (kTokens / 2);
-      for (int i = threadIdx.x; i < kTokens / 2 * kOutputs; i += kWarps * 32) {
-        const int token = i / kOutputs, column = i % kOutputs;
-        const int half = column / (kOutputs / 2), row = column % (kOutputs / 2);
-        const int tile = first_tile + row / 16;
-        if (first + token >= batch || tile >= Call::kRowTiles) continue;
-        const int feature = Call::feature(tile, row % 16, half);
-        if (feature < 0) continue;
-        const float more = Share::kAddsBias ? bias[feature] : 0;
-        store(y + (size_t)(first + token) * Call::kFeatures + feature,
-              shared.y[token][column] + more);
+      for (int i = 0; i < 4; ++i) sums[core / 16][core % 16][i] += more[i / 2];
+  }
+
+  // Writes a warp's sums of 16 rows of x, which two cores hold, to where `to` begins. Lanes write to
+  // different banks.
+  static __device__ __forceinline__ void stage(Out* to, const Sums& sums, int core, int lane) {
+    if constexpr (sizeof(Out) == 2) {
+      Word pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&own)[4] = sums[core / 16][core % 16 + i / 2];
+        pairs[i] = pack_pair<Out>(own[i % 2 * 2], own[i % 2 * 2 + 1]);
+      }
+      store_transposed(to + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8, pairs);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        to[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kPitch + lane / 4 + i % 4 / 2 * 8] =
+            sums[core / 16][core % 16 + i / 4][i % 4];
+    }
+  }
+
+  // Stores `rows` rows of outputs, or those that are staged.
+  static __device__ __forceinline__ void store_staged(const Shared& shared, Out* y, int rows,
+                                                      int first_tile) {
+    // Without 16 bytes of features that belong together and begin where 16 bytes may, one by one.
+    constexpr int kUnit = Call::kAligned ? 16 / sizeof(Out) : 1, kUnits = kOutputs / kUnit;
+    // Turns divide the threads, so that a thread's feature is the same in all of them.
+    const int column = threadIdx.x % kUnits * kUnit;
+    const int half = column / (kOutputs / 2), row = column % (kOutputs / 2);
+    const int feature = Call::feature(first_tile + row / 16, row % 16, half);
+    if (feature < 0) return;
+    Out* to = y + feature;
+#pragma unroll 16
+    for (int i = 0; i < kStaged * kUnits / kThreads; ++i) {
+      const int token = i * (kThreads / kUnits) + threadIdx.x / kUnits;
+      Out* own = to + (size_t)token * Call::kFeatures;
+      if constexpr (kUnit > 1) {
+        const uint4 unit = *(const uint4*)&shared.y[token][column];
+        if (token < rows) *(uint4*)own = unit;
+      } else if (token < rows) {
+        *own = shared.y[token][column];
       }
     }
   }

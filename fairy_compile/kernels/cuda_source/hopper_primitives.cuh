@@ -53,6 +53,15 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
       : "memory");
 }
 
+// Stores four 8 x 8 matrices of 16-bit numbers to shared memory, columns for rows. Lane 4 i + j holds
+// elements 2 j and 2 j + 1 of row i of each, and lane 8 m + i says where column i of matrix m begins.
+__device__ __forceinline__ void store_transposed(void* to, const Word (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(to)),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
 // Registers of operands that were written before are seen by multiplications after it.
 __device__ __forceinline__ void begin_multiplications() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
