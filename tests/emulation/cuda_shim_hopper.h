@@ -96,6 +96,7 @@ struct GroupMultiply {
   const Word* a;
   const char* b;
   int line;  // bytes
+  int cores;
 };
 static std::vector<std::vector<GroupMultiply>> multiplications[16 * 32];  // of a thread: commits
 static std::vector<GroupMultiply> open_multiplications[16 * 32];
@@ -114,11 +115,11 @@ float number_at(const void* at) {
   return number;
 }
 
-template <class T, int kColumnCores>
-void multiply_group(float (&sums)[16][4], const Word (&a)[4], Word b) {
+template <class T, int kColumnCores, int kCores>
+void multiply_group(float (&sums)[kCores][4], const Word (&a)[4], Word b) {
   const char* at = emulated::shared_bytes + b * 16;
   open_multiplications[emulated::current].push_back(
-      {number_at<T>, sums, a, at, kColumnCores * 128});
+      {number_at<T>, sums, a, at, kColumnCores * 128, kCores});
 }
 
 inline void commit_multiplications() {
@@ -151,7 +152,7 @@ struct FinishMultiplications {
     }
     for (int lane = 0; lane < 32; ++lane) {
       const GroupMultiply& own = multiplications[thread + lane].front()[i];
-      for (int core = 0; core < 16; ++core)
+      for (int core = 0; core < own.cores; ++core)
         for (int r = 0; r < 4; ++r) {
           const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
           double sum = own.sums[core][r];

@@ -67,4 +67,6 @@ def test_prefill_on_hopper(static, tmp_path, dtype):
     code = static.compile_kernel(launch, CUDA_TYPES[dtype], ARCH, tmp_path)
     assert code.spilled == 0
     assert code.warnings == 0  # multiplications overlap with decoding
-    assert code.count("HGMMA") == 4 * 8  # blocks of a group, steps and halves of the rows
+    assert code.count("HGMMA") == 4 * 4  # blocks of a group, steps
+    assert code.count("LDS") == 4 * 16  # weights of a lane, for both stages at once
+    assert code.count("PRMT") == 4 * 16 * 2  # their addresses, and what tensor cores take

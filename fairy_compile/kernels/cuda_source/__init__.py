@@ -1,9 +1,10 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
 `decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `tables.cuh`
-and `splits.cuh` are what the latter two share, and `quantize.cuh` is what the first shares with
-kernels that compute its x. `render` writes the struct of one call and a device function that runs
-it. A PrimFunc launches the grid and calls the function, see `kernels.cuda`.
+and `splits.cuh` are what the latter two share, `hopper_tables.cuh` is a part of the last, and
+`quantize.cuh` is what the first shares with kernels that compute its x. `render` writes the struct
+of one call and a device function that runs it. A PrimFunc launches the grid and calls the function,
+see `kernels.cuda`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _FILES: dict[Program, tuple[str, ...]] = {
         "hopper_primitives.cuh",
         "tables.cuh",
         "splits.cuh",
+        "hopper_tables.cuh",
         "hopper.cuh",
     ),
 }
