@@ -101,6 +101,11 @@ struct GroupMultiply {
 static std::vector<std::vector<GroupMultiply>> multiplications[16 * 32];  // of a thread: commits
 static std::vector<GroupMultiply> open_multiplications[16 * 32];
 
+template <int kCores>
+void clear_sums(float (&sums)[kCores][4]) {
+  memset(sums, 0, sizeof sums);
+}
+
 inline void begin_multiplications() {}
 
 inline Word operand_at(const void* b) {

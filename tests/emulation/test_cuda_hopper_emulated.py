@@ -162,7 +162,7 @@ def test_float32_activations(tmp_path):
         ("wait_multiplications<0>();", ""),
         ("__syncthreads();  // everybody", "// everybody"),
         ("__syncthreads();\n      const int first", "const int first"),
-        ("__syncthreads();\n    Sums sums", "Sums sums"),
+        ("__syncthreads();\n    Sums sums;", "Sums sums;"),
     ],
     ids=[
         "x is there",

@@ -150,7 +150,9 @@ struct Hopper : private HopperTables<Call> {
     const int column_tile = kTileScales ? 2 * Share::first_group() : 0;
     Base::fill(shared.tables(), scales, tile, column_tile, warp, lane);
     __syncthreads();
-    Sums sums = {};
+    Sums sums;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) clear_sums(sums[part]);
     multiply_all(sums, shared, image, fragments, own_codes, scales, tile, blocks, warp, lane);
     store_all(shared, sums, bias, Share::outputs(y, batch), batch, first_tile, warp, lane);
   }

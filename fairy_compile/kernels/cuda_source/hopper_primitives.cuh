@@ -118,6 +118,16 @@ __device__ __forceinline__ Word operand_at(const void* b) {
   FAIRY_MULTIPLY_GROUP("m64n256k16", type, FAIRY_128_REGISTERS, "%128, %129, %130, %131", "%132",  \
                        "%133", "%134", FAIRY_TWO_SUMS)
 
+// Sets sums to 0, here: were it left to the compiler, it might do so between multiplications, which
+// would then wait for each other.
+template <int kCores>
+__device__ __forceinline__ void clear_sums(float (&d)[kCores][4]) {
+#pragma unroll
+  for (int core = 0; core < kCores; ++core)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[core][i]));
+}
+
 template <class T>
 constexpr bool kIsHalf = false;
 template <>
