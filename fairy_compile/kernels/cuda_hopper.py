@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairy_compile.kernels.cuda import MULTIPROCESSORS, CudaPlanes
 from fairy_compile.kernels.cuda_grid import Arrange, Launch
-from fairy_compile.kernels.cuda_layout import BLOCK, TILE_ROWS
+from fairy_compile.kernels.cuda_layout import BLOCK, TILE_ROWS, planes
 from fairy_compile.op import PhaseSpec
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ ARCH = "sm_90a"
 
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper, barriers included
 _BARRIER_BYTES = 1024
+_JOINT_BYTES = 256 * 2 * 32 * 4  # of tables of values of a byte, halves of y and lanes
+_JOINT_START = 32 * 1024  # of what precedes them in shared memory, so that they begin at 64 KB
+_STAGED_BYTES = 128 * (128 + 8) * 4  # of outputs on their way to y, over x and tables
 _WARPS = 8
 _TILES = 4  # row tiles of a block
 _ARRANGE_THREADS = 128
@@ -37,6 +40,8 @@ class CudaHopper(CudaPlanes):
         wide: least rows of x that warpgroup instructions serve.
         wide_tokens: rows of x of their block.
         wide_buffers: blocks of 32 complex columns of x in shared memory; fewer where it is short.
+        wide_columns: most rows of x of one matrix instruction.
+        ahead: whether weights are looked up before multiplications begin, not after.
     """
 
     name = "cuda.hopper"
@@ -50,6 +55,8 @@ class CudaHopper(CudaPlanes):
         "wide": (129, 65),
         "wide_tokens": (256, 128),
         "wide_buffers": (4, 3, 6),
+        "wide_columns": (256, 128),
+        "ahead": (1, 0),
     }
 
     def unsupported(self, spec: PhaseSpec, target: Target) -> str | None:
@@ -78,12 +85,24 @@ class CudaHopper(CudaPlanes):
 
     def _wide(self, spec: PhaseSpec, chosen: Mapping[str, Any], most: int | None) -> Launch:
         tokens, buffers = chosen["wide_tokens"], chosen["wide_buffers"]
+        joint = _has_joint_tables(spec)
+        start = _JOINT_START if joint else 0
         table_rows = TILE_ROWS if spec.scale == "row" else 1
-        tables = _WARPS * table_rows * spec.stages * 4 * 4 ** len(spec.terms)
+        own_tables = _WARPS * table_rows * spec.stages * 4 * 4 ** len(spec.terms)
+        tables = _JOINT_BYTES if joint else own_tables
         block_bytes = 2 * BLOCK * 2 * tokens  # both halves of x, 16 bits a number
-        room = _SHARED_BYTES - _BARRIER_BYTES - tables
+        room = _SHARED_BYTES - start - tables - _BARRIER_BYTES
         buffers = min(buffers, room // block_bytes)
-        constants = {"kTokens": tokens, "kBuffers": buffers, "kThreads": _ARRANGE_THREADS}
+        shared = start + max(buffers * block_bytes + tables, _STAGED_BYTES) + _BARRIER_BYTES
+        constants = {
+            "kTokens": tokens,
+            "kBuffers": buffers,
+            "kThreads": _ARRANGE_THREADS,
+            "kWidth": min(tokens, chosen["wide_columns"]),
+            "kAhead": chosen["ahead"],
+            "kJoint": int(joint),
+            "kSharedBytes": shared,
+        }
         blocks = math.ceil(spec.m / BLOCK)
         launch = self._split(
             "hopper", spec, constants, _TILES, tokens, _WARPS, most, chosen, MULTIPROCESSORS,
@@ -95,8 +114,16 @@ class CudaHopper(CudaPlanes):
             threads=_ARRANGE_THREADS,
             rows=_ARRANGE_THREADS,
         )
-        shared = buffers * block_bytes + tables + _BARRIER_BYTES
         return replace(launch, shared=shared, arrange=arrange)
+
+
+def _has_joint_tables(spec: PhaseSpec) -> bool:
+    """Tell whether the codes of a weight fill a byte, and a block has one set of scales.
+
+    See `cuda_source/hopper_tables.cuh`.
+    """
+    inside = all(rows % (_TILES * TILE_ROWS) == 0 for rows in spec.parts[:-1])
+    return spec.scale == "tensor" and spec.stages > 1 and planes(spec) == 8 and inside
 
 
 CUDA_HOPPER = (CudaHopper(),)

@@ -75,7 +75,7 @@ class CudaRig:
         """Compile a device module and return what runs it."""
         kernels = read_cuda_module(data)
         source = for_shim(kernels[0].source.split(_PREAMBLE_END, 1)[1])
-        source = _DYNAMIC.sub(r"uchar* \1 = (uchar*)emulated::shared_bytes;", source)
+        source = _DYNAMIC.sub(r"uchar* \1 = (uchar*)emulated::dynamic_bytes;", source)
         signatures = dict(_SIGNATURE.findall(source))
         shims = ("cuda_shim_tvm.h", "cuda_shim_hopper.h")
         parts = [*(f'#include "{shim}"' for shim in shims), source, _ENTRY]

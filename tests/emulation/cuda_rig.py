@@ -55,7 +55,7 @@ class Emulator:
             bias = "(const float*)pointers[4], " if launch.bias else ""
             if launch.image_bytes:
                 given = "(const unsigned char*)pointers[0]"
-                shared = ", (unsigned char*)emulated::shared_bytes"
+                shared = ", emulated::dynamic_bytes"
             if own := launch.arrange:
                 given = "(const unsigned char*)scratch"
                 parts.append(

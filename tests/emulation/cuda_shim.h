@@ -154,8 +154,10 @@ static bool advance() {
   return any || (deliver && deliver());
 }
 
-// Shared memory of a block: what the rig puts in place of `__shared__`, or dynamic.
-alignas(128) static char shared_bytes[227 << 10];
+// Shared memory of a block: what the rig puts in place of `__shared__`, or dynamic, which begins
+// behind what Hopper takes for itself.
+alignas(128) static char shared_bytes[228 << 10];
+static unsigned char* const dynamic_bytes = (unsigned char*)shared_bytes + 1024;
 
 template <class Shared>
 Shared& shared_memory() {
@@ -338,21 +340,24 @@ inline Word add_halves(Word a, Word b) { return add_pairs<__half>(a, b); }
 template <class T>
 struct Exchange {
   T value, other;
-  int lanes;
+  int lane;
 
   static void together(void* const (&operands)[32]) {
-    for (int lane = 0; lane < 32; ++lane) {
-      Exchange& own = *(Exchange*)operands[lane];
-      own.other = ((Exchange*)operands[lane ^ own.lanes])->value;
-    }
+    for (void* own : operands)
+      ((Exchange*)own)->other = ((Exchange*)operands[((Exchange*)own)->lane])->value;
   }
 };
 
 template <class T>
-T shuffle_xor(T value, int lanes, int line = __builtin_LINE()) {
-  Exchange<T> exchange = {value, value, lanes};
+T shuffle(T value, int lane, int line = __builtin_LINE()) {
+  Exchange<T> exchange = {value, value, lane};
   emulated::wait(emulated::Wait::warp, line, Exchange<T>::together, &exchange);
   return exchange.other;
+}
+
+template <class T>
+T shuffle_xor(T value, int lanes, int line = __builtin_LINE()) {
+  return shuffle(value, emulated::current % 32 ^ lanes, line);
 }
 
 inline Word float_bits(float x) {

@@ -68,15 +68,43 @@ inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
   bulk_copies.push_back({to, from, bytes, barrier});
 }
 
+struct StoreTransposed {
+  void* to;
+  const Word* matrices;
+
+  static void together(void* const (&operands)[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int matrix = lane / 8, column = lane % 8;
+      uint16_t* to = (uint16_t*)((StoreTransposed*)operands[lane])->to;
+      if ((uintptr_t)to % 16) emulated::fail("a column of a matrix is not aligned");
+      for (int row = 0; row < 8; ++row) {
+        const auto& from = *(StoreTransposed*)operands[4 * row + column / 2];
+        to[row] = from.matrices[matrix] >> (column % 2 * 16);
+      }
+    }
+  }
+};
+
+inline void store_transposed(void* to, const Word (&matrices)[4], int line = __builtin_LINE()) {
+  StoreTransposed operands = {to, matrices};
+  emulated::wait(emulated::Wait::warp, line, StoreTransposed::together, &operands);
+}
+
 struct GroupMultiply {
   float (*number)(const void* at);  // of an operand
   float (*sums)[4];
   const Word* a;
   const char* b;
   int line;  // bytes
+  int cores;
 };
 static std::vector<std::vector<GroupMultiply>> multiplications[16 * 32];  // of a thread: commits
 static std::vector<GroupMultiply> open_multiplications[16 * 32];
+
+template <int kCores>
+void clear_sums(float (&sums)[kCores][4]) {
+  memset(sums, 0, sizeof sums);
+}
 
 inline void begin_multiplications() {}
 
@@ -92,11 +120,11 @@ float number_at(const void* at) {
   return number;
 }
 
-template <class T, int kColumnCores>
-void multiply_group(float (&sums)[16][4], const Word (&a)[4], Word b) {
+template <class T, int kColumnCores, int kCores>
+void multiply_group(float (&sums)[kCores][4], const Word (&a)[4], Word b) {
   const char* at = emulated::shared_bytes + b * 16;
   open_multiplications[emulated::current].push_back(
-      {number_at<T>, sums, a, at, kColumnCores * 128});
+      {number_at<T>, sums, a, at, kColumnCores * 128, kCores});
 }
 
 inline void commit_multiplications() {
@@ -129,7 +157,7 @@ struct FinishMultiplications {
     }
     for (int lane = 0; lane < 32; ++lane) {
       const GroupMultiply& own = multiplications[thread + lane].front()[i];
-      for (int core = 0; core < 16; ++core)
+      for (int core = 0; core < own.cores; ++core)
         for (int r = 0; r < 4; ++r) {
           const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
           double sum = own.sums[core][r];

@@ -6,6 +6,7 @@ Activations are up to 1e30 here, of which float16 holds nothing beyond 65504.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -19,7 +20,7 @@ from fairy_compile.op import PhaseSpec, phase_gemm_reference
 from fairy_compile.phase import PhaseTensor
 from tests.emulation.cuda_rig import Emulator, missing_tools
 from tests.emulation.test_cuda_emulated import ALL, QUICK, pick, tolerance
-from tests.emulation.test_cuda_hopper_emulated import NARROW
+from tests.emulation.test_cuda_hopper_emulated import ALIGNED, JOINT, NARROW, is_joint
 from tests.kernels.cases import make_parts, make_x
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
@@ -34,22 +35,26 @@ def launches(spec: PhaseSpec, out_dtype: str = "bfloat16") -> list[Launch]:
     return [*PLANES.launches(spec, "many", {}), HOPPER.launches(spec, "many", NARROW)[-1]]
 
 
-def multiplied(parts: list[PhaseTensor], x: np.ndarray) -> np.ndarray:
+def multiplied(parts: list[PhaseTensor], x: np.ndarray, joint: bool = False) -> np.ndarray:
     """Return the product, in float64, with the weights that operands of bfloat16 hold.
 
     Entries of the real matrix are rounded once for every stage, and once for every addition of
-    stages, as the kernels do.
+    stages, as the kernels do; with ``joint`` tables, only their sum.
     """
     outputs = []
     for part in parts:
         total = None
-        for codes, scales in zip(part.codes, part.scales, strict=True):
-            stage = replace(part, codes=codes[None], scales=scales[None])
+        stages = [part] if joint else map(partial(_stage, part), range(part.stages))
+        for stage in stages:
             entries = stage.dequantize().astype(ml_dtypes.bfloat16)
             added = entries if total is None else total.astype(np.float32) + entries
             total = added.astype(ml_dtypes.bfloat16)
         outputs.append(x.astype(np.float64) @ total.astype(np.float64).T)
     return np.concatenate(outputs, axis=1)
+
+
+def _stage(part: PhaseTensor, i: int) -> PhaseTensor:
+    return replace(part, codes=part.codes[i : i + 1], scales=part.scales[i : i + 1])
 
 
 def check(emulated: Emulator, spec: PhaseSpec, launch: Launch, x: np.ndarray, order=0) -> None:
@@ -69,7 +74,7 @@ def check(emulated: Emulator, spec: PhaseSpec, launch: Launch, x: np.ndarray, or
     allowed = tolerance(spec, parts, full, prefill=not decode, unit=UNIT) + last * np.abs(want)
     assert np.max((np.abs(got - want)) / allowed) <= 1, launch.function
     if not decode:
-        want = multiplied(parts, full)
+        want = multiplied(parts, full, is_joint(launch))
         allowed = tolerance(spec, parts, full, prefill=True, unit=0.0) + last * np.abs(want)
         assert np.max((np.abs(got - want)) / allowed) <= 1, launch.function
 
@@ -93,6 +98,18 @@ def test_batches(quick, spec):
         check(quick, spec, pick(grids, batch), brain_x(spec, batch))
     for batch in (1, 131):
         check(quick, spec, wide, brain_x(spec, batch))
+
+
+def test_outputs_are_stored_together(tmp_path):
+    """On Hopper, with joint tables and without."""
+    for i, spec in enumerate((ALIGNED, JOINT[0])):
+        wide = launches(spec)[-1]
+        assert is_joint(wide) == (i == 1)
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        emulated = Emulator([wide], folder, "bfloat16", "bfloat16")
+        for largest in (1, 1e30):
+            check(emulated, spec, wide, brain_x(spec, 131, largest))
 
 
 @pytest.mark.parametrize("largest", [1e5, 1e30])

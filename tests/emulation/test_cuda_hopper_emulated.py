@@ -13,12 +13,20 @@ from fairy_compile.kernels.cuda_hopper import CudaHopper
 from fairy_compile.op import PhaseSpec, phase_gemm_reference
 from tests.emulation.cuda_rig import Emulator, missing_tools
 from tests.emulation.test_cuda_emulated import ALL, LONG, QUICK, tolerance
-from tests.kernels.cases import make_parts, make_spec, make_x
+from tests.kernels.cases import ONLY_W, make_parts, make_spec, make_x
 
 pytestmark = pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools()))
 
 KERNEL = CudaHopper()
 NARROW = {"wide_tokens": 128, "wide_buffers": 3}
+ALIGNED = make_spec((72, 40), 1160, act="int16")
+"""Features of a part are a multiple of 8, so that 16 bytes of them are stored at once."""
+JOINT = [
+    make_spec((64, 24), 1160, act="int16"),
+    make_spec((128, 9), 264, stages=4, terms=ONLY_W, act="int8"),
+    make_spec((70,), 203, act="int16"),
+]
+"""A weight's codes are a byte, and all rows of a block have the same scales."""
 
 
 def wide(spec: PhaseSpec, dtype: str, **knobs) -> Launch:
@@ -61,7 +69,7 @@ def test_rows_of_one_block_and_of_two(narrow, spec):
         check(narrow, wide(spec, "float16", **NARROW), spec, make_x(spec, batch).astype(np.float16))
 
 
-@pytest.mark.parametrize("spec", LONG, ids=PhaseSpec.describe)
+@pytest.mark.parametrize("spec", [*LONG, ALIGNED, JOINT[0]], ids=PhaseSpec.describe)
 def test_columns_are_shared_by_blocks(tmp_path, spec):
     grids = KERNEL.launches(replace(spec, dtype="float16", out_dtype="float16"), "many", NARROW)
     shared = [g for g in grids if g.arrange and g.splits > 1]
@@ -72,7 +80,8 @@ def test_columns_are_shared_by_blocks(tmp_path, spec):
 
 
 def test_biases(tmp_path):
-    for i, (spec, splits) in enumerate(((QUICK[0], 1), (LONG[0], 2))):
+    calls = ((QUICK[0], 1), (LONG[0], 2), (ALIGNED, 1), (ALIGNED, 2), (JOINT[0], 1), (JOINT[0], 2))
+    for i, (spec, splits) in enumerate(calls):
         spec = replace(spec, dtype="float16", out_dtype="float16", bias=True)
         *_, shared, whole = KERNEL.launches(spec, "many", NARROW)
         launch = whole if splits == 1 else shared
@@ -82,6 +91,45 @@ def test_biases(tmp_path):
         bias = np.linspace(-30, 30, spec.out_features, dtype=np.float32)
         x = make_x(spec, 20).astype(np.float16)
         check(Emulator([launch], folder, "float16", "float16"), launch, spec, x, bias=bias)
+
+
+def is_joint(launch: Launch) -> bool:
+    return "kJoint = 1;" in launch.source
+
+
+@pytest.mark.parametrize("tokens", [128, 256])
+@pytest.mark.parametrize("spec", JOINT, ids=PhaseSpec.describe)
+def test_joint_tables(tmp_path, spec, tokens):
+    """With blocks of columns in buffers below and above them."""
+    launch = wide(spec, "float16", wide_tokens=tokens)
+    assert is_joint(launch)
+    emulated = Emulator([launch], tmp_path, "float16", "float16")
+    for batch, order in ((1, 0), (131, 2)):
+        check(emulated, launch, spec, make_x(spec, batch).astype(np.float16), order)
+
+
+def test_calls_without_joint_tables():
+    others = {
+        "scales of rows": make_spec((64,), 264, scale="row", act="int16"),
+        "one stage": make_spec((64,), 264, stages=1, act="int16"),
+        "three stages": make_spec((64,), 264, stages=3, act="int16"),
+        "blocks with rows of two parts": make_spec((72, 56), 264, act="int16"),
+    }
+    for why, spec in others.items():
+        assert not is_joint(wide(spec, "float16")), why
+
+
+@pytest.mark.parametrize("tokens", [128, 256])
+def test_outputs_are_stored_together(tmp_path, tokens):
+    """By blocks that share columns, and store float, and by those that do not."""
+    spec = replace(ALIGNED, dtype="float16", out_dtype="float16")
+    grids = KERNEL.launches(spec, "many", {"wide_tokens": tokens})
+    grids = {g.splits: g for g in grids if g.arrange and g.function.startswith("hopper")}
+    assert set(grids) == {1, 2}
+    emulated = Emulator(list(grids.values()), tmp_path, "float16", "float16")
+    for launch in grids.values():
+        assert "kAligned = 1" in launch.source
+        check(emulated, launch, spec, make_x(spec, 137).astype(np.float16))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -112,21 +160,29 @@ def test_float32_activations(tmp_path):
         ("wait_barrier(&shared.empty[refilled.buffer], refilled.parity);", ""),
         ("wait_multiplications<3>();", "wait_multiplications<7>();"),
         ("wait_multiplications<0>();", ""),
-        ("__syncthreads();\n      // Warp", "// Warp"),
-        (
-            "__syncwarp();\n    for (int i = lane; i < kTableRows",
-            "for (int i = lane; i < kTableRows",
-        ),
+        ("__syncthreads();  // everybody", "// everybody"),
+        ("__syncthreads();\n      const int first", "const int first"),
+        ("__syncthreads();\n    Sums sums;", "Sums sums;"),
     ],
-    ids=["x is there", "x is done with", "operands", "sums", "outputs", "tables"],
+    ids=[
+        "x is there",
+        "x is done with",
+        "operands",
+        "sums",
+        "multiplied",
+        "outputs",
+        "joint tables",
+    ],
 )
 def test_missing_synchronisation_is_noticed(tmp_path, removed, kept):
-    # Scales for every tile, so that tables change; more blocks of columns than buffers.
-    spec = make_spec(parts=(70,), m=264, scale="tile64", act="int16")
+    # Scales for every tile, so that tables change, or joint ones that all threads fill; more blocks
+    # of columns than buffers.
+    scale = "tensor" if "Sums" in removed else "tile64"
+    spec = make_spec(parts=(70,), m=264, scale=scale, act="int16")
     launch = wide(spec, "float16", **NARROW)
     assert removed in launch.source
     broken = replace(launch, source=launch.source.replace(removed, kept))
-    x = make_x(spec, 8).astype(np.float16)
+    x = make_x(spec, 128).astype(np.float16)
     check(Emulator([launch], tmp_path, "float16", "float16"), launch, spec, x)
     emulated = Emulator([broken], tmp_path, "float16", "float16")
     noticed = 0

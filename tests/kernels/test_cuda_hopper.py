@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,11 +29,14 @@ def test_serves_machine_code_for_hopper_alone():
 @pytest.mark.parametrize("terms", [BOTH, ONLY_W], ids="".join)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("tokens", [128, 256])
-def test_blocks_fit_shared_memory(stages, terms, scale, tokens):
-    spec = make_spec((70, 9), 200, stages, terms, scale, act="int16")
+@pytest.mark.parametrize("parts", [(70, 9), (64, 9)], ids=["odd", "even"])
+def test_blocks_fit_shared_memory(stages, terms, scale, tokens, parts):
+    spec = make_spec(parts, 200, stages, terms, scale, act="int16")
     launch = KERNEL.launches(spec, "many", {"wide_tokens": tokens, "wide_buffers": 6})[-1]
     assert launch.shared <= _SHARED_BYTES
     assert launch.rows == tokens
+    buffers = int(re.search(r"kBuffers = (\d+);", launch.source)[1])
+    assert buffers >= (4 if tokens == 256 else 6)
     assert tokens % launch.arrange.threads == 0
 
 

@@ -60,6 +60,18 @@ def test_prefill(static, tmp_path, dtype):
     assert code.count("LDGSTS") > 0  # x is copied without a detour through registers
 
 
+@pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_multiplications_overlap_on_hopper(static, tmp_path, stages, scale):
+    """Also in blocks that share columns."""
+    spec = replace(static.specs()[0], stages=stages, scale=scale)
+    grids = [g for g in CudaHopper().launches(spec, "many", {}) if g.function.startswith("hopper")]
+    assert len(grids) > 1
+    for launch in {g.splits > 1: g for g in grids}.values():
+        code = static.compile_kernel(launch, "__half", ARCH, tmp_path)
+        assert (code.spilled, code.warnings) == (0, 0)
+
+
 @OPERANDS
 def test_prefill_on_hopper(static, tmp_path, dtype):
     spec = replace(static.specs()[0], dtype=dtype, out_dtype=dtype)
@@ -67,4 +79,6 @@ def test_prefill_on_hopper(static, tmp_path, dtype):
     code = static.compile_kernel(launch, CUDA_TYPES[dtype], ARCH, tmp_path)
     assert code.spilled == 0
     assert code.warnings == 0  # multiplications overlap with decoding
-    assert code.count("HGMMA") == 4 * 8  # blocks of a group, steps and halves of the rows
+    assert code.count("HGMMA") == 4 * 4  # blocks of a group, steps
+    assert code.count("LDS") == 4 * 16  # weights of a lane, for both stages at once
+    assert code.count("PRMT") == 4 * 16 * 2  # their addresses, and what tensor cores take

@@ -1,9 +1,10 @@
 """CUDA C++ of the phase GEMM, and the constants of one call that its templates take.
 
 `decode.cuh`, `prefill.cuh` and `hopper.cuh` are templates over a struct of constants; `tables.cuh`
-and `splits.cuh` are what the latter two share, and `quantize.cuh` is what the first shares with
-kernels that compute its x. `render` writes the struct of one call and a device function that runs
-it. A PrimFunc launches the grid and calls the function, see `kernels.cuda`.
+and `splits.cuh` are what the latter two share, `hopper_tables.cuh` is a part of the last, and
+`quantize.cuh` is what the first shares with kernels that compute its x. `render` writes the struct
+of one call and a device function that runs it. A PrimFunc launches the grid and calls the function,
+see `kernels.cuda`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout
 from fairy_compile.op import PhaseSpec
 
 Program = Literal["decode", "prefill", "hopper"]
+
+_ALIGNED_ROWS = 8  # of parts whose outputs are stored 16 bytes at a time: 8 16-bit features
 
 CUDA_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 OPERANDS = {"float32": "float16", "float16": "float16", "bfloat16": "bfloat16"}
@@ -35,6 +38,7 @@ _FILES: dict[Program, tuple[str, ...]] = {
         "hopper_primitives.cuh",
         "tables.cuh",
         "splits.cuh",
+        "hopper_tables.cuh",
         "hopper.cuh",
     ),
 }
@@ -111,6 +115,7 @@ def render(
         "kColumnTiles": scales[1],
         "kScaleRows": scales[4],
         "kBias": int(spec.bias),
+        "kAligned": int(all(rows % _ALIGNED_ROWS == 0 for rows in spec.parts)),
         **constants,
     }
     dtypes = (spec.dtype, spec.out_dtype, OPERANDS[spec.dtype])

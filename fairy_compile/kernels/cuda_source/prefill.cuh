@@ -89,7 +89,8 @@ struct Prefill : private Tables<Call> {
   static __device__ __forceinline__ void fill_table(uint2 (&table)[kTableRows][kStages][kEntries],
                                                     const float* scales, int tile, int column_tile,
                                                     int lane) {
-    Base::fill_tables(table, scales, tile, column_tile, lane, [](const DigitWeights& weights) {
+    const float* own = Base::scales_of(scales, tile, column_tile);
+    Base::fill_tables(table, own, lane, [](const DigitWeights& weights) {
       return uint2{weights.for_re<Operand>(), weights.for_im<Operand>()};
     });
   }

@@ -165,6 +165,12 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+// The value of another lane.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 __device__ __forceinline__ Word shared_address(const void* at) {
   return (Word)__cvta_generic_to_shared(at);
 }

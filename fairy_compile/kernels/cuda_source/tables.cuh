@@ -50,31 +50,47 @@ struct Tables {
         fragments[f] = load_once(own + (size_t)group * (kFragments * 32) + f * 32);
   }
 
-  // Computes a warp's own tables, which only its lanes read, from what entry_of makes of weights.
+  // Returns where the scales of a tile begin.
+  static __device__ __forceinline__ const float* scales_of(const float* scales, int tile,
+                                                           int column_tile) {
+    return scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 * kTableRows;
+  }
+
+  // Returns the weights of a digit of a stage, from the scales of a tile.
+  static __device__ __forceinline__ DigitWeights weights_of(const float* scales, int stage,
+                                                            int digit, int row) {
+    float re[2], im[2];
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+      const int q = 1 - 2 * (digit >> (2 * term) & 1), p = 1 - 2 * (digit >> (2 * term + 1) & 1);
+      const float* scale = scales + (stage * kTerms + term) * 2 * kTableRows + row;
+      re[term] = scale[0] * (float)((p + q) / 2);
+      im[term] = scale[kTableRows] * (float)((p - q) / 2);
+    }
+    const float u_re = kTerms == 2 ? re[0] : 0, u_im = kTerms == 2 ? im[0] : 0;
+    return {u_re, u_im, re[kTerms - 1], im[kTerms - 1]};
+  }
+
+  // Computes a warp's own tables, which only its lanes read, from the scales of a tile and what
+  // entry_of makes of weights.
   template <class Entry, class EntryOf>
   static __device__ __forceinline__ void fill_tables(Entry (&table)[kTableRows][kStages][kEntries],
-                                                     const float* scales, int tile,
-                                                     int column_tile, int lane,
+                                                     const float* scales, int lane,
                                                      const EntryOf& entry_of) {
-    const float* own = scales + (size_t)(tile * Call::kColumnTiles + column_tile) * kPairs * 2 *
-                                    kTableRows;
     __syncwarp();
     for (int i = lane; i < kTableRows * kStages * kEntries; i += 32) {
       const int digit = i % kEntries, stage = i / kEntries % kStages;
       const int row = i / (kEntries * kStages);
-      float re[2], im[2];
-#pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
-        const int q = 1 - 2 * (digit >> (2 * term) & 1), p = 1 - 2 * (digit >> (2 * term + 1) & 1);
-        const float* scale = own + (stage * kTerms + term) * 2 * kTableRows + row;
-        re[term] = scale[0] * (float)((p + q) / 2);
-        im[term] = scale[kTableRows] * (float)((p - q) / 2);
-      }
-      const float u_re = kTerms == 2 ? re[0] : 0, u_im = kTerms == 2 ? im[0] : 0;
-      const float w_re = re[kTerms - 1], w_im = im[kTerms - 1];
-      table[row][stage][digit] = entry_of(DigitWeights{u_re, u_im, w_re, w_im});
+      table[row][stage][digit] = entry_of(weights_of(scales, stage, digit, row));
     }
     __syncwarp();
+  }
+
+  // Returns register r of a fragment.
+  static __device__ __forceinline__ Word code_word(const uint4 (&codes)[kFragments], int fragment,
+                                                   int r) {
+    const uint4 bytes = codes[fragment];
+    return r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
   }
 
   // Returns where the entry of a weight's digit of a stage would lie in the table of stage 0, which
@@ -85,8 +101,7 @@ struct Tables {
                                                        const uint4 (&codes)[kFragments], int block,
                                                        int stage, int r, int e) {
     const int bit = block * kPlanes + stage * kDigitBits;
-    const uint4 bytes = codes[bit / 8];
-    const Word word = r == 0 ? bytes.x : r == 1 ? bytes.y : r == 2 ? bytes.z : bytes.w;
+    const Word word = code_word(codes, bit / 8, r);
     const int shift = 8 * e + bit % 8 - kLog;
     const Word digit = shift < 0 ? word << -shift : word >> shift;
     return mask_or(digit, (kEntries - 1) << kLog, row_tables);
