@@ -23,12 +23,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.kernels.base import SCRATCH, Batch, choose_knobs
 from fairy_compile.kernels.cuda_grid import Add, Arrange, Launch
-from fairy_compile.kernels.cuda_image import digits, image_bytes
+from fairy_compile.kernels.cuda_image import digits, image_bytes, record_bytes, serves
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
 from fairy_compile.kernels.cuda_source import CUDA_TYPES, Program, render
 from fairy_compile.kernels.gpu import GpuKernel
@@ -53,8 +53,22 @@ _SUM_REGISTERS = 128  # of 255, for the integer sums of decode
 _QUANTIZE_THREADS = 128
 _ADD_THREADS = 128
 _MOST_SPLITS = 8
+_NORMED_BYTES = 32 * 1024  # of integers of a row that every block normalises
 _IMAGE_FROM = 64  # groups of 128 columns, of all rows, that a block would quantise
 MULTIPROCESSORS = 132  # of an H200
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root mean square norm before a layer.
+
+    Attributes:
+        eps: added to the mean of squares.
+        add: x + other is normalised, not x.
+    """
+
+    eps: float
+    add: bool
 
 
 class CudaPlanes:
@@ -157,6 +171,24 @@ class CudaPlanes:
         (launch,) = self.launches(spec, "single", knobs, image=True)
         return emit(spec, self.layout, [replace(launch, arrange=None)], "single")
 
+    def normalises(self, spec: PhaseSpec) -> bool:
+        """Tell whether a layer may normalise its row: all of it is to fit shared memory at once."""
+        row_bytes = self.layout.groups(spec) * record_bytes(spec.act)
+        return serves(spec.in_features) and row_bytes <= min(_STATIC_BYTES, _NORMED_BYTES)
+
+    def build_normed(self, spec: PhaseSpec, knobs: Mapping[str, Any], norm: Norm) -> PrimFunc:
+        """Return a function (x, weight, codes, scales, y) for one row that is normalised first.
+
+        As `cuda_norm.build_rms_norm` and `build_for_model` after it. ``weight`` is float32
+        (in_features,); with ``norm.add`` the arguments are (x, other, weight, codes, scales, sum,
+        y). With ``spec.bias`` the bias follows scales.
+        """
+        from fairy_compile.kernels.cuda_launch import emit_normed
+
+        chosen = choose_knobs(self, knobs)
+        launch = self._decode(spec, chosen, 1, 1, None, image=False, norm=norm)
+        return emit_normed(spec, self.layout, launch, add=norm.add)
+
     def launches(
         self,
         spec: PhaseSpec,
@@ -201,6 +233,7 @@ class CudaPlanes:
         operands: int,
         most: int | None,
         image: bool | None,
+        norm: Norm | None = None,
     ) -> Launch:
         per_block, slices = self._block(spec, chosen, operands)
         warps, rows = per_block * slices, slots * operands
@@ -215,10 +248,13 @@ class CudaPlanes:
             "kOperands": operands,
             "kLevels": ACT_LEVELS[spec.act],
             "kImage": int(image),
+            "kNorm": int(norm is not None),
+            "kAdd": int(norm is not None and norm.add),
             "kThreads": _QUANTIZE_THREADS,
             "kSharedBytes": _DYNAMIC_BYTES if image else _STATIC_BYTES,
         }
-        launch = self._launch("decode", spec, constants, per_block, rows, warps, most)
+        eps = norm.eps if norm else 0.0
+        launch = self._launch("decode", spec, constants, per_block, rows, warps, most, eps)
         if not image:
             return launch
         groups = self.layout.groups(spec)
@@ -342,10 +378,13 @@ class CudaPlanes:
         rows: int,
         warps: int,
         most: int | None,
+        eps: float = 0.0,
     ) -> Launch:
         name = f"{program}_{_call_name(spec)}_{'_'.join(map(str, constants.values()))}"
         name += f"_{spec.dtype}_{spec.out_dtype}"
-        source = render(program, name, spec, self.layout, constants)
+        if eps:
+            name += f"_{eps:.3e}".replace(".", "_").replace("-", "m").replace("+", "p")
+        source = render(program, name, spec, self.layout, constants, eps)
         blocks = -(-self.layout.tiles(spec) // tiles)
         return Launch(name, source, blocks, rows, 32 * warps, most, bias=spec.bias)
 

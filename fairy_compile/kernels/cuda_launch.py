@@ -53,6 +53,25 @@ def emit(
     return ir.get()
 
 
+def emit_normed(spec: PhaseSpec, layout: CudaLayout, launch: Launch, *, add: bool) -> PrimFunc:
+    """Return a function that launches a grid which normalises its row: `CudaPlanes.build_normed`."""
+    with IRBuilder() as ir, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        x = T.arg("x", T.buffer((1, spec.in_features), spec.dtype))
+        other = T.arg("other", T.buffer((1, spec.in_features), spec.dtype)) if add else x
+        weight = T.arg("weight", T.buffer((spec.in_features,), "float32"))
+        arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
+        if spec.bias:
+            arrays.append(T.arg("bias", T.buffer((spec.out_features,), "float32")))
+        total = T.arg("sum", T.buffer((1, spec.in_features), spec.dtype)) if add else x
+        y = T.arg("y", T.buffer((1, spec.out_features), spec.out_dtype))
+        pointers = [buffer.data for buffer in (x, other, weight, *arrays, total, y)]
+        with _threads({"blockIdx.x": launch.blocks, "threadIdx.x": launch.threads}):
+            T.evaluate(cuda_func_call(launch.function, *pointers, 1, source_code=launch.source))
+        T.func_name(f"phase_gemm_{launch.function}_single")
+    return ir.get()
+
+
 def launch_first(
     launches: Sequence[Launch], count: Any, pointers: list[Any], scratch: Any = None
 ) -> None:

@@ -111,3 +111,47 @@ def test_knobs_of_the_layer_stay() -> None:
 def test_others_stay_as_they_are(kind: str) -> None:
     before = module(kind)
     tvm.ir.assert_structural_equal(QuantizeOnce()(before), before)
+
+
+def one_layer(*, add: bool, weights_first: bool = True) -> tvm.IRModule:
+    """Return a norm, of a sum or not, that a single layer takes."""
+    bb, row = relax.BlockBuilder(), relax.TensorType((1, SIZE), "float16")
+    x, y = relax.Var("x", row), relax.Var("y", row)
+    weight = relax.Var("weight", relax.TensorType((SIZE,), "float32"))
+    with bb.function("main", [x, y, weight]):
+        with bb.dataflow():
+            symbol, spec = layer(bb, "int16", SIZE, False)
+            arrays = KERNEL.layout.arrays(spec).values()
+            zeros = [relax.op.zeros(a.shape, a.dtype) for a in arrays]
+            weights = [bb.emit(array) for array in zeros] if weights_first else []
+            func = bb.add_func(build_rms_norm(SIZE, 1e-5, "float16", "single"), "norm")
+            total = bb.emit(relax.op.add(x, y)) if add else x
+            made = bb.emit(relax.call_tir(func, [total, weight], row))
+            made = bb.emit(relax.op.reshape(bb.emit(relax.op.reshape(made, (SIZE,))), (1, SIZE)))
+            weights = weights or [bb.emit(array) for array in zeros]
+            out = relax.TensorType((1, spec.out_features), "float16")
+            made = bb.emit(relax.call_tir(symbol, [made, *weights], out))
+            result = bb.emit_output(relax.Tuple([total, made]) if add else made)
+        bb.emit_func_output(result)
+    return FuseAddNorm()(bb.finalize())
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_single_layer_normalises_its_row(add: bool) -> None:
+    before = one_layer(add=add)
+    after = QuantizeOnce()(before)
+    relax.analysis.well_formed(after)
+    (only,) = calls(after)
+    assert only.endswith("_single_normed")
+    assert str(before["main"].ret_ty) == str(after["main"].ret_ty)
+    script = after[only].script()
+    assert f"kAdd = {int(add)};" in script
+    assert "kPrefetch = 4;" in script  # knobs of the layer stay
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_layer_whose_weights_come_later_takes_an_image(add: bool) -> None:
+    after = QuantizeOnce()(one_layer(add=add, weights_first=False))
+    norm, only = calls(after)
+    assert norm.endswith(f"{SIZE}_int16")
+    assert only.endswith("_single_image")

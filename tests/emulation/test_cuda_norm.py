@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from fairy_compile.kernels.cuda import CudaPlanes, Norm
 from fairy_compile.kernels.cuda_gate import build_gate_product
 from fairy_compile.kernels.cuda_image import image_bytes, make_image
 from fairy_compile.kernels.cuda_norm import build_rms_norm
 from tests.emulation import cuda_library, cuda_rig, metal_rig
 from tests.emulation.gpu_cases import call, compile_functions, host_target
+from tests.kernels.cases import make_parts, make_spec
 
 missing = cuda_rig.missing_tools() or metal_rig.missing_tools()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
@@ -125,3 +129,41 @@ def check_image(got: np.ndarray, y: np.ndarray, act: str) -> None:
     groups = y.shape[1] // 256
     records = [image.reshape(groups, -1)[:, :-8] for image in (got, want)]
     np.testing.assert_array_equal(*records)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("act", ["int16", "int8"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_normalise_rows_as_norms_before_them_do(
+    rig, tmp_path, dtype: str, act: str, bias: bool
+) -> None:
+    """Squares of eighths add up exactly in any order, so that every bit is the same.
+
+    21 groups of columns: some warps have one of them more than others.
+    """
+    kernel, rng, target = CudaPlanes(), np.random.default_rng(0), host_target("cuda")
+    spec = make_spec((37, 16), 21 * 128, act=act)
+    spec = replace(spec, dtype=dtype, out_dtype=dtype, bias=bias)
+    size = spec.in_features
+    assert kernel.normalises(spec)
+    functions = {"layer": kernel.build_from_image(spec, {})}
+    for add in (False, True):
+        functions[f"norm_{add}"] = build_rms_norm(size, EPS, dtype, "single", add=add, act=act)
+        functions[f"both_{add}"] = kernel.build_normed(spec, {}, Norm(EPS, add))
+    library = compile_functions(functions, target, tmp_path)
+    weights = list(kernel.layout.pack(make_parts(spec), spec).values())
+    if bias:
+        weights.append(rng.standard_normal(spec.out_features).astype(np.float32))
+    weight = rng.standard_normal(size).astype(np.float32)
+    x, other = (rng.integers(-16, 17, (2, 1, size)) / 8).astype(dtype)
+    empty, y = np.full_like(x, np.nan), np.full((1, spec.out_features), np.nan, dtype)
+    for add in (False, True):
+        given, sums = ([x, other], [empty]) if add else ([x], [])
+        arrays = [*given, weight, *sums, empty_image(size, act)]
+        image = call(library, f"norm_{add}", target, arrays)[-1]
+        want = call(library, "layer", target, [image, *weights, y])[-1]
+        *_, total, got = call(library, f"both_{add}", target, [*given, weight, *weights, *sums, y])
+        np.testing.assert_array_equal(got, want)
+        assert np.abs(want.astype(np.float32)).max() > 0
+        if add:
+            np.testing.assert_array_equal(total, x + other)

@@ -31,7 +31,7 @@ _CLASSES: dict[Program, str] = {
     "hopper": "Hopper",
 }
 _FILES: dict[Program, tuple[str, ...]] = {
-    "decode": ("primitives.cuh", "quantize.cuh", "decode.cuh"),
+    "decode": ("primitives.cuh", "quantize.cuh", "operand_x.cuh", "decode.cuh"),
     "prefill": ("primitives.cuh", "tables.cuh", "splits.cuh", "prefill.cuh"),
     "hopper": (
         "primitives.cuh",
@@ -89,6 +89,7 @@ def render(
     spec: PhaseSpec,
     layout: CudaLayout,
     constants: Mapping[str, int],
+    eps: float = 0.0,
 ) -> str:
     """Return CUDA C++ that defines a device function for one call.
 
@@ -100,10 +101,13 @@ def render(
             unsigned char* image, const unsigned char* codes, const float* scales, Y* y, int batch,
             unsigned char* shared)``. With ``kSplits`` above 1, y is scratch memory, and
             ``add_name(unsigned char* scratch, Y* y, int batch)`` writes y. With a bias, ``const
-            float* bias`` stands before y.
+            float* bias`` stands before y. ``decode`` with ``kNorm`` normalises the row first:
+            ``const X* other, const float* weight`` follow x, and ``X* sum`` stands before y; other
+            and sum are used with ``kAdd``.
         spec: the call.
         layout: of ``codes`` and ``scales``.
         constants: of the template beyond those of the call, e.g. ``{"kWarps": 8}``.
+        eps: of the norm.
     """
     scales = layout.arrays(spec)["scales"].shape
     values = {
@@ -130,22 +134,25 @@ struct {name}_call {{
   typedef {x} X;
   typedef {y} Y;
   typedef {operand} Operand;
-{_given(program, values)}
+{_given(program, values, eps)}
 {chr(10).join(lines)}
 {_feature_function(spec, layout)}
 }};
-{_functions(program, name, x, y, image=image, bias=spec.bias)}
+{_functions(program, name, x, y, values, bias=spec.bias)}
 {_add_function(name, y, bias=spec.bias) if splits else ""}
 #endif  // FAIRY_{name}
 """
 
 
-def _given(program: Program, values: Mapping[str, int]) -> str:
-    """Return what decode takes in place of x: see `quantize.cuh`."""
+def _given(program: Program, values: Mapping[str, int], eps: float) -> str:
+    """Return what decode takes in place of x: see `operand_x.cuh`."""
     if program != "decode":
         return ""
-    given = f"fairy::Record<{values['kLevels']}>" if values["kImage"] else "X"
-    return f"  typedef {given} Given;"
+    given = f"const fairy::Record<{values['kLevels']}>*" if values["kImage"] else "const X*"
+    if values["kNorm"]:
+        given = "fairy::NormedRow<X>"
+    return f"""  typedef {given} Given;
+  static __device__ __forceinline__ float eps() {{ return {eps!r}f; }}"""
 
 
 def _bias(bias: bool) -> tuple[str, str]:
@@ -153,29 +160,40 @@ def _bias(bias: bool) -> tuple[str, str]:
     return ("const float* bias, ", "bias") if bias else ("", "nullptr")
 
 
-def _functions(program: Program, name: str, x: str, y: str, *, image: bool, bias: bool) -> str:
+def _functions(
+    program: Program, name: str, x: str, y: str, values: Mapping[str, int], *, bias: bool
+) -> str:
     out = f"{y}*" if program == "decode" else "void*"
     parameter, given_bias = _bias(bias)
-    arguments = f"const unsigned char* codes, const float* scales, {parameter}{out} y, int batch"
-    if not image:
+    weights = f"const unsigned char* codes, const float* scales, {parameter}"
+    arguments = f"{weights}{out} y, int batch"
+    if values.get("kNorm"):
+        return f"""
+__device__ __forceinline__ void {name}(const {x}* x, const {x}* other, const float* weight,
+                                       {weights}{x}* sum, {out} y, int batch) {{
+  fairy::Decode<{name}_call>::run({{x, other, weight, sum}}, codes, scales, {given_bias}, y, batch);
+}}
+"""
+    if program != "hopper" and not values.get("kImage"):
         return f"""
 __device__ __forceinline__ void {name}(const {x}* x, {arguments}) {{
   fairy::{_CLASSES[program]}<{name}_call>::run(x, codes, scales, {given_bias}, y, batch);
 }}
 """
     if program == "hopper":
-        arranger, shared, given = "ArrangeX", "shared", "uint4"
+        arranger, shared, image, given = "ArrangeX", "shared", "uint4*", "const uint4*"
     else:
-        arranger, given = "QuantizeX", f"{name}_call::Given"
+        arranger, image = "QuantizeX", f"fairy::Record<{values['kLevels']}>*"
+        given = f"{name}_call::Given"
         shared = f"*(fairy::Decode<{name}_call>::Shared*)shared"
     return f"""
 __device__ __forceinline__ void arrange_{name}(const {x}* x, unsigned char* image, int batch) {{
-  fairy::{arranger}<{name}_call>::run(x, ({given}*)image, batch);
+  fairy::{arranger}<{name}_call>::run(x, ({image})image, batch);
 }}
 
 __device__ __forceinline__ void {name}(const unsigned char* image, {arguments},
                                        unsigned char* shared) {{
-  fairy::{_CLASSES[program]}<{name}_call>::run((const {given}*)image, codes, scales,
+  fairy::{_CLASSES[program]}<{name}_call>::run(({given})image, codes, scales,
                                                {given_bias}, y, batch, {shared});
 }}
 """

@@ -21,15 +21,18 @@
 namespace fairy {
 
 template <class Call>
-struct Decode {
-  typedef typename Call::Given Given;  // numbers, or records of what another kernel quantised
+struct Decode : private OperandX<Call> {
+  typedef OperandX<Call> Base;
+  typedef typename Call::Given Given;
   typedef typename Call::Y Y;
+  typedef typename Base::Chunk Chunk;
+
+  using Base::kChunk, Base::kGroups, Base::kOperands, Base::kRows, Base::kSlots, Base::kTwoDigits;
 
   static constexpr int kTerms = Call::kTerms;
   static constexpr int kPairs = Call::kStages * kTerms;  // pairs of planes: a stage of a term
   static constexpr int kPlanes = 2 * kPairs;
   static constexpr int kFragments = kPlanes / 2;  // 128-bit loads of a lane for a group
-  static constexpr int kGroups = (Call::kColumns + 127) / 128;
   static constexpr bool kTileScales = Call::kColumnTiles > 1;
   static constexpr int kScaleRows = Call::kScaleRows > 1 ? 2 : 1;  // of a lane
   static constexpr int kFlushBlocks = kTileScales ? 2 : 4;         // blocks between scalings
@@ -38,36 +41,18 @@ struct Decode {
   static constexpr int kPasses = kPairs % Call::kPasses == 0 ? Call::kPasses : 1;
   static constexpr int kPassPairs = kPairs / kPasses;
 
-  static constexpr bool kTwoDigits = Call::kLevels > 127;
-  static constexpr bool kImage = Call::kImage;
-  static constexpr int kSlots = Call::kSlots;                   // rows of x in an operand B
   static constexpr bool kOneHalf = kSlots <= 2;                 // of x in a lane's sums
   static constexpr bool kOneSign = kSlots == 1;                 // a lane has sums u, or sums v
   static constexpr int kSigns = kOneSign ? 1 : 2;
-  // Of operand B, in shared memory. One row's columns are read twice, for those of a second.
-  static constexpr int kColumnsB = kSlots > 1 ? 8 : Record<Call::kLevels>::kDigits;
   static constexpr int kHalves = kOneHalf ? 1 : 2;
-  static constexpr int kOperands = Call::kOperands;             // operands B of a pass
-  static constexpr int kRows = kSlots * kOperands;              // rows of x of a pass
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
-  static constexpr int kGroupBytes = kOperands * kColumnsB * 128 + kRows * 32;  // of shared memory
-  static constexpr int kMost = Call::kSharedBytes / kGroupBytes;  // groups in it at a time
-  static constexpr int kChunks = (kGroups + kMost - 1) / kMost;
-  static constexpr int kChunk = (kGroups + kChunks - 1) / kChunks;
-
-  static constexpr int kTogether =  // groups that a warp quantises at once
-      kOperands > 1 || kChunk >= 2 * Call::kWarps ? 2 : 1;
   static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
-  // Activations of a chunk of groups, as operands B.
-  struct Chunk {
-    // Block, operand, column of B ^ block in its group (so that banks differ), 4 columns of x.
-    alignas(16) Word values[kChunk * 4][kOperands][kColumnsB][8];
-    GroupScale scales[kChunk][kRows];
-  };
-  union Shared {
-    Chunk chunk;
-    float partial[Call::kWarps][kRows][2][16];  // of a warp: (row of x, half of y, complex row)
+  struct Shared : Squares<Call::kNorm ? Call::kWarps : 0> {
+    union {
+      Chunk chunk;
+      float partial[Call::kWarps][kRows][2][16];  // of a warp: (row of x, half of y, complex row)
+    };
   };
 
   // Scaled sums of one half of x (or both) with U and W.
@@ -81,16 +66,15 @@ struct Decode {
     float of[kPairs][2][kScaleRows];
     float of_x[kTerms][kScaleRows];  // the sum of x for R, where sums u and v are in two lanes
   };
-  typedef Quantize<Call::kLevels, 4> Lanes;
   typedef int PassSums[kPassPairs][kSigns][kOperands][4];
 
-  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales,
+  static __device__ void run(Given x, const unsigned char* codes, const float* scales,
                              const float* bias, Y* y, int batch) {
     __shared__ Shared shared;
     run(x, codes, scales, bias, y, batch, shared);
   }
 
-  static __device__ void run(const Given* x, const unsigned char* codes, const float* scales,
+  static __device__ void run(Given x, const unsigned char* codes, const float* scales,
                              const float* bias, Y* y, int batch, Shared& shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile = blockIdx.x * Call::kTileWarps + warp % Call::kTileWarps;
@@ -111,6 +95,8 @@ struct Decode {
     launch_dependents();
 
     // Scales are asked for here and used when x is there: one wait for both.
+    typename Base::Early early = {};
+    Base::read_early(early, x, warp, lane);
     Scales scale;
     if (active && !kTileScales) load_scales(scale, scales, tile, 0, lane);
     Outputs outputs = {};
@@ -118,7 +104,10 @@ struct Decode {
     for (int first = 0; first < kGroups; first += kChunk) {
       const int end = first + kChunk < kGroups ? first + kChunk : kGroups;
       if (first > 0) __syncthreads();
-      take(shared.chunk, x, batch, first_row, first, end, warp, lane);
+      if constexpr (Call::kNorm)
+        Base::normalise(shared, x, early, warp, lane);
+      else
+        Base::take(shared.chunk, x, batch, first_row, first, end, warp, lane);
       __syncthreads();
       if (!active) continue;
       if (first == 0 && !kTileScales) adjust(scale, lane);
@@ -150,12 +139,6 @@ struct Decode {
   static __device__ __forceinline__ void fetch(const uint4* own, int group, int lane) {
     const uint4* line = own - lane + (size_t)group * (kFragments * 32) + lane * 8;
     if (group < kGroups && lane < kLines) prefetch(line);
-  }
-
-  // Returns which 8 columns of x a lane reads of a block's operand B.
-  static __device__ __forceinline__ int operand_at(int lane, int block) {
-    if (kSlots > 1) return lane ^ 4 * block;
-    return (lane / 4 % 4 * kColumnsB / 4 ^ block % kColumnsB) * 4 + lane % 4;
   }
 
   static __device__ __forceinline__ void load_scales(Scales& scale, const float* scales, int tile,
@@ -191,86 +174,6 @@ struct Decode {
     }
   }
 
-  // Puts groups [first, end) of the pass's rows into shared memory. What belongs to rows beyond the
-  // last is not written, and reaches no output.
-  static __device__ __forceinline__ void take(Chunk& chunk, const Given* x, int batch,
-                                              int first_row, int first, int end, int warp,
-                                              int lane) {
-    const int rows = batch - first_row < kRows ? batch - first_row : kRows;
-    if constexpr (kImage)
-      copy(chunk, x + (size_t)first_row * kGroups, rows, first, end);
-    else
-      quantize(chunk, x, rows, first_row, first, end, warp, lane);
-  }
-
-  // Copies what another kernel quantised.
-  static __device__ __forceinline__ void copy(Chunk& chunk, const Record<Call::kLevels>* records,
-                                              int rows, int first, int end) {
-    constexpr int kVectors = sizeof(*records) / 16, kDigits = Record<Call::kLevels>::kDigits;
-    const int count = (end - first) * kVectors;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < rows * count; i += Call::kWarps * 32) {
-      const int row = kRows == 1 ? 0 : i / count;
-      const int group = (i - row * count) / kVectors, vector = (i - row * count) % kVectors;
-      const int block = vector / (2 * kDigits), digit = vector / 2 % kDigits;
-      const uint4* from = (const uint4*)(records + (size_t)row * kGroups + first + group) + vector;
-      uint4* to = (uint4*)&chunk.scales[group][row] + vector % 2;
-      if (block < 4)
-        to = (uint4*)chunk.values[group * 4 + block][row / kSlots][place(row, digit, block)] +
-             vector % 2;
-      copy_async(to, from, true);
-    }
-    commit_copies();
-    wait_copies<0>();
-  }
-
-  // Quantises as op.quantize_activations does: a warp takes a group, a lane four columns of it. It
-  // takes both halves of several groups at once.
-  static __device__ __forceinline__ void quantize(Chunk& chunk, const Given* x, int rows,
-                                                  int first_row, int first, int end, int warp,
-                                                  int lane) {
-    for (int task = warp; task < rows * kChunk; task += Call::kWarps * kTogether) {
-      float value[kTogether * 2][4] = {};
-#pragma unroll
-      for (int n = 0; n < kTogether * 2; ++n) {
-        const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
-        if (row < rows && group < end - first)
-          load_four<Call::kColumns>(value[n],
-                                    x + ((size_t)(first_row + row) * 2 + n % 2) * Call::kColumns,
-                                    (first + group) * 128 + 4 * lane);
-      }
-      typename Lanes::Quantized quantized[kTogether * 2];
-      Lanes::run(quantized, value);
-#pragma unroll
-      for (int n = 0; n < kTogether * 2; ++n) {
-        const int own = task + n / 2 * Call::kWarps, row = own / kChunk, group = own % kChunk;
-        if (row < rows && group < end - first) keep(chunk, group, row, n % 2, quantized[n], lane);
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void keep(Chunk& chunk, int group, int row, int half,
-                                              const typename Lanes::Quantized& quantized,
-                                              int lane) {
-    const int block = lane / 8, word = lane % 8;
-    Word(&values)[kColumnsB][8] = chunk.values[group * 4 + block][row / kSlots];
-    if (kTwoDigits) {
-      values[place(row, 2 * half, block)][word] = quantized.high[0];
-      values[place(row, 2 * half + 1, block)][word] = quantized.low[0];
-    } else {
-      values[place(row, half, block)][word] = quantized.low[0];
-    }
-    GroupScale& scale = chunk.scales[group][row];
-    if (lane == 0) scale.scale[half] = Lanes::scale_of(quantized);
-    if (lane % 16 == 0) scale.sums[lane / 16][half] = quantized.sum;
-  }
-
-  // Returns where a digit of a row lies among the columns of operand B.
-  static __device__ __forceinline__ constexpr int place(int row, int digit, int block) {
-    constexpr int kDigits = Record<Call::kLevels>::kDigits, kOwn = kSlots == 1 ? kDigits : 8 / kSlots;
-    return (row % kSlots * kOwn + digit * (kOwn / kDigits)) ^ (block % kColumnsB);
-  }
-
   // Multiplies the blocks of one flush of a group and adds the scaled sums to `outputs`. Fragments
   // are replaced by those of group `next` as soon as their last block is done.
   static __device__ __forceinline__ void multiply(Outputs& outputs, uint4 (&codes)[kFragments],
@@ -286,7 +189,7 @@ struct Decode {
         uint2 operand[kOperands][2];  // for unsigned and for signed bytes
 #pragma unroll
         for (int n = 0; n < kOperands; ++n) {
-          const uint2 own = ((const uint2*)chunk.values[group * 4 + block][n])[operand_at(lane, block)];
+          const uint2 own = ((const uint2*)chunk.values[group * 4 + block][n])[Base::operand_at(lane, block)];
           operand[n][0] = kOneSign && lane >= 16 ? uint2{} : own;
           operand[n][1] = kOneSign && lane < 16 ? uint2{} : own;
         }
