@@ -65,6 +65,7 @@ def build(arguments: argparse.Namespace) -> None:
     if arguments.arch:
         target = replace(target, extra={**target.extra, "archs": arguments.arch})
     (kernel,) = FAMILIES[target.kernels[0]]
+    knobs = dict(_knob(text) for text in arguments.knob or ())
     functions, calls = {}, []
     for name in arguments.shape or SHAPES:
         features, size = SHAPES[name]
@@ -78,9 +79,9 @@ def build(arguments: argparse.Namespace) -> None:
             spec = make_spec((features, size), stages, arguments.act)
             calls.append({"shape": name, "spec": asdict(spec)})
             for batch in ("single", "many"):
-                function = kernel.build(spec, target, batch, {})
+                function = kernel.build(spec, target, batch, knobs)
                 functions[symbol(f"phase{stages}", name, batch)] = function
-            function = kernel.build_from_image(spec, {})
+            function = kernel.build_from_image(spec, knobs)
             functions[symbol(f"phase{stages}", name, "image")] = function
     module = tvm.IRModule({s: f.with_attr("global_symbol", s) for s, f in functions.items()})
     with machine_code(target):
@@ -90,10 +91,16 @@ def build(arguments: argparse.Namespace) -> None:
     contents = {
         "target": target.name,
         "kernel": kernel.name,
+        "knobs": knobs,
         "decode_rows": kernel.knobs["switch"][0] - 1,
         "calls": calls,
     }
     (arguments.output / "calls.json").write_text(json.dumps(contents, indent=1), "utf-8")
+
+
+def _knob(text: str) -> tuple[str, int | str]:
+    name, _, value = text.partition("=")
+    return name, int(value) if value.isdigit() else value
 
 
 def symbol(kind: str, shape: str, batch: str) -> str:
@@ -116,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "target": contents["target"],
         "kernel": contents["kernel"],
+        "knobs": contents.get("knobs", {}),
         "copy_gb_per_s": gpu_run.copy_bandwidth() / 1e9,
         "rows": [],
     }
@@ -163,6 +171,7 @@ def main() -> None:
     builder.add_argument("--shape", action="append", choices=list(SHAPES))
     builder.add_argument("--stages", type=int, nargs="+", default=[2, 1])
     builder.add_argument("--act", choices=["int8", "int16"], default="int16")
+    builder.add_argument("--knob", action="append", help="of phase kernels, e.g. warps=16")
     builder.add_argument("--arch", action="append", help="default: those of the target file")
     builder.set_defaults(verb=build)
     runner = verbs.add_parser("run")

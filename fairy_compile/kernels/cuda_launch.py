@@ -54,7 +54,7 @@ def emit(
 
 
 def emit_normed(spec: PhaseSpec, layout: CudaLayout, launch: Launch, *, add: bool) -> PrimFunc:
-    """Return a function that launches a grid which normalises its row: `CudaPlanes.build_normed`."""
+    """Return a function that launches a grid that normalises its row: `CudaPlanes.build_normed`."""
     with IRBuilder() as ir, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         x = T.arg("x", T.buffer((1, spec.in_features), spec.dtype))
