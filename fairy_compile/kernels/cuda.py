@@ -49,6 +49,7 @@ MIN_ARCH = 80  # integer mma of 32 bytes, cp.async
 _SHARED_BYTES = 48 * 1024  # static shared memory of a block, on every architecture
 _STATIC_BYTES = 47 * 1024  # of activations in it
 _DYNAMIC_BYTES = 96 * 1024  # of activations in dynamic shared memory, on every architecture
+_WARPS = 20  # of a block that decodes a few rows
 _SUM_REGISTERS = 128  # of 255, for the integer sums of decode
 _QUANTIZE_THREADS = 128
 _ADD_THREADS = 128
@@ -293,7 +294,7 @@ class CudaPlanes:
             share = math.ceil(tiles / MULTIPROCESSORS)
             per_block = math.ceil(share / math.ceil(share / most))
         if warps == "auto":
-            warps = 16 if operands > 1 else 20
+            warps = 16 if operands > 1 else _WARPS
         per_block = min(per_block, warps)
         turns = math.ceil(groups / (warps // per_block))
         return per_block, math.ceil(groups / turns)  # fewer warps that take as many turns
