@@ -78,6 +78,7 @@ class CudaPlanes:
     Knobs:
         warps: of a block that decodes, at most: row tiles times warps that split columns.
         row_tiles: row tiles of a block that decodes. ``auto``, as of warps: see `_block`.
+        asked: groups of 128 columns on their way to a warp's registers, for a row or two of x.
         prefetch: groups of 128 columns on their way to the L2 cache, beyond the next.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
@@ -93,6 +94,7 @@ class CudaPlanes:
     knobs: Mapping[str, Sequence[Any]] = {
         "warps": ("auto", 4, 8, 12, 16, 20, 24),
         "row_tiles": ("auto", 1, 2, 4, 7, 14),
+        "asked": (1, 2),
         "prefetch": (0, 4),
         "switch": (9, 3, 5, 17, 33),
         "tokens": (96, 128, 64, 32),
@@ -244,6 +246,7 @@ class CudaPlanes:
             "kWarps": warps,
             "kTileWarps": per_block,
             "kPasses": operands,  # over a group's codes: more sums than registers take
+            "kAsked": chosen["asked"] if operands == 1 else 1,
             "kPrefetch": chosen["prefetch"],
             "kSlots": slots,
             "kOperands": operands,

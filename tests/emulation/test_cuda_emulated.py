@@ -262,6 +262,7 @@ def test_int16_is_exact_to_5e_5(tmp_path):
     [
         {"warps": 4, "row_tiles": 4},
         {"warps": 8, "row_tiles": 2},
+        {"warps": 4, "row_tiles": 4, "asked": 2},
         {"switch": 33, "prefill_warps": 2, "tokens": 32, "buffers": 4},
     ],
     ids=str,
@@ -271,6 +272,19 @@ def test_knobs(tmp_path, knobs):
     emulated = emulator([spec], "float16", tmp_path, **knobs)
     for batch in (1, 17, 40):
         check(emulated, spec, make_x(spec, batch).astype(np.float16), **knobs)
+
+
+@pytest.mark.parametrize("spec", QUICK, ids=PhaseSpec.describe)
+@pytest.mark.parametrize("groups", [3, 11, 12])
+def test_codes_of_two_groups_on_their_way(tmp_path, spec, groups):
+    """Warps have a group less than others, an odd number or an even one."""
+    spec = replace(spec, m=128 * groups - 5)
+    knobs = {"warps": 4, "row_tiles": 2, "asked": 2}
+    emulated = emulator([spec], "float16", tmp_path, "single", **knobs)
+    assert "kAsked = 2;" in launches(spec, "float16", "single", **knobs)[0].source
+    for order in (0, 2):
+        x = make_x(spec, 1).astype(np.float16)
+        check(emulated, spec, x, order, batch="single", **knobs)
 
 
 @pytest.mark.parametrize(

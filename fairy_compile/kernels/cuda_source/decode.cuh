@@ -46,6 +46,9 @@ struct Decode : private OperandX<Call> {
   static constexpr int kSigns = kOneSign ? 1 : 2;
   static constexpr int kHalves = kOneHalf ? 1 : 2;
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
+  // Groups of codes on their way to a warp, whose places in registers take turns.
+  static constexpr int kAsked =
+      kChunk < kGroups || kGroups <= kSlices ? 1 : Call::kAsked;
   static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
   struct Shared : Squares<Call::kNorm ? Call::kWarps : 0> {
@@ -85,13 +88,16 @@ struct Decode : private OperandX<Call> {
     // them is over: that hides most of its time.
     const uint4* own = (const uint4*)codes + (size_t)tile * kGroups * kFragments * 32 + lane;
     int group = slice;
-    uint4 fragments[kFragments];
+    uint4 fragments[kAsked][kFragments];
 #pragma unroll
-    for (int f = 0; f < kFragments; ++f)
-      if (active && group < kGroups) load(fragments[f], own, group, f);
+    for (int a = 0; a < kAsked; ++a)
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f)
+        if (active && group + a * kSlices < kGroups)
+          load(fragments[a][f], own, group + a * kSlices, f);
 #pragma unroll
     for (int ahead = 0; ahead < Call::kPrefetch; ++ahead)
-      if (active) fetch(own, group + (1 + ahead) * kSlices, lane);
+      if (active) fetch(own, group + (kAsked + ahead) * kSlices, lane);
     launch_dependents();
 
     // Scales are asked for here and used when x is there: one wait for both.
@@ -111,16 +117,21 @@ struct Decode : private OperandX<Call> {
       __syncthreads();
       if (!active) continue;
       if (first == 0 && !kTileScales) adjust(scale, lane);
-      for (; group < end; group += kSlices) {
-        const int next = group + kSlices;
-        if (Call::kPrefetch > 0) fetch(own, next + Call::kPrefetch * kSlices, lane);
+      for (; group < end; group += kAsked * kSlices) {
 #pragma unroll
-        for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
-          if (kTileScales) {
-            load_scales(scale, scales, tile, 2 * group + flush, lane);
-            adjust(scale, lane);
+        for (int a = 0; a < kAsked; ++a) {
+          const int current = group + a * kSlices, next = current + kAsked * kSlices;
+          if (a > 0 && current >= end) break;
+          if (Call::kPrefetch > 0) fetch(own, next + Call::kPrefetch * kSlices, lane);
+#pragma unroll
+          for (int flush = 0; flush < 4 / kFlushBlocks; ++flush) {
+            if (kTileScales) {
+              load_scales(scale, scales, tile, 2 * current + flush, lane);
+              adjust(scale, lane);
+            }
+            multiply(outputs, fragments[a], own, next, shared.chunk, current - first, flush, scale,
+                     lane);
           }
-          multiply(outputs, fragments, own, next, shared.chunk, group - first, flush, scale, lane);
         }
       }
     }
