@@ -28,6 +28,16 @@ from tests.emulation.vulkan_module import ShaderKernel
 (KERNEL,) = VULKAN_KERNELS
 ONE_ROW: list[dict[str, Any]] = [
     {},
+    {"rows": 1},
+    {"rows": 4},
+    {"rows": 4, "group": 256},
+    {"rows": 4, "ahead": True},
+    {"rows": 2, "threads": 64},
+    {"rows": 2, "threads": 128},
+    {"rows": 4, "threads": 64},
+    {"rows": 8, "threads": 64},
+    {"weights": "bits"},
+    {"weights": "bits", "rows": 4, "threads": 64},
     {"weights": "halves", "rows": 4, "group": 256},
     {"weights": "halves", "rows": 8, "group": 256},
     {"weights": "halves", "rows": 8, "group": 256, "ahead": True},
