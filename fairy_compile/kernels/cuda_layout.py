@@ -1,7 +1,8 @@
 """Packed weights for CUDA: Gray-coded bits in the order in which tensor cores take bytes.
 
-A weight serves decode, whose operand A of ``mma.m16n8k32`` (u8 x s8) is a 128-bit load of codes and
-a mask, and prefill, which looks bits of the same load up to float16 operands of ``mma.m16n8k16``.
+A weight serves decode, whose operand A of ``mma.m16n8k32`` (u8 or s8 x s8) is a 128-bit load of
+codes, a shift and a mask, and prefill, which looks bits of the same load up to float16 operands of
+``mma.m16n8k16``.
 
 **Bits.** A 2-bit code w is stored as g = w ^ (w >> 1). Write the code's phase as re + i im; then
 the bits of g are the signs of two sums:
