@@ -72,7 +72,8 @@ class CudaLayout:
     - ``codes`` uint8 (tiles, groups, P / 2, 32, 16). Padding rows and columns are code 0; they meet
       zero activations or rows that are not stored.
     - ``scales`` float32 (tiles, column tiles, pairs, 2, rows): column tiles is 2 groups for scale
-      ``tile64``, else 1; rows is 16 for scale ``row``, else 1; axis 3 is (re, im). Padding is 0.
+      ``tile64``, else 1; rows is 16 for scale ``row``, else 1; axis 3 is (re, im). Padding is 1, since
+      a scale that is not positive is taken for damage.
     """
 
     name = "cuda.planes"
@@ -185,10 +186,10 @@ def _spread_scales(part: PhaseTensor, tiles: int, groups: int) -> np.ndarray:
     if part.scale == "tensor":
         return by_tile[..., None]
     if part.scale == "row":
-        padded = np.zeros((tiles * TILE_ROWS, *by_tile.shape[2:]), np.float32)
+        padded = np.ones((tiles * TILE_ROWS, *by_tile.shape[2:]), np.float32)
         padded[: part.n] = by_tile[:, 0]
         return padded.reshape(tiles, 1, TILE_ROWS, *by_tile.shape[2:]).transpose(0, 1, 3, 4, 2)
-    spread = np.zeros((tiles, ACT_GROUP // TILE * groups, *by_tile.shape[2:], 1), np.float32)
+    spread = np.ones((tiles, ACT_GROUP // TILE * groups, *by_tile.shape[2:], 1), np.float32)
     own = by_tile[np.arange(tiles) * TILE_ROWS // TILE]
     spread[:, : own.shape[1], ..., 0] = own
     return spread

@@ -66,7 +66,8 @@ class X86Layout:
       zero activations or rows that are not stored.
     - ``tables`` uint8 (4, 16): `split_tables`.
     - ``scales`` float32 (tiles, 1, units) for scale ``tensor``, (tiles, 1, units, R) for ``row``,
-      (tiles, columns / 64, units) for ``tile64``. Padding is 0.
+      (tiles, columns / 64, units) for ``tile64``. Padding is 1, since a scale that is not positive
+      is taken for damage.
     - ``joint_tables`` uint8 (tiles, joint units, 16) and ``joint_scales`` float32
       (tiles, 1, joint units), where `has_joint`: entries and scales of `joint_codebook`. They hold
       pairs of stages or, with ``pair_terms`` and one stage, U and W.
@@ -204,11 +205,11 @@ class X86Layout:
         if spec.scale == "tensor":
             return units.transpose(1, 2, 0)
         if spec.scale == "row":
-            padded = np.zeros((len(units), tiles * self.rows), np.float32)
+            padded = np.ones((len(units), tiles * self.rows), np.float32)
             padded[:, : part.n] = units[:, :, 0]
             return padded.reshape(len(units), tiles, 1, self.rows).transpose(1, 2, 0, 3)
         spread = units[:, np.arange(tiles) * self.rows // TILE]
-        padded = np.zeros((tiles, _padded_columns(spec) // TILE, len(units)), np.float32)
+        padded = np.ones((tiles, _padded_columns(spec) // TILE, len(units)), np.float32)
         padded[:, : spread.shape[2]] = spread.transpose(1, 2, 0)
         return padded
 

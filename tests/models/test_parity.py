@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,20 @@ def test_scale_granularities_match_pytorch(built, scale: str) -> None:
     with fc.load(out) as model:
         want = Oracle(source, config).logits(TOKENS)
         assert relative_error(model.logits(TOKENS), want) <= FLOAT_TOLERANCE
+
+
+@pytest.mark.parametrize("scale", ["row", "tile64"])
+@pytest.mark.parametrize("act", ["int8", "int16"])
+def test_scales_of_sizes_that_leave_padding(tmp_path: Path, scale: str, act: str) -> None:
+    """Rows that are no whole tiles and columns that are no whole groups: artifacts load."""
+    source = save_model(tmp_path / "model", "llama", vocab_size=1000, intermediate_size=344)
+    config = fc.QuantConfig("w2", scale=scale, act=act)
+    out, sizes = tmp_path / "out", {"context": 128, "prefill_chunk": 32}
+    fc.build(source, quant=config, kv_dtype="float32", output=out, **sizes)
+    exact = Oracle(source, replace(config, act="float")).logits(TOKENS)
+    with fc.load(out) as model:
+        error = relative_error(model.logits(TOKENS), exact)
+    assert error <= (INT8_BOUND if act == "int8" else INT16_BOUND)
 
 
 def test_stages_per_layer_and_dense_head_match_pytorch(tmp_path: Path) -> None:
