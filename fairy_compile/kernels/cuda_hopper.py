@@ -40,7 +40,6 @@ class CudaHopper(CudaPlanes):
         wide: least rows of x that warpgroup instructions serve.
         wide_tokens: rows of x of their block.
         wide_buffers: blocks of 32 complex columns of x in shared memory; fewer where it is short.
-        wide_columns: most rows of x of one matrix instruction.
         ahead: whether weights are looked up before multiplications begin, not after.
     """
 
@@ -55,7 +54,6 @@ class CudaHopper(CudaPlanes):
         "wide": (129, 65),
         "wide_tokens": (256, 128),
         "wide_buffers": (4, 3, 6),
-        "wide_columns": (256, 128),
         "ahead": (1, 0),
     }
 
@@ -98,7 +96,7 @@ class CudaHopper(CudaPlanes):
             "kTokens": tokens,
             "kBuffers": buffers,
             "kThreads": _ARRANGE_THREADS,
-            "kWidth": min(tokens, chosen["wide_columns"]),
+            "kWidth": tokens,
             "kAhead": chosen["ahead"],
             "kJoint": int(joint),
             "kSharedBytes": shared,
