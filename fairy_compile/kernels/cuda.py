@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.kernels.base import SCRATCH, Batch, choose_knobs
+from fairy_compile.kernels.cuda_block import MULTIPROCESSORS, decode_block
 from fairy_compile.kernels.cuda_grid import Add, Arrange, Launch
 from fairy_compile.kernels.cuda_image import digits, image_bytes, record_bytes, serves
 from fairy_compile.kernels.cuda_layout import TILE_ROWS, CudaLayout, planes
@@ -49,14 +50,12 @@ MIN_ARCH = 80  # integer mma of 32 bytes, cp.async
 _SHARED_BYTES = 48 * 1024  # static shared memory of a block, on every architecture
 _STATIC_BYTES = 47 * 1024  # of activations in it
 _DYNAMIC_BYTES = 96 * 1024  # of activations in dynamic shared memory, on every architecture
-_ASKED_PLANES = 8  # of weights of which a warp asks for two groups: more take too many registers
 _SUM_REGISTERS = 128  # of 255, for the integer sums of decode
 _QUANTIZE_THREADS = 128
 _ADD_THREADS = 128
 _MOST_SPLITS = 8
 _NORMED_BYTES = 32 * 1024  # of integers of a row that every block normalises
 _IMAGE_FROM = 64  # groups of 128 columns, of all rows, that a block would quantise
-MULTIPROCESSORS = 132  # of an H200
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ class CudaPlanes:
 
     Knobs:
         warps: of a block that decodes, at most: row tiles times warps that split columns.
-        row_tiles: row tiles of a block that decodes. ``auto``, as of warps: see `_block`.
+        row_tiles: row tiles of a block that decodes. ``auto``, as of warps: see `decode_block`.
         asked: groups of 128 columns on their way to a warp's registers, for a row or two of x.
-            ``auto``, as of warps: see `_block`.
+            ``auto``, as of warps: see `decode_block`.
         prefetch: groups of 128 columns on their way to the L2 cache, beyond the next.
         switch: least rows of x that prefill serves.
         tokens: rows of x of a prefill block; fewer where shared memory is short.
@@ -239,15 +238,14 @@ class CudaPlanes:
         image: bool | None,
         norm: Norm | None = None,
     ) -> Launch:
-        per_block, slices = self._block(spec, chosen, operands)
-        warps, rows = per_block * slices, slots * operands
+        block, rows = decode_block(self.layout, spec, chosen, operands), slots * operands
         if image is None:
             image = self.layout.groups(spec) * rows >= _IMAGE_FROM
         constants = {
-            "kWarps": warps,
-            "kTileWarps": per_block,
+            "kWarps": block.warps,
+            "kTileWarps": block.tiles,
             "kPasses": operands,  # over a group's codes: more sums than registers take
-            "kAsked": self._asked(spec, chosen, operands),
+            "kAsked": block.asked,
             "kPrefetch": chosen["prefetch"],
             "kSlots": slots,
             "kOperands": operands,
@@ -259,7 +257,7 @@ class CudaPlanes:
             "kSharedBytes": _DYNAMIC_BYTES if image else _STATIC_BYTES,
         }
         eps = norm.eps if norm else 0.0
-        launch = self._launch("decode", spec, constants, per_block, rows, warps, most, eps)
+        launch = self._launch("decode", spec, constants, block.tiles, rows, block.warps, most, eps)
         if not image:
             return launch
         groups = self.layout.groups(spec)
@@ -272,7 +270,7 @@ class CudaPlanes:
         return replace(
             launch,
             image_bytes=rows * image_bytes(spec.m, spec.act),
-            shared=self._shared_bytes(spec, slots, operands, warps),
+            shared=self._shared_bytes(spec, slots, operands, block.warps),
             arrange=arrange,
         )
 
@@ -283,35 +281,6 @@ class CudaPlanes:
         groups = self.layout.groups(spec)
         chunks = math.ceil(groups / (_DYNAMIC_BYTES // group_bytes))
         return max(math.ceil(groups / chunks) * group_bytes, warps * rows * 2 * 16 * 4)
-
-    def _block(self, spec: PhaseSpec, chosen: Mapping[str, Any], operands: int) -> tuple[int, int]:
-        """Return (row tiles, warps that split the columns of one) of a block that decodes.
-
-        Where nothing else is said, a multiprocessor has one block and all have the same number of
-        row tiles, or twice, ... as many. A block has as many warps, with as many groups asked for,
-        as keep memory busy within its registers: warps have few where weights have few planes. Of
-        what was tried on an H200 that was the fastest by the mean over layers of 7B, 13B and 70B
-        models; of eight planes it is 5 % behind the best for some layers.
-        """
-        tiles, groups = self.layout.tiles(spec), self.layout.groups(spec)
-        per_block, warps = chosen["row_tiles"], chosen["warps"]
-        if per_block == "auto":
-            most = 14 if operands == 1 else 7
-            share = math.ceil(tiles / MULTIPROCESSORS)
-            per_block = math.ceil(share / math.ceil(share / most))
-        if warps == "auto":
-            warps = 28 if operands == 1 and planes(spec) < _ASKED_PLANES else 16
-        per_block = min(per_block, warps)
-        turns = math.ceil(groups / (warps // per_block))
-        return per_block, math.ceil(groups / turns)  # fewer warps that take as many turns
-
-    @staticmethod
-    def _asked(spec: PhaseSpec, chosen: Mapping[str, Any], operands: int) -> int:
-        """Return the groups that a warp that decodes asks for: two where registers take them."""
-        if operands > 1:
-            return 1
-        auto = 2 if planes(spec) == _ASKED_PLANES else 1
-        return auto if chosen["asked"] == "auto" else chosen["asked"]
 
     def _prefills(self, spec: PhaseSpec, chosen: Mapping[str, Any]) -> list[Launch]:
         """Return prefill for few and for any number of rows."""

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.kernels.cuda import MULTIPROCESSORS, CudaPlanes
+from fairy_compile.kernels.cuda import CudaPlanes
+from fairy_compile.kernels.cuda_block import MULTIPROCESSORS
 from fairy_compile.kernels.cuda_grid import Arrange, Launch
 from fairy_compile.kernels.cuda_layout import BLOCK, TILE_ROWS, planes
 from fairy_compile.op import PhaseSpec

@@ -72,8 +72,8 @@ class CudaLayout:
     - ``codes`` uint8 (tiles, groups, P / 2, 32, 16). Padding rows and columns are code 0; they meet
       zero activations or rows that are not stored.
     - ``scales`` float32 (tiles, column tiles, pairs, 2, rows): column tiles is 2 groups for scale
-      ``tile64``, else 1; rows is 16 for scale ``row``, else 1; axis 3 is (re, im). Padding is 1, since
-      a scale that is not positive is taken for damage.
+      ``tile64``, else 1; rows is 16 for scale ``row``, else 1; axis 3 is (re, im). Padding is 1,
+      since a scale that is not positive is taken for damage.
     """
 
     name = "cuda.planes"

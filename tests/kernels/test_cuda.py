@@ -9,7 +9,9 @@ import pytest
 import tvm
 
 from fairy_compile.errors import FairyError
+from fairy_compile.kernels.base import choose_knobs
 from fairy_compile.kernels.cuda import CudaPlanes
+from fairy_compile.kernels.cuda_block import decode_block
 from fairy_compile.targets import load_target
 from tests.kernels.cases import BOTH, ONLY_W, make_spec
 
@@ -64,6 +66,28 @@ def test_few_rows_split_columns_over_more_warps():
     many = KERNEL.launches(replace(HALF, parts=(38016,), m=2048), "single", {})[0]
     assert few.threads == 16 * 32  # all 16 groups of columns at once
     assert many.threads == 9 * 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("tiles", "stages", "terms", "warps", "asked"),
+    [
+        (128, 2, BOTH, 16, 2),
+        (688, 2, BOTH, 12, 2),
+        (1792, 2, BOTH, 14, 2),
+        (9 * 132, 2, BOTH, 18, 1),  # nine warps that ask for two groups would be few
+        (688, 1, BOTH, 24, 1),
+        (1792, 1, BOTH, 28, 1),
+        (128, 3, BOTH, 16, 1),
+        (128, 4, ONLY_W, 16, 2),
+    ],
+)
+def test_warps_and_what_they_ask_for(tiles, stages, terms, warps, asked):
+    spec = replace(HALF, parts=(tiles * 16,), m=2048, stages=stages, terms=terms)
+    block = decode_block(KERNEL.layout, spec, choose_knobs(KERNEL, {}), 1)
+    assert (block.warps, block.asked) == (warps, asked)
+    for knob, value in (("warps", 4), ("asked", 3 - asked)):
+        other = decode_block(KERNEL.layout, spec, choose_knobs(KERNEL, {knob: value}), 1)
+        assert other.warps <= 4 if knob == "warps" else other.asked == value
 
 
 @pytest.mark.parametrize("batch", ["single", "many"])
