@@ -70,7 +70,10 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw speedups over cuBLAS against rows of x, a line for every call and T."""
+    """Draw speedups over cuBLAS against rows of x, a line for every call and T.
+
+    A circle without a line is a row that comes as integers.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,10 +86,19 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for call in dict.fromkeys(row["call"] for row in rows):
             own = [row for row in rows if row["call"] == call and not row.get("image")]
             speedups = [row["cublas"]["us"] / row["phase"]["us"] for row in own]
-            axis.plot([row["batch"] for row in own], speedups, marker="o", label=call)
+            (line,) = axis.plot([row["batch"] for row in own], speedups, marker="o", label=call)
+            given = [row for row in rows if row["call"] == call and row.get("image")]
+            axis.plot(
+                [row["batch"] for row in given],
+                [row["cublas"]["us"] / row["phase"]["us"] for row in given],
+                linestyle="none", marker="o", markerfacecolor="none", color=line.get_color(),
+            )  # fmt: skip
         axis.axhline(1, color="grey", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="rows of x", title=f"T = {count}")
         axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+        batches = sorted({row["batch"] for row in rows})
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("speed / cuBLAS float16")
     figure.axes[-1].legend(fontsize=8)
