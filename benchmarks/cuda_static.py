@@ -36,8 +36,8 @@ MEMORY = {
     "sm_90": ("H200", 4800e9, 132, 1.75e9),
     "sm_100": ("B200", 8000e9, 148, 1.85e9),
 }
-# Blocks whose warps loop over groups of columns, one a turn; by default a turn may be two groups, or
-# there is none where groups are few.
+# Blocks whose warps loop over groups of columns, one a turn; by default a turn may be two groups,
+# or there is none where groups are few.
 LOOPS = {"row_tiles": 4, "warps": 8, "asked": 1}
 _OPCODE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)(.*)$")
 
