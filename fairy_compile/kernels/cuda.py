@@ -92,7 +92,7 @@ class CudaPlanes:
     layout = CudaLayout()
     decode_from = None
     knobs: Mapping[str, Sequence[Any]] = {
-        "warps": ("auto", 4, 8, 12, 16, 20, 28),
+        "warps": ("auto", 4, 8, 16, 28),
         "row_tiles": ("auto", 1, 2, 4, 7, 14),
         "asked": ("auto", 1, 2),
         "prefetch": (0, 4),
