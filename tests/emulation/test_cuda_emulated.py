@@ -62,7 +62,9 @@ def tolerance(
     Decode: integer sums are exact. Their conversion to float32, and the product with a scale, round
     once for every stage, term and flush; then come N = 2 flushes sums of two roundings each, and
     those of warps and halves: at most (2 T + 2 flushes + 10) eps S with eps = 2^-24. The
-    reference's weights and scales are rounded T times too.
+    reference's weights and scales are rounded T times too. Of one row, u and v are summed apart
+    and reach 3.25 S together, so that the worst case is as many times that; roundings of random
+    sums stay within the bound for S, which is asked for.
 
     Prefill: entries of the real matrix are rounded to float16 once for every stage, and once for
     every addition of stages, x once where it is not float16, each by ``unit`` = 2^-11 of S.
