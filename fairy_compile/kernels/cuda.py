@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 DECODE = "fairy.decode"
 """Attribute of functions for one row of x, which `compiler.quantize_once` may replace by those that
-take an image of it: what `kernel_of` reads."""
+take an image of it or normalise it: what `kernel_of` reads."""
 
 MIN_ARCH = 80  # integer mma of 32 bytes, cp.async
 
@@ -54,7 +54,7 @@ _SUM_REGISTERS = 128  # of 255, for the integer sums of decode
 _QUANTIZE_THREADS = 128
 _ADD_THREADS = 128
 _MOST_SPLITS = 8
-_NORMED_BYTES = 32 * 1024  # of integers of a row that every block normalises
+_NORMED_BYTES = 32 * 1024  # most of a row's integers where every block normalises it
 _IMAGE_FROM = 64  # groups of 128 columns, of all rows, that a block would quantise
 
 
@@ -175,9 +175,9 @@ class CudaPlanes:
         return emit(spec, self.layout, [replace(launch, arrange=None)], "single")
 
     def normalises(self, spec: PhaseSpec) -> bool:
-        """Tell whether a layer may normalise its row: all of it is to fit shared memory at once."""
+        """Tell whether a layer may normalise its row, which blocks hold at once."""
         row_bytes = self.layout.groups(spec) * record_bytes(spec.act)
-        return serves(spec.in_features) and row_bytes <= min(_STATIC_BYTES, _NORMED_BYTES)
+        return serves(spec.in_features) and row_bytes <= _NORMED_BYTES
 
     def build_normed(self, spec: PhaseSpec, knobs: Mapping[str, Any], norm: Norm) -> PrimFunc:
         """Return a function (x, weight, codes, scales, y) for one row that is normalised first.
