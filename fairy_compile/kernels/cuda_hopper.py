@@ -97,7 +97,6 @@ class CudaHopper(CudaPlanes):
             "kTokens": tokens,
             "kBuffers": buffers,
             "kThreads": _ARRANGE_THREADS,
-            "kWidth": tokens,
             "kAhead": chosen["ahead"],
             "kJoint": int(joint),
             "kSharedBytes": shared,

@@ -120,11 +120,11 @@ float number_at(const void* at) {
   return number;
 }
 
-template <class T, int kColumnCores, int kCores>
+template <class T, int kCores>
 void multiply_group(float (&sums)[kCores][4], const Word (&a)[4], Word b) {
   const char* at = emulated::shared_bytes + b * 16;
   open_multiplications[emulated::current].push_back(
-      {number_at<T>, sums, a, at, kColumnCores * 128, kCores});
+      {number_at<T>, sums, a, at, kCores * 128, kCores});
 }
 
 inline void commit_multiplications() {

@@ -85,8 +85,6 @@ struct Hopper : private HopperTables<Call> {
 
   using Base::kFragments, Base::kGroups, Base::kTileScales, Base::kWarps;
   static constexpr int kTokens = Call::kTokens;
-  static constexpr int kWidth = Call::kWidth;      // rows of x of a multiplication
-  static constexpr int kParts = kTokens / kWidth;  // multiplications of a step
   static constexpr int kBuffers = Call::kBuffers;
   static constexpr int kBehind = 2;  // blocks until a buffer is filled again: for others to finish
   static constexpr int kThreads = 32 * kWarps;  // two warpgroups
@@ -116,7 +114,7 @@ struct Hopper : private HopperTables<Call> {
   };
   static_assert(kStart + sizeof(Shared) <= Call::kSharedBytes && kBelow <= kBuffers);
   typedef Word Operands[4][4];  // step, register; steps 0 and 1 are of Re x
-  typedef float Sums[kParts][kWidth / 8][4];
+  typedef float Sums[kTokens / 8][4];
 
   static __device__ void run(const uint4* image, const unsigned char* codes, const float* scales,
                              const float* bias, void* y, int batch, unsigned char* bytes) {
@@ -151,8 +149,7 @@ struct Hopper : private HopperTables<Call> {
     Base::fill(shared.tables(), scales, tile, column_tile, warp, lane);
     __syncthreads();
     Sums sums;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) clear_sums(sums[part]);
+    clear_sums(sums);
     multiply_all(sums, shared, image, fragments, own_codes, scales, tile, blocks, warp, lane);
     store_all(shared, sums, bias, Share::outputs(y, batch), batch, first_tile, warp, lane);
   }
@@ -220,10 +217,7 @@ struct Hopper : private HopperTables<Call> {
           // Entries are on their way while multiplications begin.
           if (Call::kAhead) Base::look_up(entries, tables, fragments, next, i, lane);
           begin_multiplications();
-#pragma unroll
-          for (int part = 0; part < kParts; ++part)
-            multiply_group<Operand, kTokens / 8>(sums[part], operands[b % 2][step],
-                                                 at + 2 * step * Image::kLine + part * kWidth);
+          multiply_group<Operand>(sums, operands[b % 2][step], at + 2 * step * Image::kLine);
           commit_multiplications();
           // The operands that are written now were those of three steps ago and before.
           wait_multiplications<3>();
@@ -267,8 +261,7 @@ struct Hopper : private HopperTables<Call> {
       __syncthreads();  // everybody is done with what outputs are written over
 #pragma unroll
       for (int token = 0; token < kStaged; token += 16)
-        stage(&shared.y[token][column], sums, (turn * kStaged + token) / kWidth,
-              (turn * kStaged + token) % kWidth / 8, lane);
+        stage(&shared.y[token][column], sums, (turn * kStaged + token) / 8, lane);
       __syncthreads();
       const int first = blockIdx.y * kTokens + turn * kStaged;
       store_staged(shared, y + (size_t)first * Call::kFeatures, batch - first, first_tile);
@@ -287,18 +280,17 @@ struct Hopper : private HopperTables<Call> {
     for (int core = 0; core < kTokens / 8; ++core)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        sums[core / (kWidth / 8)][core % (kWidth / 8)][i] += more[i / 2];
+        sums[core][i] += more[i / 2];
   }
 
   // Writes a warp's sums of 16 rows of x, which two cores hold, to where `to` begins. Lanes write
   // to different banks.
-  static __device__ __forceinline__ void stage(Out* to, const Sums& sums, int part, int core,
-                                               int lane) {
+  static __device__ __forceinline__ void stage(Out* to, const Sums& sums, int core, int lane) {
     if constexpr (sizeof(Out) == 2) {
       Word pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&own)[4] = sums[part][core + i / 2];
+        const float(&own)[4] = sums[core + i / 2];
         pairs[i] = pack_pair<Out>(own[i % 2 * 2], own[i % 2 * 2 + 1]);
       }
       store_transposed(to + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8, pairs);
@@ -306,7 +298,7 @@ struct Hopper : private HopperTables<Call> {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         to[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kPitch + lane / 4 + i % 4 / 2 * 8] =
-            sums[part][core + i / 4][i % 4];
+            sums[core + i / 4][i % 4];
     }
   }
 

@@ -4,8 +4,8 @@
 // Warpgroup matrix instructions (PTX ISA, "wgmma.mma_async"): four warps multiply A (64 x 16
 // halves, or bfloat16) by B (16 x 128 or 256). A comes from registers, rows 16 w .. 16 w + 15 from
 // warp w as for mma.m16n8k16; sums are those of mma.m16n8k16 side by side. B lies in shared memory
-// in core matrices, 8 columns of 16 bytes (8 of the 16 rows) in a row: `kColumnCores` neighbours in
-// a line for columns, lines for rows.
+// in core matrices, 8 columns of 16 bytes (8 of the 16 rows) in a row: `kCores` neighbours in a
+// line for columns, lines for rows.
 #ifndef FAIRY_HOPPER_PRIMITIVES
 #define FAIRY_HOPPER_PRIMITIVES
 
@@ -135,10 +135,10 @@ constexpr bool kIsHalf<__half> = true;
 
 // sums += a b for 8 kCores columns of B, numbers of type T. Neither `sums` nor `a` may be touched
 // before the wait.
-template <class T, int kColumnCores, int kCores>
+template <class T, int kCores>
 __device__ __forceinline__ void multiply_group(float (&d)[kCores][4], const Word (&a)[4], Word b) {
   static_assert(kCores == 16 || kCores == 32);
-  constexpr Word line = kColumnCores * 128 >> 4, core = 128 >> 4;
+  constexpr Word line = kCores * 128 >> 4, core = 128 >> 4;
   if constexpr (kCores == 16 && kIsHalf<T>)
     FAIRY_MULTIPLY_128("f16");
   else if constexpr (kCores == 16)
