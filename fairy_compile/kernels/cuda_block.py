@@ -18,7 +18,7 @@ from fairy_compile.op import PhaseSpec
 MULTIPROCESSORS = 132  # of an H200
 
 _MOST_TILES = 14  # of a block for one row or two
-_FEW_WARPS = 12
+_WARPS, _FEW_WARPS = 16, 12
 _ASKED_PLANES = 8  # of weights of which a warp asks for two groups: more take too many registers
 
 
@@ -59,10 +59,11 @@ def decode_block(
         share = math.ceil(layout.tiles(spec) / MULTIPROCESSORS)
         tiles = math.ceil(share / math.ceil(share / (_MOST_TILES if operands == 1 else 7)))
     two = operands == 1 and planes(spec) == _ASKED_PLANES and asked != 1
-    if two and warps == "auto" and 16 // tiles == 1 and tiles < _FEW_WARPS:
-        two, warps = asked == 2, 2 * tiles
+    if two and warps == "auto" and _WARPS // tiles == 1 and tiles < _FEW_WARPS:
+        warps = 2 * tiles
     if warps == "auto":
-        warps = 28 if operands == 1 and planes(spec) < _ASKED_PLANES else 16
+        warps = 28 if operands == 1 and planes(spec) < _ASKED_PLANES else _WARPS
+    two = two and (asked == 2 or warps <= _WARPS)  # of two, more would not fit registers
     if asked == "auto":
         asked = 2 if two else 1
     tiles = min(tiles, warps)

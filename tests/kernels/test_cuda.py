@@ -88,6 +88,8 @@ def test_warps_and_what_they_ask_for(tiles, stages, terms, warps, asked):
     for knob, value in (("warps", 4), ("asked", 3 - asked)):
         other = decode_block(KERNEL.layout, spec, choose_knobs(KERNEL, {knob: value}), 1)
         assert other.warps <= 4 if knob == "warps" else other.asked == value
+    more = decode_block(KERNEL.layout, spec, choose_knobs(KERNEL, {"warps": 28}), 1)
+    assert more.asked == 1  # registers take two groups of 16 warps at most
 
 
 @pytest.mark.parametrize("batch", ["single", "many"])
