@@ -43,9 +43,7 @@ def emit(
             x = T.arg("image", T.buffer((rows, row_bytes), "uint8"))
         else:
             x = T.arg("x", T.buffer((rows, spec.in_features), spec.dtype))
-        arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
-        if spec.bias:
-            arrays.append(T.arg("bias", T.buffer((spec.out_features,), "float32")))
+        arrays = _weights(spec, layout)
         y = T.arg("y", T.buffer((rows, spec.out_features), spec.out_dtype))
         memory = T.arg("scratch", T.buffer((T.int64(),), "uint8")) if scratch else None
         launch_first(launches, rows, [buffer.data for buffer in (x, *arrays, y)], memory)
@@ -60,9 +58,7 @@ def emit_normed(spec: PhaseSpec, layout: CudaLayout, launch: Launch, *, add: boo
         x = T.arg("x", T.buffer((1, spec.in_features), spec.dtype))
         other = T.arg("other", T.buffer((1, spec.in_features), spec.dtype)) if add else x
         weight = T.arg("weight", T.buffer((spec.in_features,), "float32"))
-        arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
-        if spec.bias:
-            arrays.append(T.arg("bias", T.buffer((spec.out_features,), "float32")))
+        arrays = _weights(spec, layout)
         total = T.arg("sum", T.buffer((1, spec.in_features), spec.dtype)) if add else x
         y = T.arg("y", T.buffer((1, spec.out_features), spec.out_dtype))
         pointers = [buffer.data for buffer in (x, other, weight, *arrays, total, y)]
@@ -70,6 +66,14 @@ def emit_normed(spec: PhaseSpec, layout: CudaLayout, launch: Launch, *, add: boo
             T.evaluate(cuda_func_call(launch.function, *pointers, 1, source_code=launch.source))
         T.func_name(f"phase_gemm_{launch.function}_single")
     return ir.get()
+
+
+def _weights(spec: PhaseSpec, layout: CudaLayout) -> list[Any]:
+    """Declare the arguments between x and y."""
+    arrays = [T.arg(n, T.buffer(a.shape, a.dtype)) for n, a in layout.arrays(spec).items()]
+    if spec.bias:
+        arrays.append(T.arg("bias", T.buffer((spec.out_features,), "float32")))
+    return arrays
 
 
 def launch_first(

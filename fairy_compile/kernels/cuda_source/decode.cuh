@@ -47,8 +47,7 @@ struct Decode : private OperandX<Call> {
   static constexpr int kHalves = kOneHalf ? 1 : 2;
   static constexpr int kSlices = Call::kWarps / Call::kTileWarps;  // warps that share a row tile
   // Groups of codes on their way to a warp, whose places in registers take turns.
-  static constexpr int kAsked =
-      kChunk < kGroups || kGroups <= kSlices ? 1 : Call::kAsked;
+  static constexpr int kAsked = kChunk < kGroups || kGroups <= kSlices ? 1 : Call::kAsked;
   static constexpr int kLines = kFragments * 4;  // of 128 bytes, of a group
 
   struct Shared : Squares<Call::kNorm ? Call::kWarps : 0> {
@@ -200,9 +199,10 @@ struct Decode : private OperandX<Call> {
         uint2 operand[kOperands][2];  // for unsigned and for signed bytes
 #pragma unroll
         for (int n = 0; n < kOperands; ++n) {
-          const uint2 own = ((const uint2*)chunk.values[group * 4 + block][n])[Base::operand_at(lane, block)];
-          operand[n][0] = kOneSign && lane >= 16 ? uint2{} : own;
-          operand[n][1] = kOneSign && lane < 16 ? uint2{} : own;
+          const uint2* columns = (const uint2*)chunk.values[group * 4 + block][n];
+          const uint2 digits = columns[Base::operand_at(lane, block)];
+          operand[n][0] = kOneSign && lane >= 16 ? uint2{} : digits;
+          operand[n][1] = kOneSign && lane < 16 ? uint2{} : digits;
         }
 #pragma unroll
         for (int pair = 0; pair < kPassPairs; ++pair) {

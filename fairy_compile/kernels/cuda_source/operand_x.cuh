@@ -1,6 +1,6 @@
-// Activations as operand B of decode.cuh, in shared memory: quantised here, or copied from what another
-// kernel quantised (`kImage`), or normalised first (`kNorm`), as norm.cuh does. Every block normalises
-// all of the row: that takes less time than waiting for another kernel, where rows are short.
+// Activations as operand B of decode.cuh, in shared memory: quantised here, or copied from what
+// another kernel quantised (`kImage`), or normalised first (`kNorm`), as norm.cuh does. Every block
+// normalises all of the row: where rows are short, that takes less time than another kernel.
 #ifndef FAIRY_OPERAND_X
 #define FAIRY_OPERAND_X
 
@@ -72,7 +72,7 @@ struct OperandX {
 
   // What is read before the kernel that computes x is over.
   struct Early {
-    float weight[kOwn * 2 + 1][4];  // group and half
+    float weight[kOwn > 0 ? kOwn * 2 : 1][4];  // group and half
   };
 
   static __device__ __forceinline__ void read_early(Early& early, const Given& x, int warp,
