@@ -64,9 +64,9 @@ def timed_calls(engine: Any, sequence: int) -> dict[str, float]:
     library = engine.library
     machine = tvm.runtime.vm.VirtualMachine(library._executable, library.device)
     machine.set_instrument(on_call)
-    x = engine._embed(np.array([1], np.int32), batch=1)
     with engine.cache.forward([sequence], [1]):
-        machine["decode"](x, engine.cache.handle, engine.params)
+        name, arguments = engine.steps.decode(np.array([1], np.int32))
+        machine[name](*arguments)
     return seconds
 
 

@@ -1,8 +1,8 @@
 """The launches of one decode step of a 7B-shaped model on CUDA, and the bytes each moves.
 
 Read from the module that is compiled, not measured: `python benchmarks/gpu_launches.py`. A launch's
-bytes are those of its arrays. Attention is three launches of the KV cache: rotary embedding, the
-append to the cache, and attention over it.
+bytes are those of its arrays, of the cache those it reads. Attention takes another launch for the
+parts of contexts of more than 256 tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import tvm
 from tvm import relax
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_model_build import ENTRY_POINTS, define_model
+from gpu_model_build import define_model, entry_points
 from gpu_variants import CONTEXT, SHAPES, VARIANTS
 
+from fairy_compile.artifact.contract import DECODE_PAGES
 from fairy_compile.compiler import pipeline
 from fairy_compile.targets import load_target
 
-ATTENTION = "attention_kv_cache_attention_with_fused_qkv"
+_ONE_PART = 256  # tokens
 
 
 @dataclass
@@ -50,7 +51,7 @@ def fused_module(variant: str, shape: str, fuse_norms: bool) -> tvm.IRModule:
     """Return the module of a variant after operators have been fused."""
     target = load_target("cuda")
     module = define_model(VARIANTS[variant], SHAPES[shape], target)[0]
-    phases = pipeline.phases(ENTRY_POINTS, target)
+    phases = pipeline.phases(entry_points(VARIANTS[variant]), target)
     if not fuse_norms:
         first = phases[0]
         phases[0] = replace(
@@ -67,7 +68,7 @@ def _name(one_pass: Any) -> str:
 
 
 def launches(module: tvm.IRModule, context: int, kv_width: int) -> Launches:
-    """Return what ``decode`` launches.
+    """Return what ``decode_pages`` launches.
 
     Args:
         module: after fusion.
@@ -75,25 +76,29 @@ def launches(module: tvm.IRModule, context: int, kv_width: int) -> Launches:
         kv_width: numbers of one layer's keys and values of a token, float16.
     """
     found = Launches()
-    for block in module["decode"].body.blocks:
+    for block in module[DECODE_PAGES].body.blocks:
         for binding in block.bindings:
             call = binding.value
-            name = getattr(getattr(call, "op", None), "name", "")
-            if name == "relax.call_tir":
-                own = [_nbytes(x.ty) for x in call.args[1].fields] + [_nbytes(binding.var.ty)]
-                found.add(_plain(call.args[0].name_hint), sum(own))
-            elif name == "relax.call_dps_packed":
-                qkv = _nbytes(call.args[1].fields[-1].ty)
-                found.add("kv_cache: rotary embedding, append", 2 * qkv + 4 * kv_width, 2)
-                found.add("kv_cache: attention", 2 * kv_width * context)
+            if getattr(getattr(call, "op", None), "name", "") != "relax.call_tir":
+                continue
+            name, arguments = _plain(call.args[0].name_hint), call.args[1].fields
+            if name == "attention_pages":
+                found.add(name, 2 * kv_width * context, 1 if context <= _ONE_PART else 2)
+                continue
+            own = [_nbytes(binding.var.ty)]
+            # Of the embedding one row is read; of pages, whose number is a symbol, none.
+            own += own if name == "embed_tokens" else [_nbytes(x.ty) for x in arguments]
+            found.add(name, sum(own) + (2 * kv_width if name == "rotate_append" else 0))
     return found
 
 
 def _nbytes(ty: Any) -> int:
     if isinstance(ty, relax.TupleType):
         return sum(_nbytes(part) for part in ty.fields)
-    shape = [int(d) for d in ty.shape]
-    return int(np.prod(shape)) * np.dtype(str(ty.dtype)).itemsize
+    shape = list(ty.shape)
+    if not all(hasattr(d, "value") for d in shape):
+        return 0
+    return int(np.prod([int(d) for d in shape])) * np.dtype(str(ty.dtype)).itemsize
 
 
 def _plain(name: str) -> str:
@@ -103,10 +108,13 @@ def _plain(name: str) -> str:
     return name.split("_t")[0] if name.startswith("phase_gemm") else "_".join(name.split("_")[:7])
 
 
+_WITH_PAGES = [name for name, variant in VARIANTS.items() if variant.pages]
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", choices=list(VARIANTS), default="w2-int16")
+    parser.add_argument("--variant", choices=_WITH_PAGES, default="w2-int16")
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--keep-sums", action="store_true", help="sums and norms apart")

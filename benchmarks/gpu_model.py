@@ -9,7 +9,8 @@ Two steps, so that the GPU machine needs no compiler and no weights are carried:
 fills their parameters with random numbers on the device. For each it first compares a prefill with
 the same tokens fed one by one, which takes other kernels; one whose results disagree is not timed.
 Then it times decode as an engine does it (logits come to the host, which picks the next token),
-decode steps that are only queued (their time is that of the slower of GPU and CPU), and prefill.
+decode steps that are only queued (their time is that of the slower of GPU and CPU; with the
+runtime's cache each waits for the one before), and prefill.
 """
 
 from __future__ import annotations
@@ -52,51 +53,60 @@ class Runner:
     def __init__(self, folder: Path, device: Any) -> None:
         import tvm
 
-        from fairy_compile.runtime.kv_cache import PAGE_SIZE, KVCache
+        from fairy_compile.runtime.kv_cache import KVCache
         from fairy_compile.runtime.library import LibraryFile
+        from fairy_compile.runtime.pinned import Downloads
+        from fairy_compile.runtime.steps import CacheSteps, PageSteps
 
-        self.device, self.tvm = device, tvm
+        self.device = device
         self.text = json.loads((folder / "model.json").read_text("utf-8"))
         self.variant = Variant(**self.text["variant"])
         library = LibraryFile(folder / "model.so", device)
-        names = ("embed", "prefill", "decode", "batch_decode", "create_tir_paged_kv_cache")
-        self.call = {name: library.find(name) for name in names}
         entries = library.metadata["params"]
         random = _torch_values if _torch() else _numpy_values
         values = [random(e, *self.text["fills"][e["name"]], device) for e in entries]
-        self.params = tvm.runtime.convert(values)
         self.weight_bytes = sum(
             int(np.prod(e["shape"])) * np.dtype(e["dtype"]).itemsize
             for e in entries
             if "embed" not in e["name"]
         )
-        sizes = (MAX_BATCH, 2 * CONTEXT, CHUNK, PAGE_SIZE, 0)
-        handle = self.call["create_tir_paged_kv_cache"](
-            *(tvm.runtime.ShapeTuple([size]) for size in sizes)
+        functions = Functions(library)
+        kind = PageSteps if self.variant.pages else CacheSteps
+        self.call, self.to_host = functions.call, Downloads(device).get
+        self.steps = kind(functions, tvm.runtime.convert(values), (MAX_BATCH, 2 * CONTEXT, CHUNK))
+        self.cache = KVCache(
+            self.steps.pages, context=CONTEXT, capacity=2 * CONTEXT, max_sequences=MAX_BATCH
         )
-        self.cache = KVCache(handle, context=CONTEXT, capacity=2 * CONTEXT, max_sequences=MAX_BATCH)
 
-    def on_device(self, tokens: Any) -> Any:
-        """Return token ids on the device. The copy waits for all that was launched before."""
-        return self.tvm.runtime.tensor(np.asarray(tokens, np.int32), self.device)
-
-    def _embed(self, tokens: Any, batch: int) -> Any:
-        ids = self.on_device(tokens) if isinstance(tokens, np.ndarray) else tokens
-        x = self.call["embed"](ids, self.params)
-        return x._create_view((batch, int(ids.shape[0]) // batch, int(x.shape[-1])))
-
-    def prefill(self, sequence: int, tokens: Any) -> Any:
+    def prefill(self, sequence: int, tokens: np.ndarray) -> Any:
         """Return the logits after ``tokens``, on the device."""
-        x = self._embed(tokens, 1)
         with self.cache.forward([sequence], [len(tokens)]):
-            return self.call["prefill"](x, self.cache.handle, self.params)[0]
+            name, arguments = self.steps.prefill(tokens.astype(np.int32), None)
+            return self.call(name, *arguments)[0]
 
-    def decode(self, sequences: list[int], tokens: Any) -> Any:
+    def decode(self, sequences: list[int], tokens: np.ndarray) -> Any:
         """Return the logits of one step, on the device."""
-        x = self._embed(tokens, len(sequences))
-        name = "decode" if len(sequences) == 1 else "batch_decode"
         with self.cache.forward(sequences, [1] * len(sequences)):
-            return self.call[name](x, self.cache.handle, self.params)[0]
+            name, arguments = self.steps.decode(tokens.astype(np.int32))
+            return self.call(name, *arguments)[0]
+
+
+class Functions:
+    """What steps need of a library, of which this benchmark's has a part."""
+
+    def __init__(self, library: Any) -> None:
+        self._library, self._found = library, {}
+        self.device, self.to_device = library.device, library.to_device
+
+    def has(self, name: str) -> bool:
+        """Tell whether the library has a function that may be missing: it has none of them."""
+        return False
+
+    def call(self, name: str, *arguments: Any, tokens: int = 0) -> Any:
+        """Call a function."""
+        if name not in self._found:
+            self._found[name] = self._library.find(name)
+        return self._found[name](*arguments)
 
 
 def _torch() -> Any:
@@ -149,14 +159,15 @@ def check(runner: Runner, count: int = 24) -> float:
     vocab = runner.text["vocab"]
     tokens = np.random.default_rng(1).integers(0, vocab, count)
     whole, single = runner.cache.add(), runner.cache.add()
-    want = runner.prefill(whole, tokens).numpy().astype(np.float64)
+    want = runner.to_host(runner.prefill(whole, tokens)).astype(np.float64)
     for token in tokens:
         logits = runner.decode([single], np.array([token]))
-    results = [logits.numpy().reshape(vocab)]
+    results = [runner.to_host(logits).reshape(vocab)]
     pair = [runner.cache.add(), runner.cache.add()]
     for sequence in pair:
         runner.prefill(sequence, tokens[:-1])
-    results += list(runner.decode(pair, tokens[-1:].repeat(2)).numpy().reshape(2, vocab))
+    logits = runner.to_host(runner.decode(pair, tokens[-1:].repeat(2)))
+    results += list(logits.reshape(2, vocab))
     for sequence in (whole, single, *pair):
         runner.cache.remove(sequence)
     want = want.reshape(vocab)
@@ -215,7 +226,7 @@ def measure_decode(
     def generate() -> None:
         nonlocal tokens
         for _ in range(steps):
-            logits = runner.decode(ids, tokens).numpy().reshape(batch, -1)
+            logits = runner.to_host(runner.decode(ids, tokens)).reshape(batch, -1)
             tokens = logits.argmax(axis=1).astype(np.int32)
         forget()
 
@@ -223,17 +234,15 @@ def measure_decode(
         for sequence in ids:
             runner.cache.popn(sequence, steps)
 
-    same = runner.on_device(tokens)
-
     def queue() -> None:
         start = time.perf_counter()
         for _ in range(steps):
-            runner.decode(ids, same)
+            runner.decode(ids, tokens)
         forget()
         queue_seconds.append(time.perf_counter() - start)
 
     generated, queued = timed(runner, generate, 3), timed(runner, queue, 3)
-    kernels = profile(lambda: runner.decode(ids, same)) if profiled else None
+    kernels = profile(lambda: runner.decode(ids, tokens)) if profiled else None
     for sequence in ids:
         runner.cache.remove(sequence)
     step = float(np.median(queued)) / steps

@@ -10,6 +10,7 @@ from typing import Any
 from gpu_peers import DENSE, FOUR_BIT
 from gpu_variants import CHUNK, CONTEXT, MAX_BATCH, Variant
 
+from fairy_compile.artifact.contract import PAGE_FUNCTIONS
 from fairy_compile.compiler.library import Sizes, define
 from fairy_compile.compiler.pipeline import compile_module
 from fairy_compile.kernels import FAMILIES
@@ -17,8 +18,13 @@ from fairy_compile.models import parse_config
 from fairy_compile.models.linear import LinearCall
 from fairy_compile.op import PhaseSpec
 
-ENTRY_POINTS = ["_metadata", "embed", "prefill", "decode", "batch_decode"]
-ENTRY_POINTS += ["create_tir_paged_kv_cache", "alloc_embedding_tensor"]
+
+def entry_points(variant: Variant) -> list[str]:
+    """Return the functions `gpu_model` calls."""
+    if variant.pages:
+        return ["_metadata", *PAGE_FUNCTIONS]
+    names = ["_metadata", "embed", "prefill", "batch_prefill", "decode", "batch_decode"]
+    return [*names, "create_tir_paged_kv_cache"]
 
 
 class ShapePlanner:
@@ -59,7 +65,7 @@ def define_model(variant: Variant, shape: dict[str, int], target: Any) -> tuple[
     config = parse_config({"model_type": "llama", "rms_norm_eps": 1e-5, **shape})
     config = replace(config, kv_dtype="float16", act_dtype="float16", context=CONTEXT)
     planner = ShapePlanner(variant, target)
-    sizes = Sizes(CONTEXT, CHUNK, MAX_BATCH)
+    sizes = Sizes(CONTEXT, CHUNK, MAX_BATCH, pages=variant.pages)
     module, params, _ = define(config, planner, target, sizes, variant.weights)
     return module, params
 
@@ -68,7 +74,7 @@ def build_one(folder: Path, variant: Variant, shape: dict[str, int], target: Any
     """Compile one library."""
     module, params = define_model(variant, shape, target)
     graphs = MAX_BATCH if variant.graphs else None
-    executable = compile_module(module, target, ENTRY_POINTS, cuda_graphs=graphs)
+    executable = compile_module(module, target, entry_points(variant), cuda_graphs=graphs)
     folder.mkdir(parents=True, exist_ok=True)
     executable.export_library(str(folder / "model.so"))
     fills = {p.name: _fill(p, variant) for p in params}

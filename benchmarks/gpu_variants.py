@@ -32,6 +32,7 @@ class Variant:
         stages: T of phase weights.
         act: their activation contract.
         graphs: decode steps are CUDA graphs.
+        pages: each is one graph, over pages that are arguments; else the runtime's cache cuts it.
         error: most relative difference of logits by prefill and by decode.
     """
 
@@ -39,6 +40,7 @@ class Variant:
     stages: int = 0
     act: str = "float"
     graphs: bool = True
+    pages: bool = True
     error: float = 3e-2
 
 
@@ -49,6 +51,8 @@ _INT8_ERROR = 0.026 * 129**0.5
 VARIANTS = {
     "w2-int16": Variant("phase", 2, "int16"),
     "four-bit": Variant("four_bit"),
+    "w2-int16-cache": Variant("phase", 2, "int16", pages=False),
+    "four-bit-cache": Variant("four_bit", pages=False),
     "w2-int16-nographs": Variant("phase", 2, "int16", graphs=False),
     "four-bit-nographs": Variant("four_bit", graphs=False),
     "w1-int16": Variant("phase", 1, "int16"),

@@ -55,8 +55,29 @@ GPU_SAMPLER_FUNCTIONS = {
 EXACT_DECODE = "batch_decode_exact"
 """Our own, which no MLC engine calls: ``batch_decode`` with the results of ``decode``."""
 
+ALLOC_PAGES = "alloc_pages"
+PREFILL_PAGES, DECODE_PAGES, BATCH_DECODE_PAGES = (
+    "batch_prefill_pages",
+    "decode_pages",
+    "batch_decode_pages",
+)
+PAGE_FUNCTIONS = (ALLOC_PAGES, PREFILL_PAGES, DECODE_PAGES, BATCH_DECODE_PAGES)
+"""Our own, too: functions whose KV cache is an argument, see `models.page_tables`."""
+
+# Tokens, positions, places, table of pages (its borders, its pages), keys in last pages, offsets.
+_TABLES = "({n}) int32, ({n}) int32, ({n}) int32, ({e}) int32, (t) int32, ({b}) int32, ({b}) int32"
+
 OPTIONAL_FUNCTIONS = {
     EXACT_DECODE: CHAT_FUNCTIONS["batch_decode"],
+    # Further rows that get logits, and borders of sequences among the rows.
+    PREFILL_PAGES: (
+        f"{_TABLES.format(n='n', e='e', b='b')}, (r) int32, (e) int32, params, params "
+        "-> [(1, r, v) float32]"
+    ),
+    DECODE_PAGES: f"{_TABLES.format(n=1, e=2, b=1)}, params, params -> [(1, 1, v) float32]",
+    BATCH_DECODE_PAGES: (
+        f"{_TABLES.format(n='b', e='e', b='b')}, params, params -> [(b, 1, v) float32]"
+    ),
     "batch_verify": "(1, n, h) act, object, params -> [(1, n, v) float32, object]",
     "extend": CHAT_FUNCTIONS["prefill"],
     "batch_extend": CHAT_FUNCTIONS["batch_prefill"],

@@ -92,13 +92,11 @@ def time_kernels(engine: Engine, sequence: int, token: int) -> tuple[KernelTime,
     machine = VirtualMachine(library, engine.device)
     steps = []
     for _ in range(STEPS + 1):
-        ids = engine.to_device(np.asarray([token], np.int32))
-        x = engine.library.call("embed", ids, engine.params)
-        x = x._create_view((1, 1, int(x.shape[-1])))
         timer = _Timer(engine.device)
         machine.set_instrument(timer)
         with engine.cache.forward([sequence], [1]):
-            machine["decode"](x, engine.cache.handle, engine.params)
+            name, arguments = engine.steps.decode(np.asarray([token], np.int32))
+            machine[name](*arguments)
         engine.popn(sequence, 1)
         steps.append(timer)
     return _median(steps[1:])  # the first one warms up

@@ -38,7 +38,7 @@ from fairy_compile.frontends.graph import Graph
 from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
-from fairy_compile.models import DecoderConfig, parse_config
+from fairy_compile.models import DecoderConfig, page_tables, parse_config
 from fairy_compile.models.config import at_context
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
@@ -178,7 +178,9 @@ def build(
         most = DEFAULT_MAX_BATCH if max_batch is None else max_batch
         sizes, notes = _sizes(decoder, context, prefill_chunk, most)
         decoder = at_context(decoder, sizes.context)
-        graph_rows = plan_graphs(compile_for, cuda_graphs, sizes.max_batch, notes)
+        whole = page_tables.serves(decoder.attention_shape)
+        graph_rows = plan_graphs(compile_for, cuda_graphs, sizes.max_batch, whole, notes)
+        sizes = replace(sizes, pages=whole and graph_rows is not None)
         if quant_note:
             notes.append(quant_note)
         notes += range_notes(decoder, compile_for)

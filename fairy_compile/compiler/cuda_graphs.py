@@ -8,6 +8,10 @@ kernels are launched one by one.
 
 A function with a symbolic number of rows is recorded once for every number it is called with. That
 takes memory of one size whatever the number is, so the largest is said beforehand.
+
+Functions whose cache is an argument (`models.page_tables`) have a single run but for the last
+kernel, which writes what they return: all their arguments stay where they are. They are recorded
+once for every number of rows and of pages in the tables, which callers take from few numbers.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from fairy_compile.artifact.contract import BATCH_DECODE_PAGES, DECODE_PAGES, EXACT_DECODE
 from fairy_compile.errors import FairyError
 from fairy_compile.targets import Target
 
-DECODE = ("batch_decode", "batch_decode_exact")
+DECODE = ("batch_decode", EXACT_DECODE)
 ROWS = "batch_size"
 """Name of the symbolic number of rows of the functions in `DECODE`."""
 
@@ -36,25 +41,30 @@ def bound_decode(most_rows: int) -> Any:
     def run(module: tvm.IRModule, _: Any) -> tvm.IRModule:
         bounded = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
         for var, func in module.functions_items():
-            if isinstance(func, relax.Function) and var.name_hint in DECODE:
-                bounded[var] = func.with_attrs(
-                    {
-                        "tir_var_upper_bound": {ROWS: most_rows},
-                        "relax.rewrite_cuda_graph.capture_symbolic_vars": [ROWS],
-                    }
-                )
+            if not isinstance(func, relax.Function):
+                continue
+            bound = {"tir_var_upper_bound": {ROWS: most_rows}}
+            if var.name_hint in DECODE:
+                capture = {"relax.rewrite_cuda_graph.capture_symbolic_vars": [ROWS]}
+                bounded[var] = func.with_attrs({**bound, **capture})
+            elif var.name_hint in (DECODE_PAGES, BATCH_DECODE_PAGES):
+                # Not one argument is an input that moves; sizes are captured as those of weights.
+                bounded[var] = func.with_attrs({**bound, "num_input": 0})
         return bounded
 
     return run
 
 
-def plan_graphs(target: Target, asked: bool | None, most_rows: int, notes: list[str]) -> int | None:
+def plan_graphs(
+    target: Target, asked: bool | None, most_rows: int, whole: bool, notes: list[str]
+) -> int | None:
     """Return the most rows of a decode step that becomes CUDA graphs, or None for no graphs.
 
     Args:
         target: whose file says ``cuda_graphs = true`` where they are the default.
         asked: what a build asks for; None leaves it to the target.
         most_rows: most sequences of the model.
+        whole: whether our runner, which can have the cache as an argument, has steps of one graph.
         notes: what a report says is added here.
 
     Raises:
@@ -68,7 +78,8 @@ def plan_graphs(target: Target, asked: bool | None, most_rows: int, notes: list[
     wanted = target.extra.get("cuda_graphs", False) if asked is None else asked
     if target.device != "cuda" or not wanted:
         return None
+    cut = "attention is between them" + (" in MLC's runtime, not in our runner" if whole else "")
     notes.append(
-        f"decode steps are CUDA graphs, one for each number of sequences up to {most_rows}"
+        f"decode steps are CUDA graphs, for each number of sequences up to {most_rows}; {cut}"
     )
     return most_rows

@@ -24,6 +24,7 @@ from fairy_compile.models.elementwise import RMSNorm
 from fairy_compile.models.gpu_sampler import add_gpu_sampler
 from fairy_compile.models.kv_cache import add_kv_cache
 from fairy_compile.models.linear import LinearCall, PlannedLinear
+from fairy_compile.models.page_tables import add_alloc_pages, page_specs
 from fairy_compile.targets import Target
 
 
@@ -41,11 +42,13 @@ class Sizes:
         context: longest sequence in tokens.
         prefill_chunk: most tokens of one prefill call.
         max_batch: most sequences at a time.
+        pages: whether it also has the functions of `models.page_tables`.
     """
 
     context: int
     prefill_chunk: int
     max_batch: int
+    pages: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,16 @@ def define(
         (module, parameters in order, metadata dictionary).
     """
     network = network_of(config)(config, planner, target)
-    module, named = network.export_tvm(spec=_entry_points(config, _needs_exact(planner, sizes)))
+    spec = _entry_points(config, _needs_exact(planner, sizes))
+    if sizes.pages:
+        spec.update(page_specs(config))
+    module, named = network.export_tvm(spec=spec)
     params = _describe(network, named)
     metadata = _metadata(config, sizes, params, quantization)
     bb = relax.BlockBuilder(module)
     add_kv_cache(bb, config, target)
+    if sizes.pages:
+        add_alloc_pages(bb, config)
     engine.add_embedding_buffer(bb, sizes.prefill_chunk, config.hidden_size, config.act_dtype)
     engine.add_metadata(bb, metadata)
     if GPU_SAMPLER_FUNCTIONS.keys() & REQUIRED_FUNCTIONS[target.device].keys():

@@ -28,7 +28,7 @@ from fairy_compile.artifact import (
     describe_files,
     signatures_of,
 )
-from fairy_compile.artifact.contract import EXACT_DECODE
+from fairy_compile.artifact.contract import EXACT_DECODE, PAGE_FUNCTIONS
 from fairy_compile.artifact.graph_contract import CHAT
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import dump_json, load_object
@@ -83,7 +83,7 @@ class Work:
 
     def entry_points(self) -> list[str]:
         """Return what engines call in this library, see `library.entry_points`."""
-        own = [EXACT_DECODE] if EXACT_DECODE in self.signatures else []
+        own = [name for name in (EXACT_DECODE, *PAGE_FUNCTIONS) if name in self.signatures]
         return [*entry_points(self.target), *own]
 
     def resume_key(self) -> str:
@@ -100,7 +100,7 @@ class Work:
             self.target.name,
             str(self.target.to_tvm()),
             [[p.name, p.shape, p.dtype] for p in self.params],
-            [self.sizes.context, self.sizes.prefill_chunk, self.sizes.max_batch],
+            [self.sizes.context, self.sizes.prefill_chunk, self.sizes.max_batch, self.sizes.pages],
             self.decoder.kv_dtype,
             self.decoder.act_dtype,
             TVM_PAIR,

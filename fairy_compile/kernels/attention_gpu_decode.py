@@ -62,20 +62,33 @@ def serves(shape: AttentionShape) -> bool:
     return shape.head_dim // vector(shape.head_dim) <= THREADS and shape.head_dim <= _MOST_QUERY
 
 
-def build_decode(shape: AttentionShape) -> PrimFunc:
+def build_decode(shape: AttentionShape, *, room: bool = False) -> PrimFunc:
     """Return ``batch_decode_paged_kv`` as the runtime's KV cache calls it.
 
     Arguments: q (b, heads, head_dim), pages (p, 2, kv_heads, 16, head_dim), page_indptr int32
     (b + 1,), page_values int32, last_page_len int32 (b,), k_rope_pos_offset int32 (b,),
     q_rope_position int32 (b,), output like q, lse float32 (b, heads) in units of log2, rotary_mode,
     rope_scale, rope_theta, sm_scale. Rotary embedding inside the kernel (rotary_mode 1) is refused.
+
+    Args:
+        shape: sizes and dtype.
+        room: take memory for parts of contexts as further outputs after lse, float32 (b
+            times each of `part_sizes`,), as what becomes a CUDA graph must; else the function
+            allocates it.
     """
-    return build_function("attention_decode", _Decode(shape).emit)
+    return build_function("attention_decode", _Decode(shape, room).emit)
+
+
+def part_sizes(shape: AttentionShape) -> tuple[int, ...]:
+    """Return how many elements results of all parts of a context take, by array."""
+    groups = shape.heads // _Decode(shape).heads
+    parts = shape.heads * min(_MOST_PARTS, -(-_GROUPS // groups))
+    return (parts * (shape.head_dim + 1),)
 
 
 class _Decode:
-    def __init__(self, shape: AttentionShape) -> None:
-        self.shape = shape
+    def __init__(self, shape: AttentionShape, room: bool = False) -> None:
+        self.shape, self.room = shape, room
         self.heads = max(
             n
             for n in range(1, _MOST_HEADS + 1)
@@ -100,13 +113,17 @@ class _Decode:
         self.position = T.arg("q_rope_position", index_buffer(batch))
         self.output = T.arg("output", T.buffer(rows, shape.dtype))
         self.lse = T.arg("lse", T.buffer((batch, shape.heads), "float32"))
+        # Of every part the outputs, and after them the log-sum-exp: WebGPU counts buffers.
+        given = [
+            T.arg("parts", T.buffer((batch * size,), "float32"))
+            for size in (part_sizes(shape) if self.room else ())
+        ]
         sm_scale = rope_and_scale_args()
         self.window = window_of(shape, sm_scale)
         self.scale = query_scale(shape, sm_scale)
         self.parts = T.bind(self._parts(batch, count))
-        room = batch * shape.heads * self.parts
-        # Of every part the outputs, and after them the log-sum-exp: WebGPU counts buffers.
-        self.partial = scratch("partial", (room * (shape.head_dim + 1),))
+        size = batch * shape.heads * self.parts * (shape.head_dim + 1)
+        self.partial = given[0] if given else scratch("partial", (size,))
         arguments = [
             self.q, self.pages, self.indptr, self.page_values, self.last_page, self.offset,
             self.position, self.partial, self.lse, self.output,

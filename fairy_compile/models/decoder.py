@@ -26,6 +26,7 @@ from fairy_compile.models.linear import (
     each_row_alone,
     make_linear,
 )
+from fairy_compile.models.page_tables import PageTables
 
 
 def gather_rows(table: Tensor, rows: Tensor, name: str, dtype: str, scale: float = 1.0) -> Tensor:
@@ -243,10 +244,13 @@ class CausalLM(nn.Module):
 
         logit_positions int32 (b,) says which rows of x get logits.
         """
-        hidden = self.model(x, cache)
+        return self._picked_logits(self.model(x, cache), logit_positions), cache
+
+    def _picked_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return logits (1, b, vocab) of rows ``positions`` of hidden (1, n, hidden)."""
         rows = op.reshape(hidden, (hidden.shape[1], self.config.hidden_size))
-        picked = gather_rows(rows, logit_positions, "pick_logit_rows", hidden.dtype)
-        return self.logits(op.reshape(picked, (1, picked.shape[0], picked.shape[1]))), cache
+        picked = gather_rows(rows, positions, "pick_logit_rows", hidden.dtype)
+        return self.logits(op.reshape(picked, (1, picked.shape[0], picked.shape[1])))
 
     def decode(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         """Decode one token of one sequence, x (1, 1, hidden) -> logits (1, 1, vocab)."""
@@ -260,6 +264,54 @@ class CausalLM(nn.Module):
         """Do as `batch_decode`, with the logits `decode` gives each sequence, bit for bit."""
         with each_row_alone():
             return self.batch_decode(x, cache)
+
+    def batch_prefill_pages(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        indptr: Tensor,
+        values: Tensor,
+        last_page: Tensor,
+        offsets: Tensor,
+        logit_positions: Tensor,
+        rows: Tensor,
+        pages: list[Tensor],
+    ) -> tuple[Tensor]:
+        """Do as `batch_prefill` from tokens int32 (n,); the rest is that of `PageTables`."""
+        cache = PageTables(positions, places, indptr, values, last_page, offsets, rows, pages)
+        x = op.reshape(self.embed(ids), (1, ids.shape[0], self.config.hidden_size))
+        return (self._picked_logits(self.model(x, cache), logit_positions),)
+
+    def decode_pages(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        indptr: Tensor,
+        values: Tensor,
+        last_page: Tensor,
+        offsets: Tensor,
+        pages: list[Tensor],
+    ) -> tuple[Tensor]:
+        """Do as `decode` from a token int32 (1,); the rest is that of `PageTables`."""
+        cache = PageTables(positions, places, indptr, values, last_page, offsets, None, pages)
+        x = op.reshape(self.embed(ids), (ids.shape[0], 1, self.config.hidden_size))
+        return (self.logits(self.model(x, cache)),)
+
+    def batch_decode_pages(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        indptr: Tensor,
+        values: Tensor,
+        last_page: Tensor,
+        offsets: Tensor,
+        pages: list[Tensor],
+    ) -> tuple[Tensor]:
+        """Do as `batch_decode` from tokens int32 (b,); the rest is that of `PageTables`."""
+        return self.decode_pages(ids, positions, places, indptr, values, last_page, offsets, pages)
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """See `engine_functions.softmax_with_temperature`."""

@@ -31,6 +31,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 
 from fairy_compile.kernels import attention_cpu as kernels
 from fairy_compile.models.kv_cache_gpu import gpu_functions
+from fairy_compile.models.page_tables import PageTables
 from fairy_compile.models.shapes import product
 
 if TYPE_CHECKING:
@@ -42,12 +43,16 @@ _FLOAT16_MAX = 65504.0
 
 
 def attend(
-    cache: PagedKVCache, layer: int, qkv: Tensor, config: DecoderConfig, target: Target
+    cache: PagedKVCache | PageTables,
+    layer: int,
+    qkv: Tensor,
+    config: DecoderConfig,
+    target: Target,
 ) -> Tensor:
     """Append new keys and values to the cache and attend over it, with rotary embedding.
 
     Args:
-        cache: the cache, in ``config.kv_dtype``.
+        cache: the runtime's cache, or one whose pages are arguments; in ``config.kv_dtype``.
         layer: which layer's pages.
         qkv: ``config.act_dtype`` (b, s, heads + 2 kv_heads, head_dim).
         config: sizes of the model.
@@ -56,6 +61,11 @@ def attend(
     Returns:
         ``config.act_dtype`` (b, s, heads, head_dim).
     """
+    scale = config.attention_scale or config.head_dim**-0.5
+    if config.window is not None and config.is_local(layer):
+        scale = -scale  # asks the kernels for the window, see `kernels.AttentionShape`
+    if isinstance(cache, PageTables):
+        return cache.attend(layer, qkv, scale, config)
     if not _rotates_in_cache(config, target):
         qkv = _rotate(cache, layer, qkv, config, target)
     if config.kv_dtype != qkv.dtype:
@@ -63,9 +73,6 @@ def attend(
             qkv = op.tensor_expr_op(_to_float16, "to_float16", [qkv])
         else:
             qkv = qkv.astype(config.kv_dtype)
-    scale = config.attention_scale or config.head_dim**-0.5
-    if config.window is not None and config.is_local(layer):
-        scale = -scale  # asks the kernels for the window, see `kernels.AttentionShape`
     y = cache.attention_with_fused_qkv(layer, qkv, config.num_heads, sm_scale=scale)
     return y if y.dtype == config.act_dtype else y.astype(config.act_dtype)
 

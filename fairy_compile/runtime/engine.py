@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fairy_compile.artifact.contract import EXACT_DECODE
+from fairy_compile.artifact.contract import DECODE_PAGES
 from fairy_compile.errors import FairyError
-from fairy_compile.runtime.kv_cache import PAGE_SIZE, KVCache
+from fairy_compile.runtime.kv_cache import KVCache
 from fairy_compile.runtime.library import CallCount, ModelLibrary, open_device
+from fairy_compile.runtime.steps import CacheSteps, PageSteps, Steps
 from fairy_compile.runtime.threads import set_threads
 
 DEFAULT_KV_TOKENS = 8192
@@ -44,6 +45,7 @@ class Engine:
         chunk: most tokens of one prefill call, over all its sequences.
         context: most tokens of one sequence.
         threads: CPU threads the kernels use.
+        steps: prepares calls of the library's functions.
         cache: the KV cache.
     """
 
@@ -99,7 +101,18 @@ class Engine:
         self.prefill_phase = Phase()
         self.decode_phase = Phase()
         self.params = self.library.load_params(directory)
-        self.cache = self._create_cache(max_sequences, kv_tokens)
+        if kv_tokens is None:
+            kv_tokens = max(self.context, min(self.context * max_sequences, DEFAULT_KV_TOKENS))
+        if kv_tokens < 1:
+            raise FairyError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
+        kind = PageSteps if self.library.has(DECODE_PAGES) else CacheSteps
+        self.steps: Steps = kind(self.library, self.params, (max_sequences, kv_tokens, self.chunk))
+        self.cache = KVCache(
+            self.steps.pages,
+            context=self.context,
+            capacity=kv_tokens,
+            max_sequences=max_sequences,
+        )
 
     def _choose_context(self, wanted: int | None) -> int:
         limits = (self.metadata.get("context_window_size"), self.config.get("context_window_size"))
@@ -120,21 +133,6 @@ class Engine:
                 f"prefill_chunk is {wanted} tokens; this model was built for 1 to {built}"
             )
         return min(most, wanted)
-
-    def _create_cache(self, max_sequences: int, kv_tokens: int | None) -> KVCache:
-        import tvm
-
-        if kv_tokens is None:
-            kv_tokens = max(self.context, min(self.context * max_sequences, DEFAULT_KV_TOKENS))
-        if kv_tokens < 1:
-            raise FairyError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
-        sizes = (max_sequences, kv_tokens, self.chunk, PAGE_SIZE, 0)
-        handle = self.library.call(
-            "create_tir_paged_kv_cache", *(tvm.runtime.ShapeTuple([size]) for size in sizes)
-        )
-        return KVCache(
-            handle, context=self.context, capacity=kv_tokens, max_sequences=max_sequences
-        )
 
     @property
     def counts(self) -> Mapping[str, CallCount]:
@@ -182,7 +180,7 @@ class Engine:
         self.cache.check_room([sequence], [len(ids)])
         for start in range(0, len(ids), self.chunk):
             part = ids[start : start + self.chunk]
-            logits = self._prefill_step("prefill", [sequence], [part])
+            logits = self._prefill_step([sequence], [part])
         return logits[0]
 
     def prefill_many(self, requests: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
@@ -202,7 +200,7 @@ class Engine:
                     room -= len(batch[sequence])
             parts = list(batch.values())
             ends = np.cumsum([len(part) for part in parts]) - 1
-            rows = self._prefill_step("batch_prefill", list(batch), parts, ends)
+            rows = self._prefill_step(list(batch), parts, ends)
             for row, (sequence, part) in zip(rows, batch.items(), strict=True):
                 left[sequence] = left[sequence][len(part) :]
                 if not len(left[sequence]):
@@ -218,9 +216,7 @@ class Engine:
         for start in range(0, len(ids), self.chunk):
             part = ids[start : start + self.chunk]
             every = np.arange(len(part))
-            logits[start : start + len(part)] = self._prefill_step(
-                "batch_prefill", [sequence], [part], every
-            )
+            logits[start : start + len(part)] = self._prefill_step([sequence], [part], every)
         return logits
 
     def decode(
@@ -241,54 +237,46 @@ class Engine:
             raise FairyError(f"decode got {len(sequences)} sequences and {len(tokens)} tokens")
         ids = self._check_tokens(tokens)
         start = time.perf_counter()
-        apart = exact and self.library.has(EXACT_DECODE)
-        name = "decode" if len(ids) == 1 else EXACT_DECODE if apart else "batch_decode"
-        x = self._embed(ids, batch=len(ids))
         with self.cache.forward(sequences, [1] * len(ids)):
-            logits = self.library.call_logits(
-                name, x, self.cache.handle, self.params, tokens=len(ids)
-            )
+            name, arguments = self.steps.decode(ids, exact=exact)
+            logits = self.library.call_logits(name, *arguments, tokens=len(ids))
         self.decode_phase.tokens += len(ids)
         self.decode_phase.seconds += time.perf_counter() - start
         return logits.reshape(len(ids), -1)
 
     def trace_decode(self, sequence: int, token: int) -> dict[str, int]:
         """Run one decode step under instrumentation; return kernel name -> calls."""
-        x = self._embed(self._check_tokens([token]), batch=1)
+        ids = self._check_tokens([token])
         with self.cache.forward([sequence], [1]):
-            return self.library.traced("decode", x, self.cache.handle, self.params)
+            name, arguments = self.steps.decode(ids)
+            return self.library.traced(name, *arguments)
 
     def _prefill_step(
         self,
-        name: str,
         sequences: Sequence[int],
         parts: Sequence[np.ndarray],
         positions: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Run one prefill call; return float32 [rows, vocab]."""
+        """Run one prefill call; return float32 [rows, vocab].
+
+        Args:
+            sequences: ids.
+            parts: tokens of each.
+            positions: rows that get logits; None is the last one of a single sequence.
+        """
         start = time.perf_counter()
         ids = np.concatenate(parts)
-        arguments = [self._embed(ids, batch=1)]
-        if positions is not None:
-            arguments.append(self.to_device(positions.astype(np.int32)))
+        rows = None if positions is None else positions.astype(np.int32)
         with self.cache.forward(sequences, [len(part) for part in parts]):
-            logits = self.library.call_logits(
-                name, *arguments, self.cache.handle, self.params, tokens=len(ids)
-            )
+            name, arguments = self.steps.prefill(ids, rows)
+            logits = self.library.call_logits(name, *arguments, tokens=len(ids))
         self.prefill_phase.tokens += len(ids)
         self.prefill_phase.seconds += time.perf_counter() - start
         return logits.reshape(-1, logits.shape[-1])
 
-    def _embed(self, ids: np.ndarray, batch: int) -> Any:
-        """Return the embeddings of ``ids`` as a (batch, len / batch, hidden) tensor."""
-        x = self.library.call("embed", self.to_device(ids), self.params, tokens=len(ids))
-        return x._create_view((batch, len(ids) // batch, int(x.shape[-1])))
-
     def to_device(self, array: np.ndarray) -> Any:
         """Return a copy of ``array`` on the engine's device."""
-        import tvm
-
-        return tvm.runtime.tensor(array, self.device)
+        return self.library.to_device(array)
 
     def _check_tokens(self, tokens: Sequence[int]) -> np.ndarray:
         try:

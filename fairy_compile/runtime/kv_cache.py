@@ -1,57 +1,37 @@
-"""`KVCache`: the paged key/value cache of a model library, driven as the MLC engine does.
+"""`KVCache`: the paged key/value cache of a model library.
 
-Every change goes through the runtime's global ``vm.builtin.kv_state_*`` functions. Lengths are kept
-here as well, so that limits are checked before native code sees a request: the runtime's own checks
-come after it has changed its state.
+Every change is checked against limits here, before `runtime.pages` makes it: the runtime's own
+checks come after it has changed its state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from fairy_compile.errors import FairyError
-
-PAGE_SIZE = 16
-"""Tokens per page; the MLC engine accepts no other value."""
-
-
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE_SIZE)
+from fairy_compile.runtime.pages import PAGE_SIZE, Pages, pages_of
 
 
 class KVCache:
     """Sequences and their lengths in one paged cache.
 
     Attributes:
-        handle: the runtime's cache object, an argument of the model functions.
         context: most tokens of one sequence.
         capacity: tokens all sequences can hold together.
         max_sequences: most sequences at a time.
+        pages: of all sequences and of none.
         peak_pages: most pages that were in use at a time.
     """
 
-    def __init__(self, handle: Any, *, context: int, capacity: int, max_sequences: int):
-        import tvm
-
-        self.handle = handle
+    def __init__(self, owner: Pages, *, context: int, capacity: int, max_sequences: int):
         self.context = context
         self.capacity = capacity
         self.max_sequences = max_sequences
+        self._owner = owner
         self._lengths: dict[int, int] = {}
         self._next_id = 0
-        state = "vm.builtin.kv_state_"
-        self._add = tvm.get_global_func(state + "add_sequence")
-        self._remove = tvm.get_global_func(state + "remove_sequence")
-        self._fork = tvm.get_global_func(state + "fork_sequence")
-        self._popn = tvm.get_global_func(state + "popn")
-        self._begin = tvm.get_global_func(state + "begin_forward")
-        self._end = tvm.get_global_func(state + "end_forward")
-        self._available = tvm.get_global_func(
-            "vm.builtin.attention_kv_cache_get_num_available_pages"
-        )
-        self.pages = int(self._available(handle))
+        self.pages = owner.available()
         self.peak_pages = 0
 
     @property
@@ -62,7 +42,7 @@ class KVCache:
     @property
     def used_pages(self) -> int:
         """Pages in use; forked sequences share theirs."""
-        return self.pages - int(self._available(self.handle))
+        return self.pages - self._owner.available()
 
     def length(self, sequence: int) -> int:
         """Return the tokens of ``sequence`` in the cache."""
@@ -72,14 +52,14 @@ class KVCache:
     def add(self) -> int:
         """Start an empty sequence and return its id."""
         sequence = self._new_id()
-        self._add(self.handle, sequence)
+        self._owner.add(sequence)
         self._lengths[sequence] = 0
         return sequence
 
     def remove(self, sequence: int) -> None:
         """Forget ``sequence`` and free the pages only it used."""
         self._check_known(sequence)
-        self._remove(self.handle, sequence)
+        self._owner.remove(sequence)
         del self._lengths[sequence]
 
     def fork(self, parent: int, position: int | None = None) -> int:
@@ -90,7 +70,7 @@ class KVCache:
             raise FairyError(f"fork position is {position}; sequence {parent} has {length} tokens")
         child = self._new_id()
         self._check_free(1)  # a page that is cut in two is copied
-        self._fork(self.handle, parent, child, position)
+        self._owner.fork(parent, child, position)
         self._lengths[child] = position
         return child
 
@@ -99,7 +79,7 @@ class KVCache:
         length = self.length(sequence)
         if not 0 <= count <= length:
             raise FairyError(f"cannot drop {count} tokens of a sequence that has {length}")
-        self._popn(self.handle, sequence, count)
+        self._owner.popn(sequence, count)
         self._lengths[sequence] = length - count
 
     @contextmanager
@@ -108,20 +88,17 @@ class KVCache:
 
         If the block fails the sequences keep the length they had.
         """
-        import tvm
-
         self.check_room(sequences, counts)
-        ids, lengths = tvm.runtime.ShapeTuple(sequences), tvm.runtime.ShapeTuple(counts)
-        self._begin(self.handle, ids, lengths)
+        self._owner.begin(sequences, counts)
         self.peak_pages = max(self.peak_pages, self.used_pages)
         try:
             yield
         except BaseException:
-            self._end(self.handle)
+            self._owner.end()
             for sequence, count in zip(sequences, counts, strict=True):
-                self._popn(self.handle, sequence, count)
+                self._owner.popn(sequence, count)
             raise
-        self._end(self.handle)
+        self._owner.end()
         for sequence, count in zip(sequences, counts, strict=True):
             self._lengths[sequence] += count
 
@@ -138,12 +115,12 @@ class KVCache:
                     "shorten the prompt, or load the model with a larger context"
                 )
             # The last, partly filled page of a sequence is never shared, so this is exact.
-            needed += _pages(length + count) - _pages(length)
+            needed += pages_of(length + count) - pages_of(length)
         self._check_free(needed)
 
     def _check_free(self, pages: int) -> None:
         # One page stays free: popn of a forked sequence copies a page before it frees one.
-        free = int(self._available(self.handle)) - 1
+        free = self._owner.available() - 1
         if pages > free:
             raise FairyError(
                 f"the KV cache has room for {free * PAGE_SIZE} more tokens of {self.capacity}, "

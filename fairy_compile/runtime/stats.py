@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.artifact.contract import EXACT_DECODE
+from fairy_compile.artifact.contract import (
+    BATCH_DECODE_PAGES,
+    DECODE_PAGES,
+    EXACT_DECODE,
+    PREFILL_PAGES,
+)
 from fairy_compile.runtime.engine import Engine
-from fairy_compile.runtime.kv_cache import PAGE_SIZE
+from fairy_compile.runtime.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
     from fairy_compile.artifact.manifest import LayerEntry
@@ -19,6 +24,9 @@ _FORWARD = {
     "decode": "single",
     "batch_decode": "many",
     EXACT_DECODE: "decode",
+    PREFILL_PAGES: "many",
+    DECODE_PAGES: "single",
+    BATCH_DECODE_PAGES: "many",
 }
 """Function that runs all layers once -> batch class its kernels were generated for."""
 

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fairy_compile.runtime.kv_cache import PAGE_SIZE
+from fairy_compile.runtime.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
     from fairy_compile.runtime.engine import Engine

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fairy_compile.errors import FairyError
-from fairy_compile.runtime.kv_cache import PAGE_SIZE
+from fairy_compile.runtime.pages import PAGE_SIZE
 from fairy_compile.serve.answer import Answer
 from fairy_compile.serve.request import Failed, Finished, Request
 

@@ -20,7 +20,8 @@ from fairy_compile.models.config import DecoderConfig
 from fairy_compile.models.kv_cache import CREATE, _to_float16, add_kv_cache, attend
 from fairy_compile.models.rope import Rope
 from fairy_compile.op.rope import rotate
-from fairy_compile.runtime.kv_cache import PAGE_SIZE, KVCache
+from fairy_compile.runtime.kv_cache import KVCache
+from fairy_compile.runtime.pages import PAGE_SIZE, RuntimePages
 from fairy_compile.targets import load_target
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
@@ -53,8 +54,9 @@ class Session:
         executable = tvm.relax.build(bb.finalize(), target=target.to_tvm())
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
         sizes = (4, 1024, 64, PAGE_SIZE, 0)
-        handle = self.vm[CREATE](*(tvm.runtime.ShapeTuple([s]) for s in sizes))
-        self.cache = KVCache(handle, context=256, capacity=1024, max_sequences=4)
+        self.handle = self.vm[CREATE](*(tvm.runtime.ShapeTuple([s]) for s in sizes))
+        owner = RuntimePages(self.handle)
+        self.cache = KVCache(owner, context=256, capacity=1024, max_sequences=4)
         self.rows: dict[int, np.ndarray] = {}  # sequence -> qkv of all its tokens
         self.rng = np.random.default_rng(5)
 
@@ -81,7 +83,7 @@ class Session:
         with self.cache.forward(list(counts), list(counts.values())):
             for layer in range(LAYERS):
                 qkv = tvm.runtime.tensor(np.ascontiguousarray(new[None, :, layer]))
-                seen.append(self.vm[f"attend{layer}"](qkv, self.cache.handle).numpy()[0])
+                seen.append(self.vm[f"attend{layer}"](qkv, self.handle).numpy()[0])
         first, worst = 0, 0.0
         for sequence, count in counts.items():
             rows = np.concatenate([self.rows[sequence], new[first : first + count]])

@@ -42,7 +42,11 @@ _FILES: dict[Program, tuple[str, ...]] = {
         "hopper.cuh",
     ),
 }
+ROTATING = "rotating_"
+"""Prefix of attention that rotates and appends."""
+
 WAIT_THEMSELVES = (
+    ROTATING,
     *(f"{program}_" for program in _FILES),
     "arrange_",
     "add_prefill_",

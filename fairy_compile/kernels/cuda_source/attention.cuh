@@ -8,6 +8,9 @@
 //     peak' = max(peak, s)   total = total 2^(peak - peak') + 2^(s - peak')   out likewise with values
 // Teams are merged at the end, parts of a context by `Combine`. What lies before a window is in no part
 // and not read.
+//
+// Queries and keys come from where a source says: of `Stored`, all keys are in pages and queries have
+// been rotated; `Rotating` takes what a layer has computed, rotates it, and appends the new key itself.
 #ifndef FAIRY_ATTENTION
 #define FAIRY_ATTENTION
 
@@ -16,19 +19,139 @@ namespace fairy {
 constexpr float kEmpty = -1e30f;  // log-sum-exp of no keys; finite, so that merging two is no NaN
 constexpr int kPage = 16;
 
+// 128 bits of a head.
+template <class X>
+struct alignas(16) HeadUnit {
+  static constexpr int kPer = 16 / sizeof(X);
+  X x[kPer];
+
+  static __device__ __forceinline__ HeadUnit load(const X* head, int own) {
+    return ((const HeadUnit*)head)[own];
+  }
+};
+
+// Where keys and values of a sequence are; `table` are its pages.
+template <class Call>
+struct KeyPages {
+  typedef typename Call::X X;
+  static constexpr size_t kToValue = (size_t)Call::kKvHeads * kPage * Call::kHeadDim;
+
+  static __device__ __forceinline__ size_t place(int page, int slot, int kv_head) {
+    return (((size_t)page * 2 * Call::kKvHeads + kv_head) * kPage + slot) * Call::kHeadDim;
+  }
+};
+
+template <class Call>
+struct Stored {
+  typedef typename Call::X X;
+  typedef HeadUnit<X> Unit;
+  const X* q;
+  const X* pages;
+
+  __device__ __forceinline__ void prepare(int, int) {}
+
+  __device__ __forceinline__ Unit query(int sequence, int head, int own) const {
+    return Unit::load(q + ((size_t)sequence * Call::kHeads + head) * Call::kHeadDim, own);
+  }
+
+  __device__ __forceinline__ void key_and_value(const int* table, int at, int, int kv_head, int own,
+                                                Unit& key, Unit& value) const {
+    const X* row = pages + KeyPages<Call>::place(table[at / kPage], at % kPage, kv_head);
+    key = Unit::load(row, own);
+    value = Unit::load(row + KeyPages<Call>::kToValue, own);
+  }
+
+  __device__ __forceinline__ void append(int, int, int) const {}
+};
+
+// `qkv` has the heads of queries, keys and values of one row a sequence. Elements i and i + kHalf of a
+// head turn by positions[sequence] frequencies[i]; those from 2 kHalf on do not.
+template <class Call>
+struct Rotating {
+  typedef typename Call::X X;
+  typedef HeadUnit<X> Unit;
+  static constexpr int kPer = Unit::kPer;
+  static constexpr int kUnits = Call::kHalf / kPer;  // of elements whose partners come later
+  static constexpr int kRow = (Call::kHeads + 2 * Call::kKvHeads) * Call::kHeadDim;
+  const X* qkv;
+  X* pages;
+  const int* positions;
+  const int* places;
+  const float* frequencies;
+  float cosine[kPer], sine[kPer];
+  int partner;
+
+  // Nothing that is read here comes from the kernel before.
+  __device__ __forceinline__ void prepare(int sequence, int own) {
+    const bool turns = own < 2 * kUnits, first = own < kUnits;
+    partner = !turns ? own : first ? own + kUnits : own - kUnits;
+    const float position = (float)positions[sequence];
+    const float* mine = frequencies + (first ? own : own - kUnits) * kPer;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      cosine[i] = 1, sine[i] = 0;
+      if (turns) {
+        const float angle = position * mine[i];
+        cosine[i] = cosf(angle) * Call::kAmplitude;
+        sine[i] = (first ? -1.0f : 1.0f) * sinf(angle) * Call::kAmplitude;
+      }
+    }
+  }
+
+  __device__ __forceinline__ Unit query(int sequence, int head, int own) const {
+    return rotated(qkv + (size_t)sequence * kRow + head * Call::kHeadDim, own);
+  }
+
+  __device__ __forceinline__ void key_and_value(const int* table, int at, int newest, int kv_head,
+                                                int own, Unit& key, Unit& value) const {
+    if (at == newest) {
+      new_key_and_value(kv_head, own, key, value);
+      return;
+    }
+    const X* row = pages + KeyPages<Call>::place(table[at / kPage], at % kPage, kv_head);
+    key = Unit::load(row, own);
+    value = Unit::load(row + KeyPages<Call>::kToValue, own);
+  }
+
+  // Blocks take the new key from `qkv`, so that it does not matter when it gets into its page.
+  __device__ __forceinline__ void append(int sequence, int kv_head, int own) const {
+    Unit key, value;
+    new_key_and_value(kv_head, own, key, value);
+    const int place = places[sequence];
+    X* row = pages + KeyPages<Call>::place(place / kPage, place % kPage, kv_head);
+    ((Unit*)row)[own] = key;
+    ((Unit*)(row + KeyPages<Call>::kToValue))[own] = value;
+  }
+
+ private:
+  __device__ __forceinline__ void new_key_and_value(int kv_head, int own, Unit& key,
+                                                    Unit& value) const {
+    const X* row = qkv + (size_t)blockIdx.z * kRow;
+    key = rotated(row + (Call::kHeads + kv_head) * Call::kHeadDim, own);
+    value = Unit::load(row + (Call::kHeads + Call::kKvHeads + kv_head) * Call::kHeadDim, own);
+  }
+
+  __device__ __forceinline__ Unit rotated(const X* head, int own) const {
+    Unit unit = Unit::load(head, own);
+    const Unit other = Unit::load(head, partner);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i)
+      store(unit.x + i, to_float(unit.x[i]) * cosine[i] + to_float(other.x[i]) * sine[i]);
+    return unit;
+  }
+};
+
 template <class Call>
 struct DecodeAttention {
   typedef typename Call::X X;
-  static constexpr int kPer = 16 / sizeof(X);  // numbers of 128 bits
+  typedef HeadUnit<X> Unit;
+  static constexpr int kPer = Unit::kPer;
   static constexpr int kLanes = Call::kHeadDim / kPer;
   static constexpr int kTeams = 32 / kLanes;  // of a warp
   static constexpr int kGroup = Call::kGroup;
   static constexpr int kTogether = Call::kTogether;
   static constexpr int kStep = Call::kWarps * kTeams;  // keys of a block at a time
 
-  struct alignas(16) Unit {
-    X x[kPer];
-  };
   struct Shared {
     float out[Call::kWarps][Call::kHeadDim];
     float peak[Call::kWarps];
@@ -42,7 +165,8 @@ struct DecodeAttention {
   // `parts` of each context; `partial` and `partial_lse` take results if there are several, else
   // `output` and `lse`. `offsets`, of each sequence's key 0, and `positions`, of its query, are read
   // if there are windows.
-  static __device__ void run(const X* q, const X* pages, const int* indptr, const int* page_values,
+  template <class Source>
+  static __device__ void run(Source source, const int* indptr, const int* page_values,
                              const int* last_page, const int* offsets, const int* positions,
                              X* output, float* lse, float* partial, float* partial_lse, float scale,
                              int parts) {
@@ -64,11 +188,13 @@ struct DecodeAttention {
     const int end = start + own_pages * kPage < keys ? start + own_pages * kPage : keys;
     if constexpr (Call::kWindow > 0) start = start < seen_from ? seen_from : start;
     const int own = lane % kLanes;
+    source.prepare(sequence, own);
+    wait_for_inputs();
 
     float query[kGroup][kPer];
 #pragma unroll
     for (int h = 0; h < kGroup; ++h) {
-      const Unit unit = load(q + ((size_t)sequence * Call::kHeads + first_head + h) * Call::kHeadDim, own);
+      const Unit unit = source.query(sequence, first_head + h, own);
 #pragma unroll
       for (int i = 0; i < kPer; ++i) query[h][i] = to_float(unit.x[i]) * scale;
     }
@@ -79,6 +205,8 @@ struct DecodeAttention {
 #pragma unroll
       for (int i = 0; i < kPer; ++i) states[h].out[i] = 0;
     }
+    if (part == 0 && warp == 0 && lane < kLanes && first_head % (Call::kHeads / Call::kKvHeads) == 0)
+      source.append(sequence, kv_head, own);
     const int* table = page_values + first_page;
     for (int first = start + warp * kTeams + lane / kLanes; first - lane / kLanes < end;
          first += kStep * kTogether) {
@@ -86,12 +214,7 @@ struct DecodeAttention {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
         const int at = first + u * kStep;
-        if (at < end) {
-          const X* row = pages + (((size_t)table[at / kPage] * 2 * Call::kKvHeads + kv_head) * kPage +
-                                  at % kPage) * Call::kHeadDim;
-          key[u] = load(row, own);
-          value[u] = load(row + (size_t)Call::kKvHeads * kPage * Call::kHeadDim, own);
-        }
+        if (at < end) source.key_and_value(table, at, keys - 1, kv_head, own, key[u], value[u]);
       }
 #pragma unroll
       for (int h = 0; h < kGroup; ++h) {
@@ -126,10 +249,6 @@ struct DecodeAttention {
   }
 
  private:
-  static __device__ __forceinline__ Unit load(const X* row, int own) {
-    return ((const Unit*)row)[own];
-  }
-
   static __device__ __forceinline__ void take(State& state, const float (&score)[kTogether],
                                               const Unit (&value)[kTogether], int first, int end) {
     float peak = state.peak;

@@ -1,0 +1,215 @@
+"""Calls of a library's model functions: which, and with what arguments.
+
+An `Engine` asks for a prefill or a decode step of tokens whose pages its cache has taken. How the
+library is told of them differs: `CacheSteps` hands it the runtime's cache, `PageSteps` tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fairy_compile.artifact.contract import (
+    ALLOC_PAGES,
+    BATCH_DECODE_PAGES,
+    DECODE_PAGES,
+    EXACT_DECODE,
+    PREFILL_PAGES,
+)
+from fairy_compile.runtime.library import ModelLibrary
+from fairy_compile.runtime.pages import PAGE_SIZE, OwnPages, Pages, RuntimePages, Tables, pages_of
+from fairy_compile.runtime.pinned import PinnedArray
+
+Call = tuple[str, tuple[Any, ...]]
+"""Name of a library function that returns a tuple, logits first, and its arguments."""
+
+
+class Steps(Protocol):
+    """Who prepares calls.
+
+    Attributes:
+        pages: what the cache drives.
+    """
+
+    pages: Pages
+
+    def prefill(self, ids: np.ndarray, logit_rows: np.ndarray | None) -> Call:
+        """Return the prefill of ``ids`` int32 (n,), of the sequences ``pages`` were told last.
+
+        Args:
+            ids: tokens of one sequence after the other.
+            logit_rows: int32, rows that get logits; None is the last one of a single sequence.
+        """
+
+    def decode(self, ids: np.ndarray, *, exact: bool = False) -> Call:
+        """Return the step that decodes ``ids`` int32 (b,); see `Engine.decode`."""
+
+
+class CacheSteps:
+    """Steps over the runtime's cache, as the MLC engine makes them."""
+
+    def __init__(self, library: ModelLibrary, params: Any, sizes: Sequence[int]):
+        """Create the cache.
+
+        Args:
+            library: the library.
+            params: its parameters.
+            sizes: sequences, tokens in all, tokens of a prefill call.
+        """
+        import tvm
+
+        self._library, self._params = library, params
+        shapes = [tvm.runtime.ShapeTuple([size]) for size in (*sizes, PAGE_SIZE, 0)]
+        self.pages = RuntimePages(library.call("create_tir_paged_kv_cache", *shapes))
+
+    def prefill(self, ids: np.ndarray, logit_rows: np.ndarray | None) -> Call:
+        """See `Steps`."""
+        x, common = self._embed(ids, batch=1), (self.pages.handle, self._params)
+        if logit_rows is None:
+            return "prefill", (x, *common)
+        return "batch_prefill", (x, self._library.to_device(logit_rows), *common)
+
+    def decode(self, ids: np.ndarray, *, exact: bool = False) -> Call:
+        """See `Steps`."""
+        apart = exact and self._library.has(EXACT_DECODE)
+        name = "decode" if len(ids) == 1 else EXACT_DECODE if apart else "batch_decode"
+        return name, (self._embed(ids, batch=len(ids)), self.pages.handle, self._params)
+
+    def _embed(self, ids: np.ndarray, batch: int) -> Any:
+        """Return the embeddings of ``ids`` as a (batch, len / batch, hidden) tensor."""
+        on_device = self._library.to_device(ids)
+        x = self._library.call("embed", on_device, self._params, tokens=len(ids))
+        return x._create_view((batch, len(ids) // batch, int(x.shape[-1])))
+
+
+class PageSteps:
+    """Steps whose pages are arguments, see `models.page_tables`.
+
+    What decode steps take lies at one place, so that they can be recorded as CUDA graphs.
+    """
+
+    def __init__(self, library: ModelLibrary, params: Any, sizes: Sequence[int]):
+        """Allocate pages and tables; see `CacheSteps`."""
+        import tvm
+
+        most_sequences, tokens, _ = sizes
+        self._library, self._params = library, params
+        count = pages_of(tokens) + 1  # popn copies a page before it frees one
+        self._layers = library.call(ALLOC_PAGES, tvm.runtime.ShapeTuple([count]))
+        self.pages = OwnPages(count, self._copy_page)
+        self._inputs = StepInputs(library.device, most_sequences, count)
+
+    def prefill(self, ids: np.ndarray, logit_rows: np.ndarray | None) -> Call:
+        """See `Steps`."""
+        tables, put = self.pages.tables(), self._library.to_device
+        rows = np.array([len(ids) - 1], np.int32) if logit_rows is None else logit_rows
+        offsets = np.zeros(len(tables.last_page), np.int32)
+        arrays = (
+            *(ids, tables.positions, tables.places, tables.indptr, tables.values),
+            *(tables.last_page, offsets, rows, tables.rows),
+        )
+        return PREFILL_PAGES, (*map(put, arrays), self._layers, self._params)
+
+    def decode(self, ids: np.ndarray, *, exact: bool = False) -> Call:
+        """See `Steps`; every sequence is computed as if alone wherever a library has this."""
+        name = DECODE_PAGES if len(ids) == 1 else BATCH_DECODE_PAGES
+        arrays = self._inputs.write(ids, self.pages.tables())
+        return name, (*arrays, self._layers, self._params)
+
+    def _copy_page(self, source: int, target: int) -> None:
+        for layer in self._layers:
+            page = [1, *map(int, layer.shape[1:])]
+            nbytes = int(np.prod(page)) * np.dtype(str(layer.dtype)).itemsize
+            here, there = (
+                layer._create_view(page, relative_byte_offset=i * nbytes) for i in (source, target)
+            )
+            here.copyto(there)
+
+
+class StepInputs:
+    """What decode steps read besides weights and pages, at one place of the device's memory.
+
+    Hosts write it through memory the device copies from while they go on.
+    """
+
+    _SLOTS = 64  # copies that may be on their way
+    _ALIGN = 64  # elements
+
+    def __init__(self, device: Any, most_sequences: int, pages: int):
+        """Allocate room for steps of up to ``most_sequences``, which have up to ``pages``."""
+        import tvm
+
+        self._device, self._pages = device, pages
+        sections = {
+            "positions": most_sequences,
+            "places": most_sequences,
+            "last_page": most_sequences,
+            "offsets": most_sequences,
+            "indptr": most_sequences + 1,
+            "values": pages,
+        }
+        self._begin, end = {}, 0
+        for name, size in sections.items():
+            self._begin[name] = end
+            end += -(-size // self._ALIGN) * self._ALIGN
+        self._size = end
+        room = -(-most_sequences // self._ALIGN) * self._ALIGN
+        self._ids = tvm.runtime.empty((most_sequences,), "int32", device)
+        self._tables = tvm.runtime.empty((end,), "int32", device)
+        self._host = PinnedArray(self._SLOTS * (room + end), "int32", device)
+        self._array = self._host.array.reshape(self._SLOTS, room + end)
+        self._room, self._next = room, 0
+        self._sources: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+        self._targets: dict[tuple[int, int], tuple[Any, Any, tuple[Any, ...]]] = {}
+
+    def write(self, ids: np.ndarray, tables: Tables) -> tuple[Any, ...]:
+        """Write the inputs of a step and return them as arrays on the device.
+
+        Their order is that of `models.page_tables.page_specs`. The number of pages is rounded up to
+        a power of two, so that there are few different ones.
+        """
+        slot = self._next
+        self._next = (slot + 1) % self._SLOTS
+        if self._next == 0:
+            self._device.sync()  # nothing is on its way any more
+        row, room = self._array[slot], self._room
+        row[: len(ids)] = ids
+        for name, begin in self._begin.items():
+            if name != "offsets":
+                values = getattr(tables, name)
+                row[room + begin : room + begin + len(values)] = values
+        count = min(self._pages, max(PAGE_SIZE, 1 << (len(tables.values) - 1).bit_length()))
+        source_ids, source_tables = self._host_views(slot, len(ids), count)
+        target_ids, target_tables, arrays = self._device_views(len(ids), count)
+        source_ids.copyto(target_ids)
+        source_tables.copyto(target_tables)
+        return arrays
+
+    def _host_views(self, slot: int, batch: int, count: int) -> tuple[Any, Any]:
+        key = (slot, batch, count)
+        if key not in self._sources:
+            begin = 4 * slot * (self._room + self._size)
+            self._sources[key] = (
+                _view(self._host.tensor, batch, begin),
+                _view(self._host.tensor, self._begin["values"] + count, begin + 4 * self._room),
+            )
+        return self._sources[key]
+
+    def _device_views(self, batch: int, count: int) -> tuple[Any, Any, tuple[Any, ...]]:
+        key = (batch, count)
+        if key not in self._targets:
+            ids, used = _view(self._ids, batch, 0), self._begin["values"] + count
+            sizes = {"indptr": batch + 1, "values": count}
+            arrays = tuple(
+                _view(self._tables, sizes.get(name, batch), 4 * self._begin[name])
+                for name in ("positions", "places", "indptr", "values", "last_page", "offsets")
+            )
+            self._targets[key] = ids, _view(self._tables, used, 0), (ids, *arrays)
+        return self._targets[key]
+
+
+def _view(array: Any, size: int, offset: int) -> Any:
+    """Return ``size`` elements from ``offset`` bytes on."""
+    return array._create_view((size,), relative_byte_offset=offset)
