@@ -14,7 +14,8 @@ from fairy_compile.errors import FairyError, ModelFileError
 GREEDY_BELOW = 1e-5
 """Temperatures below this take the likeliest token (as the MLC engine does)."""
 
-_TOP_CANDIDATES = 1024
+_FEW = 1024  # that are sorted in less time than it takes to look for fewer
+_BLOCK = 512  # of weights that are summed before one of them is looked at
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Sampler:
                 f"the model returned the logit {top}; its weights or its library are damaged: "
                 "build it again"
             )
+        if not params.logit_bias and not (self._counts and self._penalised()):
+            return np.asarray(logits, np.float32)
         scores = np.array(logits, np.float32)
         for token, bias in params.logit_bias.items():
             if not 0 <= token < len(scores):
@@ -132,36 +135,60 @@ class Sampler:
         return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
 
     def _draw(self, scores: np.ndarray) -> int:
-        shifted = (scores - scores.max()).astype(np.float64) / self.params.temperature
-        probabilities = np.exp(shifted)
-        probabilities /= probabilities.sum()
+        weights = scores - scores.max()
+        weights /= np.float32(self.params.temperature)
+        np.exp(weights, out=weights)
         if self.params.top_p >= 1:
-            return _pick(probabilities, self._rng.random())
-        ids = nucleus(probabilities, self.params.top_p)
-        return int(ids[_pick(probabilities[ids], self._rng.random())])
+            return _pick(weights, self._rng.random())
+        ids = nucleus(weights, self.params.top_p)
+        return int(ids[_pick(weights[ids], self._rng.random())])
 
 
-def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the fewest token ids, likeliest first, whose probabilities reach ``top_p``.
+def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Return the fewest token ids, heaviest first, whose weights reach the share ``top_p`` of all.
 
-    Equal probabilities are ordered by id.
+    Equal weights are ordered by id.
     """
-    ids = np.arange(len(probabilities))
-    if len(ids) > _TOP_CANDIDATES:
-        # Sorting a vocabulary of 100000 costs more than a small model's step; the nucleus is
-        # nearly always among the likeliest thousand. All that tie with the last are kept, so
-        # that the result does not depend on the shortcut.
-        threshold = np.partition(probabilities, -_TOP_CANDIDATES)[-_TOP_CANDIDATES]
-        likeliest = np.flatnonzero(probabilities >= threshold)
-        if probabilities[likeliest].sum() > top_p:
-            ids = likeliest
-    ids = ids[np.argsort(-probabilities[ids], kind="stable")]
-    reached = np.searchsorted(np.cumsum(probabilities[ids]), top_p)
+    # Sorting a vocabulary of 100000 costs more than a small model's step.
+    total = float(weights.sum(dtype=np.float64))
+    # All lighter ones together weigh less than what may be missing, even if sums are rounded.
+    lightest = 0.999 * (1 - top_p) * total / len(weights)
+    ids = np.flatnonzero(weights >= lightest)
+    if len(ids) > _FEW:
+        ids = ids[_heaviest(weights[ids], top_p * total)]
+    ids = ids[np.argsort(-weights[ids], kind="stable")]
+    reached = np.searchsorted(np.cumsum(weights[ids], dtype=np.float64), top_p * total)
     return ids[: reached + 1]
+
+
+def _heaviest(weights: np.ndarray, wanted: float) -> np.ndarray:
+    """Return the places of the heaviest weights that reach ``wanted``, and of few more.
+
+    Weights are counted by their first 16 bits as float32, which are ordered as they are.
+    """
+    kinds = weights.astype(np.float32).view(np.int32) >> 16
+    kinds -= kinds.min()
+    of_kind = np.bincount(kinds, weights)
+    reached = np.searchsorted(np.cumsum(of_kind[::-1]), wanted * (1 + 1e-9))
+    return np.flatnonzero(kinds >= len(of_kind) - 1 - reached)
 
 
 def _pick(weights: np.ndarray, uniform: float) -> int:
     """Return the index whose share of the cumulated weights holds ``uniform`` of [0, 1)."""
-    cumulated = np.cumsum(weights)
-    index = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
-    return min(index, len(weights) - 1)
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
+    ends = np.cumsum(blocks)
+    target = uniform * ends[-1]
+    block = _first_beyond(ends, blocks, target)
+    before = ends[block - 1] if block else 0.0
+    own = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    cumulated = before + np.cumsum(own, dtype=np.float64)
+    return block * _BLOCK + _first_beyond(cumulated, own, target)
+
+
+def _first_beyond(cumulated: np.ndarray, weights: np.ndarray, target: float) -> int:
+    """Return the first place whose sum is beyond ``target``, whatever sums are rounded to.
+
+    That is never one without weight, which is how tokens are ruled out.
+    """
+    index = int(np.searchsorted(cumulated, target, side="right"))
+    return index if index < len(weights) else int(np.flatnonzero(weights)[-1])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fairy_compile.errors import FairyError, ModelFileError
-from fairy_compile.runtime.sampler import Sampler, SamplingParams, nucleus
+from fairy_compile.runtime.sampler import Sampler, SamplingParams, _pick, nucleus
 
 
 def logits_of(*values):
@@ -43,6 +43,44 @@ def test_nucleus_of_a_large_vocabulary_equals_full_sort():
         for top_p in (0.1, 0.5, 0.9, 0.999):
             count = np.searchsorted(np.cumsum(probabilities[order]), top_p) + 1
             assert nucleus(probabilities, top_p).tolist() == order[:count].tolist()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+def test_nucleus_of_float32_weights_equals_full_sort(scale):
+    """Of 100000, which are neither sorted nor normalised; all alike, nearly flat and peaked."""
+    rng = np.random.default_rng(1)
+    weights = np.exp(rng.normal(size=100_000) * scale).astype(np.float32)
+    order = np.lexsort((np.arange(len(weights)), -weights))
+    sums = np.cumsum(weights[order].astype(np.float64))
+    for top_p in (1e-6, 0.1, 0.5, 0.95, 0.99999):
+        ids = nucleus(weights, top_p)
+        assert ids.tolist() == order[: len(ids)].tolist()
+        wanted, rounding = top_p * sums[-1], 1e-11 * sums[-1]
+        assert sums[len(ids) - 1] >= wanted - rounding
+        assert len(ids) == 1 or sums[len(ids) - 2] < wanted + rounding
+
+
+def test_draws_have_the_shares_of_their_weights():
+    rng = np.random.default_rng(2)
+    weights = rng.exponential(size=3000).astype(np.float32)
+    weights[rng.random(3000) < 0.5] = 0
+    sums = np.cumsum(weights.astype(np.float64))
+    for uniform in rng.random(2000):
+        index = _pick(weights, uniform)
+        assert weights[index] > 0
+        low = sums[index - 1] if index else 0.0
+        assert low - 1e-9 <= uniform * sums[-1] <= sums[index] + 1e-9
+
+
+@pytest.mark.parametrize("weighted", [0, 511, 512, 700, 1023, 1299])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_tokens_that_are_ruled_out_are_never_drawn(weighted, uniform):
+    weights = np.zeros(1300, np.float32)
+    weights[weighted] = 0.1
+    assert _pick(weights, uniform) == weighted
+    weights[:] = 0
+    weights[:weighted] = 1 / 3  # sums that are rounded, and nothing after them
+    assert weighted == 0 or _pick(weights, uniform) < weighted
 
 
 def test_penalties_follow_the_contract():
