@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fairy_compile.runtime.library import machine_without_graphs
+
 if TYPE_CHECKING:
     from fairy_compile.runtime import Engine
 
@@ -24,8 +26,8 @@ class KernelTime:
     """One kernel in one decode step.
 
     Attributes:
-        name: PrimFunc or library symbol; `ATTENTION` for the runtime's calls of the attention
-            kernels; `VIRTUAL_MACHINE` for allocations, shapes and tuples.
+        name: PrimFunc or library symbol, within CUDA graphs, too; `ATTENTION` for the runtime's
+            calls of the attention kernels; `VIRTUAL_MACHINE` for allocations, shapes and tuples.
         calls: in one step.
         seconds: in one step; median of `STEPS` steps. The shortest call of a step, a table
             look-up, is taken for the cost of instrumentation and subtracted from every call.
@@ -51,14 +53,19 @@ class _Timer:
         self._shortest = math.inf
         self._device = device
         self._open: list[float] = []
+        self._inner: list[float] = []  # seconds of what open calls have called
 
     def __call__(self, _function: Any, symbol: str, before: bool, _result: Any, *_: Any) -> int:
         # The clock is read last before a call and first after it, so that our own time is out.
         if before:
+            self._inner.append(0.0)
             self._open.append(time.perf_counter())
             return 0  # VMInstrumentReturnKind.NO_OP
         self._device.sync()
-        seconds = time.perf_counter() - self._open.pop()
+        whole = time.perf_counter() - self._open.pop()
+        seconds = whole - self._inner.pop()
+        if self._inner:
+            self._inner[-1] += whole
         name = _row(symbol)
         self.calls[name] = self.calls.get(name, 0) + 1
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
@@ -86,10 +93,9 @@ def time_kernels(engine: Engine, sequence: int, token: int) -> tuple[KernelTime,
         One row a kernel, the most expensive first.
     """
     import tvm
-    from tvm.runtime.vm import VirtualMachine
 
     library = tvm.runtime.load_module(str(engine.library.path))
-    machine = VirtualMachine(library, engine.device)
+    machine = machine_without_graphs(library, engine.device)
     steps = []
     for _ in range(STEPS + 1):
         timer = _Timer(engine.device)

@@ -294,24 +294,12 @@ class CausalLM(nn.Module):
         offsets: Tensor,
         pages: list[Tensor],
     ) -> tuple[Tensor]:
-        """Do as `decode` from a token int32 (1,); the rest is that of `PageTables`."""
+        """Do as `batch_decode` from tokens int32 (b,); the rest is that of `PageTables`."""
         cache = PageTables(positions, places, indptr, values, last_page, offsets, None, pages)
         x = op.reshape(self.embed(ids), (ids.shape[0], 1, self.config.hidden_size))
         return (self.logits(self.model(x, cache)),)
 
-    def batch_decode_pages(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        places: Tensor,
-        indptr: Tensor,
-        values: Tensor,
-        last_page: Tensor,
-        offsets: Tensor,
-        pages: list[Tensor],
-    ) -> tuple[Tensor]:
-        """Do as `batch_decode` from tokens int32 (b,); the rest is that of `PageTables`."""
-        return self.decode_pages(ids, positions, places, indptr, values, last_page, offsets, pages)
+    batch_decode_pages = decode_pages  # of any number of sequences
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """See `engine_functions.softmax_with_temperature`."""

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import tvm
 
 from fairy_compile.errors import ModelFileError
 from fairy_compile.runtime.library import ModelLibrary
@@ -111,34 +110,3 @@ def test_missing_weights_are_named(tiny, engine, tmp_path):
     with pytest.raises(ModelFileError, match=r"down\.weight"):
         engine.library.load_params(tmp_path)
     engine.library.load_params(directory)  # the failed load left nothing behind
-
-
-def test_trace_counts_kernels_of_recorded_graphs_once(model, monkeypatch):
-    """The runtime runs a graph to warm up and to record it; only the first of these computes."""
-    graph, inside = "vm.builtin.cuda_graph.run_or_capture", ["qkv", "attention", "o", "attention"]
-
-    class Machine:
-        def __init__(self, *_):
-            pass
-
-        def set_instrument(self, on_call):
-            self.on_call = on_call
-
-        def call(self, symbol, inner=()):
-            self.on_call(None, symbol, True, None)
-            for name in inner:
-                self.call(name)
-            self.on_call(None, symbol, False, None)
-
-        def __getitem__(self, name):
-            def run():
-                self.call("embed")
-                self.call(graph, inside * 2)
-                self.call(graph, ["head"])  # as a device that warms nothing up
-                self.call("logits")
-
-            return run
-
-    monkeypatch.setattr(tvm.runtime.vm, "VirtualMachine", Machine)
-    calls = model.engine.library.traced("decode")
-    assert calls == {"embed": 1, "qkv": 1, "attention": 2, "o": 1, "head": 1, "logits": 1}
