@@ -26,6 +26,7 @@ from fairy_compile.errors import FairyError
 from fairy_compile.targets import Target
 
 DECODE = ("batch_decode", EXACT_DECODE)
+_WHOLE = (DECODE_PAGES, BATCH_DECODE_PAGES)
 ROWS = "batch_size"
 """Name of the symbolic number of rows of the functions in `DECODE`."""
 
@@ -47,12 +48,62 @@ def bound_decode(most_rows: int) -> Any:
             if var.name_hint in DECODE:
                 capture = {"relax.rewrite_cuda_graph.capture_symbolic_vars": [ROWS]}
                 bounded[var] = func.with_attrs({**bound, **capture})
-            elif var.name_hint in (DECODE_PAGES, BATCH_DECODE_PAGES):
+            elif var.name_hint in _WHOLE:
                 # Not one argument is an input that moves; sizes are captured as those of weights.
                 bounded[var] = func.with_attrs({**bound, "num_input": 0})
         return bounded
 
     return run
+
+
+def open_tuples_late() -> Any:
+    """Return a pass that takes weights and pages out of their tuples where they are first used.
+
+    A graph then takes the tuples, a few arguments, and knows what is in them. Taken out before it,
+    some hundred tensors would be handed to it at every step, by the CPU and one after the other.
+    """
+
+    @tvm.transform.module_pass(opt_level=0, name="OpenTuplesLate")
+    def run(module: tvm.IRModule, _: Any) -> tvm.IRModule:
+        late = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
+        for var, func in module.functions_items():
+            if isinstance(func, relax.Function) and var.name_hint in _WHOLE:
+                late[var] = _open_late(func)
+        return late
+
+    return run
+
+
+def _open_late(func: relax.Function) -> relax.Function:
+    params = set(func.params)
+    blocks = []
+    for block in func.body.blocks:
+        waiting, bindings = {}, []
+        for binding in block.bindings:
+            value = getattr(binding, "value", None)
+            if isinstance(value, relax.TupleGetItem) and value.tuple_value in params:
+                waiting[binding.var] = binding
+                continue
+            for used in _variables(value):
+                if used in waiting:
+                    bindings.append(waiting.pop(used))
+            bindings.append(binding)
+        blocks.append(relax.BindingBlock([*bindings, *waiting.values()]))
+    body = relax.SeqExpr(blocks, func.body.body)
+    return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
+
+
+def _variables(value: Any) -> list[Any]:
+    """Return the variables of an expression, in order."""
+    found: list[Any] = []
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, tvm.ir.Var):
+            found.append(expr)
+
+    if value is not None:
+        relax.analysis.post_order_visit(value, visit)
+    return found
 
 
 def plan_graphs(

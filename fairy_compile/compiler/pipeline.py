@@ -16,7 +16,7 @@ import tvm
 from tvm import relax
 
 from fairy_compile.compiler.cuda_binary import machine_code
-from fairy_compile.compiler.cuda_graphs import bound_decode
+from fairy_compile.compiler.cuda_graphs import bound_decode, open_tuples_late
 from fairy_compile.compiler.device_pipeline import pass_context, tir_pipeline
 from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.loops import ScheduleLoops
@@ -72,7 +72,8 @@ def phases(
         schedule = (BindElementwise(target.limits.max_threads), CheckBound())
     before_planning, after_planning = (), ()
     if cuda_graphs is not None:
-        before_planning, after_planning = (bound_decode(cuda_graphs),), (t.RewriteCUDAGraph(),)
+        before_planning = (bound_decode(cuda_graphs),)
+        after_planning = (open_tuples_late(), t.RewriteCUDAGraph())
     return [
         Phase("legalise operators", legalise),
         Phase("fuse element-wise", (t.FuseOps(), t.FuseTIR(), keep_only(entry_points))),

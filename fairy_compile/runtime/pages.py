@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -178,23 +179,34 @@ class OwnPages:
     def tables(self) -> Tables:
         """Return the tables of the sequences and tokens `begin` was told last."""
         sequences, counts = self._running
-        positions = [
-            np.arange(self._lengths[s] - count, self._lengths[s])
-            for s, count in zip(sequences, counts, strict=True)
-        ]
-        pages = [np.array(self._pages[s]) for s in sequences]
-        places = [
-            own[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
-            for own, at in zip(pages, positions, strict=True)
-        ]
-        last = [(self._lengths[s] - 1) % PAGE_SIZE + 1 for s in sequences]
+        lengths = [self._lengths[s] for s in sequences]
+        pages = [self._pages[s] for s in sequences]
+        if max(counts) == 1:  # a step of decode, which NumPy would take longer for
+            positions: Any = [length - 1 for length in lengths]
+            places: Any = [
+                own[-1] * PAGE_SIZE + at % PAGE_SIZE
+                for own, at in zip(pages, positions, strict=True)
+            ]
+        else:
+            ranges = [
+                np.arange(length - count, length)
+                for length, count in zip(lengths, counts, strict=True)
+            ]
+            positions = np.concatenate(ranges)
+            places = np.concatenate(
+                [
+                    np.array(own)[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
+                    for own, at in zip(pages, ranges, strict=True)
+                ]
+            )
+        indptr = list(accumulate(map(len, pages), initial=0))
         return Tables(
-            positions=np.concatenate(positions).astype(np.int32),
-            places=np.concatenate(places).astype(np.int32),
-            indptr=np.cumsum([0, *map(len, pages)], dtype=np.int32),
-            values=np.concatenate(pages).astype(np.int32),
-            last_page=np.array(last, np.int32),
-            rows=np.cumsum([0, *counts], dtype=np.int32),
+            positions=np.asarray(positions, np.int32),
+            places=np.asarray(places, np.int32),
+            indptr=np.array(indptr, np.int32),
+            values=np.fromiter(chain.from_iterable(pages), np.int32, indptr[-1]),
+            last_page=np.array([(n - 1) % PAGE_SIZE + 1 for n in lengths], np.int32),
+            rows=np.array(list(accumulate(counts, initial=0)), np.int32),
         )
 
     def _take(self) -> int:

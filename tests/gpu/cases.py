@@ -68,10 +68,11 @@ SIZES = {
     },
 }
 LAYERS = 2
-CONTEXT, MAX_BATCH = 256, 64
+CONTEXT, MAX_BATCH = 512, 64
 CHUNK = {"cuda": 128, "cuda-hopper": 256}
-LENGTHS = (1, 17, 64, 100, 150)
-"""Of prompts: the last takes two prefill calls, or the kernels for many rows of Hopper."""
+LENGTHS = (1, 17, 64, 100, 150, 330)
+"""Of prompts: the last ones take two prefill calls or more, or the kernels for many rows of Hopper.
+Attention cuts contexts as long as the longest into parts."""
 BATCHES = (1, 2, 17, 64)
 STEPS = 32
 
@@ -152,7 +153,8 @@ def build_case(case: Case, directory: Path, archs: list[str] | None = None) -> N
     if (out / "want.npz").exists():
         return
     if not source.exists():
-        save_model(source, case.family, num_hidden_layers=LAYERS, **SIZES[case.family])
+        sizes = {"max_position_embeddings": CONTEXT, **SIZES[case.family]}
+        save_model(source, case.family, num_hidden_layers=LAYERS, **sizes)
     with _archs(archs if case.target == "cuda" else None):
         fc.build(
             source,

@@ -87,6 +87,27 @@ def test_batches(loaded) -> None:
                 engine.remove_sequence(ids[i])
 
 
+def test_long_contexts_that_share_pages(loaded) -> None:
+    """Parts of contexts, which a graph of its own merges, and a fork in the middle of a page."""
+    case, model, want = loaded
+    engine, text = model.engine, tokens(case.family).tolist()
+    parent = engine.add_sequence()
+    engine.prefill(parent, text[:320])
+    child = engine.fork(parent, 250)
+    ends = {parent: 320, child: 250}
+    for step in range(8):
+        for sequence in [parent] if step < 2 else [child, parent]:
+            got = engine.decode([sequence], [text[ends[sequence]]])[0]
+            allowed = decode_error(case)
+            assert error(got, want["logits"][ends[sequence]]) <= allowed, (sequence, step)
+            ends[sequence] += 1
+    order = [child, parent]
+    got = engine.decode(order, [text[ends[sequence]] for sequence in order])
+    for row, sequence in zip(got, order, strict=True):
+        assert error(row, want["logits"][ends[sequence]]) <= 1.5 * decode_error(case)
+        engine.remove_sequence(sequence)
+
+
 def test_greedy_tokens_equal_pytorch(loaded) -> None:
     case, model, want = loaded
     if case.act != "float" or case.act_dtype == "bfloat16":
