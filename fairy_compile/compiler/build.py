@@ -35,6 +35,8 @@ from fairy_compile.config import Granularity, QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.graph import Graph
+from fairy_compile.frontends.maker import phase_plans
+from fairy_compile.frontends.plan import unmatched_notes
 from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
@@ -208,6 +210,8 @@ def build(
         notes += done.notes[1:]  # the first is the one of `settle`
         source = open_source(converted)
         config_quant, _ = source.settle(asked)
+    else:
+        notes += unmatched_notes(asked, phase_plans(source, config_quant))
     work = Work(name, source, config_quant, compile_for, decoder, sizes, system_lib)
     with clock("define"):
         work.define()
