@@ -62,6 +62,7 @@ def test_models(client):
         ({"model": NAME, "prompt": "x", "max_tokens": 0}, "max_tokens", "greater"),
         ({"model": NAME, "prompt": "x", "n": 100}, "n", "100 answers"),
         ({"model": NAME, "prompt": "x", "stop": ""}, "stop", "stop"),
+        ({"model": NAME, "prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16 items"),
         ({"model": NAME, "prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "99999"),
         ({"model": NAME, "prompt": "x", "echo": True}, None, "echo is not supported"),
         ({"model": NAME, "prompt": "x", "stream_options": {}}, None, "stream"),
