@@ -110,7 +110,7 @@ def build(
         context: longest sequence; default the model's, at most 4096.
         prefill_chunk: most tokens of one prefill call; default 256.
         max_batch: most sequences at a time; default 4. As the three above, of language models only.
-        exempt: glob patterns of layers to leave dense.
+        exempt: glob patterns of layers to leave dense, or one.
         cuda_graphs: record decode steps as CUDA graphs; default what the target's file says.
         model_lib: what a phone's app calls the library, where the target's is linked into one;
             default made of the output's name.
@@ -305,7 +305,7 @@ def _quant_config(
         terms=base.terms,
         act=act or base.act,
         method=method if method != "auto" else base.method,
-        exempt=tuple(exempt) or base.exempt,
+        exempt=((exempt,) if isinstance(exempt, str) else tuple(exempt)) or base.exempt,
         stages_for=base.stages_for,
     )
 
