@@ -102,6 +102,7 @@ class Bench:
         self._machine = Machine.here()  # the load average before our own work
         self._command = command
         manifest = Manifest.load(directory)
+        manifest.check_language_model(directory)
         start = time.perf_counter()
         self.model: Model = load_language_model(
             directory,
