@@ -12,6 +12,7 @@ import numpy as np
 
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime.text import Tokenizer
+from fairy_compile.serve.request import UnanswerableError
 
 MAX_SCHEMA_BYTES = 64 << 10
 _CACHE_BYTES = 64 << 20
@@ -142,13 +143,13 @@ class Matcher:
         """Return a copy of ``logits`` with -inf for tokens that may not follow.
 
         Raises:
-            FairyError: none may.
+            UnanswerableError: none may.
         """
         if not self._matcher.fill_next_token_bitmask(self._bits):
             return logits
         allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._vocab_size]
         if not allowed.any():
-            raise FairyError("no text of this model's tokens conforms to the JSON schema")
+            raise UnanswerableError("no text of this model's tokens conforms to the JSON schema")
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> None:
