@@ -42,6 +42,7 @@ from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, parse_config
 from fairy_compile.models.config import at_context
+from fairy_compile.results import check_directory
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -129,6 +130,8 @@ def build(
     compile_for = load_target(target)
     if output is None and not dry_run:
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
+    if debug_dump is not None:
+        check_directory("--debug-dump", Path(debug_dump))
     if is_torch_module(model) or is_onnx(model):
         _refuse_for_graphs(
             {

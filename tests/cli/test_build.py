@@ -69,6 +69,7 @@ def test_patterns_that_match_no_layer_are_told(cli, checkpoint, tmp_path, verb):
         (["--act", "int4", "-o", "x"], "unknown --act 'int4'"),
         (["--act-dtype", "bfloat16", "-o", "x"], "--act-dtype bfloat16: target cpu computes in"),
         (["--context", "0", "-o", "x"], "--context is 0"),
+        (["--debug-dump", __file__, "-o", "x"], "is a file; name a directory"),
         ([], "give it with -o DIR"),
     ],
 )
