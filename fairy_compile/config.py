@@ -68,6 +68,11 @@ class QuantConfig:
         check_choice("--method", self.method, METHODS)
         if tuple(self.terms) not in (("U", "W"), ("W",)):
             raise FairyError(f"unknown terms {self.terms!r}; allowed: ('U', 'W') or ('W',)")
+        if isinstance(self.exempt, str):  # its letters would be taken for patterns
+            raise FairyError(
+                f"exempt is {self.exempt!r}; allowed: a tuple of patterns, such as "
+                f"({self.exempt!r},)"
+            )
         for pattern, stages in self.stages_for.items():
             if type(stages) is not int or not 1 <= stages <= MAX_STAGES:
                 raise FairyError(

@@ -72,7 +72,8 @@ def result_paths(
     """Return the files `save_files` will write; call it before the measurement, not after.
 
     Raises:
-        FairyError: ``name`` is no plain file name, or a file is there and ``force`` is not given.
+        FairyError: ``name`` is no plain file name, a file is there and ``force`` is not given, or
+            ``directory`` cannot be written.
     """
     if not re.fullmatch(r"[\w][\w.+-]{0,120}", name):
         raise FairyError(
@@ -83,7 +84,23 @@ def result_paths(
     there = [path for path in paths if path.exists()]
     if there and not force:
         raise FairyError(f"{there[0]} exists; give another --name, or --force to replace it")
+    check_directory("--results", directory)
     return paths
+
+
+def check_directory(option: str, directory: Path) -> None:
+    """Check that files can be written into ``directory``, which need not exist yet.
+
+    Raises:
+        FairyError: they cannot; the message names ``option``.
+    """
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    if not existing.is_dir():
+        raise FairyError(f"{option} {directory}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK):
+        raise FairyError(
+            f"{option} {directory}: {existing} cannot be written; name another directory"
+        )
 
 
 def file_name(model: str) -> str:

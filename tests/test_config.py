@@ -41,6 +41,7 @@ def test_json_round_trip() -> None:
         ({"act": "int4"}, "int8, int16, float"),
         ({"method": "awq"}, "auto, phase"),
         ({"terms": ("W", "U")}, "terms"),
+        ({"exempt": "lm_head"}, r"exempt is 'lm_head'; .*\('lm_head',\)"),
         ({"stages_for": {"x": 5}}, r"stages_for\['x'\] is 5"),
         ({"stages_for": {"x": True}}, "allowed"),
     ],

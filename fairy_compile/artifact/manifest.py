@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.artifact.files import FileEntry, resolve_inside
-from fairy_compile.artifact.graph_contract import CHAT, KINDS
+from fairy_compile.artifact.graph_contract import CHAT, GRAPH, KINDS
 from fairy_compile.artifact.schema import MapOf, OneOf, dump_json, load_object, require, show
-from fairy_compile.errors import ModelFileError
+from fairy_compile.errors import ModelFileError, UnsupportedError
 
 MANIFEST = "fairy.json"
 FORMAT_VERSION = 1
@@ -258,6 +258,18 @@ class Manifest:
                 f"{directory} has no {MANIFEST}; name a directory that `fairy_compile build` wrote"
             )
         return cls.from_json(load_object(resolve_inside(directory, MANIFEST, str(directory))))
+
+    def check_language_model(self, directory: Path | str) -> None:
+        """Check that the artifact in ``directory``, whose manifest this is, continues text.
+
+        Raises:
+            UnsupportedError: it is a graph.
+        """
+        if self.kind == GRAPH:
+            raise UnsupportedError(
+                f"{directory} is a compiled graph ({self.model.family}), not a language model; run "
+                f"it from Python: fairy_compile.load({str(directory)!r}).run(inputs)"
+            )
 
     def write(self, directory: Path | str) -> None:
         """Write ``fairy.json`` into ``directory``."""

@@ -25,6 +25,8 @@ PACKAGE = "fairy-package.json"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
 
 def check_output(output: Path | str, *, force: bool, needed_bytes: int = 0) -> None:
     """Check that ``output`` may be written, without writing anything.
@@ -96,7 +98,7 @@ def staged_directory(
                 f"the disk filled up while writing {target}: free some space or choose another "
                 f"--output{again}"
             ) from error
-        if isinstance(error, PermissionError):
+        if error.errno in _UNWRITABLE:
             raise FairyError(
                 f"cannot write {error.filename or target}: {error.strerror}; choose another "
                 "--output"
@@ -112,6 +114,14 @@ def _real(output: Path | str) -> Path:
     path = Path(os.path.realpath(os.path.expanduser(output)))
     if not path.name:
         raise FairyError(f"the output is {path}, a whole file system; name a directory in it")
+    try:
+        os.lstat(_partial_path(path, ""))  # the longest of the names beside it
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FairyError(
+                f"the output's name has {len(os.fsencode(path.name))} bytes, too many for its "
+                "file system; choose a shorter --output"
+            ) from error
     return path
 
 

@@ -14,6 +14,7 @@ from fairy_compile.bench.machine import PACKAGES, Machine, peak_resident_bytes, 
 from fairy_compile.bench.result import BenchResult, Measurement, ModelFacts
 from fairy_compile.bench.spread import Spread
 from fairy_compile.bench.workload import Settings, Workload, tokens
+from fairy_compile.errors import FairyError
 from fairy_compile.results import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Bench:
         self._machine = Machine.here()  # the load average before our own work
         self._command = command
         manifest = Manifest.load(directory)
+        manifest.check_language_model(directory)
         start = time.perf_counter()
         self.model: Model = load_language_model(
             directory,
@@ -204,8 +206,17 @@ def warm_up(runner: EngineRunner, workload: Workload) -> None:
 
 
 def _context(settings: Settings, manifest: Manifest) -> int:
-    """Return the context to load with: what the tests need, and room to time kernels."""
+    """Return the context to load with: what the tests need, and room to time kernels.
+
+    Raises:
+        FairyError: the tests need more than the model has.
+    """
     most = int(manifest.metadata["context_window_size"])
+    if settings.context > most:
+        raise FairyError(
+            f"context is {settings.context} tokens, --depth with --n-prompt or --n-gen; this model "
+            f"was built for 1 to {most}: give smaller ones, such as -p {most} -n {min(128, most)}"
+        )
     return max(settings.context, min(settings.context + 2 * KERNEL_DEPTH, most))
 
 

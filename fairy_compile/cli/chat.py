@@ -6,11 +6,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from fairy_compile.cli import options
+from fairy_compile.cli.input import is_terminal, read_text
 from fairy_compile.cli.output import write_text
 from fairy_compile.errors import FairyError
 
@@ -71,7 +73,7 @@ def chat(
         if model.template.note:
             typer.echo(f"note: {model.template.note}", err=True)
         session = model.chat_session(system)
-        interactive = sys.stdin.isatty()
+        interactive = is_terminal()
         if interactive:
             typer.echo(_HELP, err=True)
         for message in _messages(interactive):
@@ -92,9 +94,14 @@ def _messages(interactive: bool) -> Iterator[str]:
     if interactive:
         with suppress(ImportError):  # line editing and history, where Python has it
             import readline  # noqa: F401
-    while True:
+    while sys.stdin is not None:
         try:
-            line = input("> ") if interactive else sys.stdin.readline()
+            line = read_text(partial(input, "> ") if interactive else sys.stdin.readline)
+        except FairyError as error:
+            if not interactive:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            continue
         except EOFError:  # Ctrl-D
             typer.echo("")
             return

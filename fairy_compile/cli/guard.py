@@ -16,6 +16,8 @@ EXIT_BUG = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
 _settings = {"debug": False}
 
 
@@ -27,7 +29,8 @@ def set_debug(debug: bool) -> None:
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     """Return ``verb`` with its exceptions turned into messages and exit statuses.
 
-    `FairyError` ends with status 2, Ctrl-C with 130, anything else is a bug and ends with 1.
+    `FairyError` and full disks end with status 2, Ctrl-C with 130, anything else is a bug and ends
+    with 1.
     """
 
     @functools.wraps(verb)
@@ -43,6 +46,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # the reader of our output went away; typer ends quietly
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                _end(f"error: the disk is full: {_one_line(error)}; free some space", EXIT_ERROR)
             _end(
                 f"error: fairy_compile failed in a way it should not: {type(error).__name__}: "
                 f"{_one_line(error)}; please report this, with what `fairy_compile --debug "

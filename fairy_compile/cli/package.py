@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from typing import Annotated, Optional
 
@@ -53,6 +54,6 @@ def package(
         f"system://{report.model_lib}"
     )
     typer.echo(
-        f"next, on the machine that builds the app: cd {report.output} && mlc_llm package "
-        f"--package-config {PACKAGE_CONFIG} --output APP/dist"
+        f"next, on the machine that builds the app: cd {shlex.quote(str(report.output))} && "
+        f"mlc_llm package --package-config {PACKAGE_CONFIG} --output APP/dist"
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from fairy_compile.cli import options
+from fairy_compile.cli.input import is_terminal, read_text
 from fairy_compile.cli.output import print_json, write_text
 from fairy_compile.errors import FairyError
 
@@ -40,9 +41,9 @@ def run(
     The text goes to stdout, a line of statistics to stderr.
     """
     if prompt is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or is_terminal():
             raise FairyError("run needs a prompt; give it with --prompt TEXT or on stdin")
-        prompt = sys.stdin.read()
+        prompt = read_text(sys.stdin.read)
     from fairy_compile.tvm_pair import check_tvm_pair
 
     check_tvm_pair()

@@ -35,11 +35,14 @@ from fairy_compile.config import Granularity, QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.graph import Graph
+from fairy_compile.frontends.maker import phase_plans
+from fairy_compile.frontends.plan import unmatched_notes
 from fairy_compile.frontends.rotate import RotatedSource
 from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, page_tables, parse_config
 from fairy_compile.models.config import at_context
+from fairy_compile.results import check_directory
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
 
@@ -108,7 +111,7 @@ def build(
         context: longest sequence; default the model's, at most 4096.
         prefill_chunk: most tokens of one prefill call; default 256.
         max_batch: most sequences at a time; default 4. As the three above, of language models only.
-        exempt: glob patterns of layers to leave dense.
+        exempt: glob patterns of layers to leave dense, or one.
         cuda_graphs: record decode steps as CUDA graphs; default what the target's file says.
         model_lib: what a phone's app calls the library, where the target's is linked into one;
             default made of the output's name.
@@ -127,6 +130,8 @@ def build(
     compile_for = load_target(target)
     if output is None and not dry_run:
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
+    if debug_dump is not None:
+        check_directory("--debug-dump", Path(debug_dump))
     if is_torch_module(model) or is_onnx(model):
         _refuse_for_graphs(
             {
@@ -210,6 +215,8 @@ def build(
         notes += done.notes[1:]  # the first is the one of `settle`
         source = open_source(converted)
         config_quant, _ = source.settle(asked)
+    else:
+        notes += unmatched_notes(asked, phase_plans(source, config_quant))
     work = Work(name, source, config_quant, compile_for, decoder, sizes, system_lib)
     with clock("define"):
         work.define()
@@ -303,7 +310,7 @@ def _quant_config(
         terms=base.terms,
         act=act or base.act,
         method=method if method != "auto" else base.method,
-        exempt=tuple(exempt) or base.exempt,
+        exempt=((exempt,) if isinstance(exempt, str) else tuple(exempt)) or base.exempt,
         stages_for=base.stages_for,
     )
 

@@ -35,6 +35,7 @@ from fairy_compile.compiler.write import (
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.graph import Graph, GraphSource
+from fairy_compile.frontends.plan import unmatched_notes
 from fairy_compile.models.engine_functions import add_metadata
 from fairy_compile.targets import Target
 
@@ -183,6 +184,7 @@ def build_graph(
     with clock("define"):
         work.define()
     report = _report(work)
+    report.notes += unmatched_notes(quant, [matrix.layer for matrix in work.layers.matrices])
     if dry_run:
         report.seconds = clock.seconds
         return report

@@ -69,6 +69,7 @@ def evaluate(
     directory = Path(directory)
     machine = Machine.here()  # the load average before our own work
     manifest = Manifest.load(directory)
+    manifest.check_language_model(directory)
     other = None if against is None else _open_reference(against, directory)
     longest = _context(manifest)
     if isinstance(other, Manifest):

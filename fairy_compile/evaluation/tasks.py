@@ -104,6 +104,7 @@ def evaluate_tasks(
     directory = Path(directory)
     machine = Machine.here()
     manifest = Manifest.load(directory)
+    manifest.check_language_model(directory)
     if include_path is not None and not Path(include_path).is_dir():
         raise FairyError(f"--include-path {include_path} is no directory of task files")
     import lm_eval

@@ -27,6 +27,7 @@ from fairy_compile.frontends.maker import (
 )
 from fairy_compile.frontends.packed import PackedLayer
 from fairy_compile.frontends.packed_writer import PackedWriter, layout_bytes, packed_layout
+from fairy_compile.frontends.plan import unmatched_notes
 from fairy_compile.frontends.rotate import NOTE, RotatedSource
 from fairy_compile.frontends.safetensors_writer import tensor_bytes
 from fairy_compile.frontends.source import LayerPlan, ModelSource, open_source
@@ -177,10 +178,12 @@ def convert(
     if rotate:
         source = RotatedSource(source)
     check_output(output, force=force)
+    asked = config
     config, note = source.settle(
-        config, calibrated=calibrate is not None, by_budget=bits is not None
+        asked, calibrated=calibrate is not None, by_budget=bits is not None
     )
     notes = [note] if note else []
+    notes += unmatched_notes(asked, phase_plans(source, config))
     if isinstance(source, RotatedSource):
         notes.append(NOTE)
         if not dry_run:

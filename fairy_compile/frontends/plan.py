@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,21 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 def exempting_pattern(layer: str, quant: QuantConfig) -> str | None:
     """Return the exempt pattern that keeps ``layer`` dense, or None."""
     return next((p for p in quant.exempt if fnmatch.fnmatchcase(layer, p)), None)
+
+
+def unmatched_notes(quant: QuantConfig, layers: Collection[str]) -> list[str]:
+    """Return a note for every pattern of ``quant`` that names none of the linear ``layers``.
+
+    A pattern is compared with the whole name, so ``q_proj`` alone matches nothing.
+    """
+    patterns = {"--exempt": quant.exempt, "--layer-quant": quant.stages_for}
+    return [
+        f"{flag} {pattern!r} matches no linear layer and changes nothing; layers are named like "
+        f"{next(iter(layers))}, and * stands for any part"
+        for flag, given in patterns.items()
+        for pattern in given
+        if layers and not any(fnmatch.fnmatchcase(layer, pattern) for layer in layers)
+    ]
 
 
 def plan_weight(layer: str, shape: tuple[int, ...], quant: QuantConfig) -> LayerPlan:

@@ -149,7 +149,7 @@ def parse_decoder(
             f"config.json has hidden_size {hidden}, which {heads} attention heads do not divide"
         )
     activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UnsupportedError(
             f"activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )

@@ -130,6 +130,11 @@ def _settings(kind: str, config: Mapping[str, Any], given: Mapping[str, Any]) ->
             values[key] = _optional(given, key) if given.get(key) else None
         values["truncate"] = given.get("truncate", True) is not False
     if kind == "longrope":
+        if original < 2:
+            raise ModelFileError(
+                f"config.json has {own} = {original}; expected 2 or more for longrope, whose rule "
+                "divides by its logarithm"
+            )
         for key in ("short_factor", "long_factor"):
             values[key] = _factors(given, key)
     return values

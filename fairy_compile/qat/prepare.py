@@ -12,7 +12,13 @@ from torch import nn
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.method import LATENT_QUANT_METHOD
-from fairy_compile.frontends.plan import LayerPlan, exempting_pattern, plan_weight, recover_layer
+from fairy_compile.frontends.plan import (
+    LayerPlan,
+    exempting_pattern,
+    plan_weight,
+    recover_layer,
+    unmatched_notes,
+)
 from fairy_compile.phase import as_float32
 from fairy_compile.qat.experts import convert_experts, phase_experts, plan_experts
 from fairy_compile.qat.layers import (
@@ -114,6 +120,7 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
     experts = plan_experts(model, quant)
     plans, shapes, notes = _plan(model, quant)
     projections = [part for parts in experts.values() for part in parts]
+    notes += unmatched_notes(quant, [*plans, *(part.name.format(0) for part in projections)])
     if not any(plan.phase for plan in (*plans.values(), *(part.plan for part in projections))):
         kept = "; ".join(f"{name}: {plan.reason}" for name, plan in list(plans.items())[:5])
         raise FairyError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.errors import FairyError
@@ -52,6 +53,11 @@ class ChatSession:
             self._model.engine.remove_sequence(self._sequence)
         self._sequence, self._cached = None, []
 
+    def __del__(self) -> None:
+        """Free the KV cache of a conversation that nothing refers to any more."""
+        with suppress(FairyError):  # the model may be closed
+            self.close()
+
     def send(
         self,
         text: str,
@@ -91,7 +97,7 @@ class ChatSession:
             max_tokens=max_tokens,
             stop_tokens=model.stop_tokens,
             stop=(*model.stop_strings, *([stop] if isinstance(stop, str) else stop)),
-            on_end=lambda _: self._end(generation),
+            on_end=lambda _: self._end(),
             on_feed=self._cached.extend,
         )
         self._running = generation
@@ -107,8 +113,9 @@ class ChatSession:
         self.messages, self.reused_tokens = messages, shared
         return self._sequence
 
-    def _end(self, generation: Generation) -> None:
-        self._running = None
+    def _end(self) -> None:
+        # Not an argument: an answer that referred to itself would keep the conversation alive.
+        generation, self._running = self._running, None
         # A prefill that failed half-way left tokens that are not in `_cached`.
         engine = self._model.engine
         engine.popn(self._sequence, engine.length(self._sequence) - len(self._cached))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 class Generation:
     """One answer: an iterator over pieces of its text.
+
+    It ends when it is closed, or when nothing refers to it any more.
 
     Attributes:
         tokens: tokens drawn so far, without the one that ended the answer.
@@ -55,20 +58,36 @@ class Generation:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise FairyError(f"max_tokens is {max_tokens!r}; allowed: 1 or more")
-        self.tokens: list[int] = []
-        self.text = ""
-        self.finish_reason: FinishReason | None = None
-        self._engine = engine
-        self._start = sequence
-        self._prompt = list(prompt)
-        self._sampler = sampler
-        self._stream = text
-        self._filter = StopFilter(stop)
-        self._max_tokens = max_tokens
-        self._stop_tokens = frozenset(stop_tokens)
-        self._on_end = on_end
-        self._on_feed = on_feed
-        self._pieces = self._run()
+        self._loop = _Loop(
+            engine,
+            sequence,
+            list(prompt),
+            sampler,
+            text,
+            StopFilter(stop),
+            max_tokens,
+            frozenset(stop_tokens),
+            on_end,
+            on_feed,
+        )
+        # It refers to the loop and not to us: an answer that nobody holds any more, as after a
+        # `break`, is gone at once, and Python closes the iterator of what is gone.
+        self._pieces = self._loop.run()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens drawn so far, without the one that ended the answer."""
+        return self._loop.tokens
+
+    @property
+    def text(self) -> str:
+        """Text given out so far."""
+        return self._loop.text
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None while running; see the class."""
+        return self._loop.finish_reason
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -79,7 +98,7 @@ class Generation:
     def close(self) -> None:
         """End the answer here; what was given out stays valid."""
         self._pieces.close()
-        self.finish_reason = self.finish_reason or "cancelled"
+        self._loop.finish_reason = self._loop.finish_reason or "cancelled"
 
     def read(self) -> str:
         """Run to the end and return the whole text."""
@@ -87,11 +106,31 @@ class Generation:
             pass
         return self.text
 
-    def _run(self) -> Iterator[str]:
-        sequence = self._start()
+
+@dataclass
+class _Loop:
+    """The work of a `Generation`; attributes are its arguments and attributes."""
+
+    engine: Engine
+    start: Callable[[], int]
+    prompt: list[int]
+    sampler: Sampler
+    stream: TextStream
+    filter: StopFilter
+    max_tokens: int
+    stop_tokens: frozenset[int]
+    on_end: Callable[[int], None]
+    on_feed: Callable[[Sequence[int]], None]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def run(self) -> Generator[str, None, None]:
+        """Yield the pieces of the text that are not empty."""
+        sequence = self.start()
         try:
-            logits = self._engine.prefill(sequence, self._prompt)
-            self._on_feed(self._prompt)
+            logits = self.engine.prefill(sequence, self.prompt)
+            self.on_feed(self.prompt)
             for piece in self._answer(sequence, logits):
                 if piece:
                     self.text += piece
@@ -100,28 +139,28 @@ class Generation:
             self.finish_reason = self.finish_reason or "cancelled"
             raise
         finally:
-            self._on_end(sequence)
+            self.on_end(sequence)
 
     def _answer(self, sequence: int, logits: np.ndarray) -> Iterator[str]:
         while True:
-            token = self._sampler.sample(logits)
-            if token in self._stop_tokens:
+            token = self.sampler.sample(logits)
+            if token in self.stop_tokens:
                 self.finish_reason = "stop"
                 break
             self.tokens.append(token)
-            yield self._filter.push(self._stream.push(token))
-            if self._filter.stopped:
+            yield self.filter.push(self.stream.push(token))
+            if self.filter.stopped:
                 self.finish_reason = "stop"
                 return
-            if len(self.tokens) >= self._max_tokens:
+            if len(self.tokens) >= self.max_tokens:
                 self.finish_reason = "length"
                 break
-            if self._engine.length(sequence) >= self._engine.context:
+            if self.engine.length(sequence) >= self.engine.context:
                 self.finish_reason = "context"
                 break
-            logits = self._engine.decode([sequence], [token])[0]
-            self._on_feed([token])
-        yield self._filter.push(self._stream.finish())
-        if self._filter.stopped:
+            logits = self.engine.decode([sequence], [token])[0]
+            self.on_feed([token])
+        yield self.filter.push(self.stream.finish())
+        if self.filter.stopped:
             self.finish_reason = "stop"
-        yield self._filter.finish()
+        yield self.filter.finish()

@@ -110,11 +110,7 @@ def load_language_model(
     directory = Path(directory)
     report = verify(directory)
     manifest = report.manifest
-    if manifest.kind == GRAPH:
-        raise UnsupportedError(
-            f"{directory} is a compiled graph ({manifest.model.family}), not a language model; run "
-            f"it from Python: fairy_compile.load({str(directory)!r}).run(inputs)"
-        )
+    manifest.check_language_model(directory)
     _check_system(manifest)
     _check_features(manifest)
     _check_arch(manifest, device)

@@ -197,9 +197,9 @@ def _handle_errors(app: FastAPI) -> None:
 
 def _explain(problems: Sequence[dict[str, Any]]) -> ApiError:
     """Return the first of what pydantic found wrong with a body."""
-    # Of the alternatives of a union, the one that fits best fails deepest.
+    # Of the alternatives of a union, the one that fits best fails deepest, or by its value alone.
     same_field = [p for p in problems if p["loc"][:2] == problems[0]["loc"][:2]]
-    problem = max(same_field, key=lambda p: len(p["loc"]))
+    problem = max(same_field, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type")))
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}")
     if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):

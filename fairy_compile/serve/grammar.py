@@ -12,6 +12,7 @@ import numpy as np
 
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime.text import Tokenizer
+from fairy_compile.serve.request import UnanswerableError
 
 MAX_SCHEMA_BYTES = 64 << 10
 _CACHE_BYTES = 64 << 20
@@ -70,7 +71,10 @@ class GrammarCompiler:
                 compiled = compile_with(self._compiler)
             except (RuntimeError, ValueError, TypeError) as error:
                 raise FairyError(f"unusable JSON schema: {_reason(error)}") from error
-        return CompiledGrammar(compiled, self._vocab_size)
+        grammar = CompiledGrammar(compiled, self._vocab_size)
+        # Schemas without an end, such as {"$ref": "#"}, compile and allow nothing.
+        grammar.matcher().mask(np.zeros(self._vocab_size, np.float32))
+        return grammar
 
     def _create(self) -> Any:
         try:
@@ -136,11 +140,17 @@ class Matcher:
         return bool(self._matcher.is_terminated())
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
-        """Return a copy of ``logits`` with -inf for tokens that may not follow."""
+        """Return a copy of ``logits`` with -inf for tokens that may not follow.
+
+        Raises:
+            UnanswerableError: none may.
+        """
         if not self._matcher.fill_next_token_bitmask(self._bits):
             return logits
-        allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")
-        return np.where(allowed[: self._vocab_size], logits, np.float32(-np.inf))
+        allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._vocab_size]
+        if not allowed.any():
+            raise UnanswerableError("no text of this model's tokens conforms to the JSON schema")
+        return np.where(allowed, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> None:
         """Go on by ``token``."""

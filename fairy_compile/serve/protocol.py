@@ -81,6 +81,14 @@ class _Sampled(BaseModel):
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Take null for left out, as OpenAI's API does: it is how clients write a default."""
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
     @model_validator(mode="after")
     def _nothing_unsupported(self) -> _Sampled:
         for name, harmless in self.unsupported.items():

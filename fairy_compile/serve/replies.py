@@ -52,7 +52,7 @@ class Reply(ABC):
         reasons: dict[int, str] = {}
         async for index, event in exchange.events():
             if isinstance(event, Failed):
-                raise ApiError(event.status, event.message, kind="server_error")
+                raise _error(event)
             if isinstance(event, Piece):
                 texts[index].append(event)
             else:
@@ -78,7 +78,7 @@ class Reply(ABC):
                     yield self._chunk([choice])
             async for index, event in events:
                 if isinstance(event, Failed):
-                    error = ApiError(event.status, event.message, kind="server_error")
+                    error = _error(event)
                     yield _sse(error.body())
                     return
                 for delta in self.deltas(index, event):
@@ -279,6 +279,11 @@ def _calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
         elif isinstance(part, Arguments):
             calls[part.index]["function"]["arguments"] += part.text
     return calls
+
+
+def _error(failed: Failed) -> ApiError:
+    kind = "server_error" if failed.status >= 500 else "invalid_request_error"
+    return ApiError(failed.status, failed.message, kind=kind)
 
 
 def _sse(value: dict[str, Any]) -> bytes:

@@ -23,6 +23,10 @@ class ClosingError(FairyError):
     """The server is shutting down or its engine has stopped."""
 
 
+class UnanswerableError(FairyError):
+    """No answer can be what the request asks for."""
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """A drawn token under the model's own distribution: temperature 1, no penalties, no grammar.

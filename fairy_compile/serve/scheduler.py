@@ -21,7 +21,7 @@ import numpy as np
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.pages import PAGE_SIZE
 from fairy_compile.serve.answer import Answer
-from fairy_compile.serve.request import Failed, Finished, Request
+from fairy_compile.serve.request import Failed, Finished, Request, UnanswerableError
 
 if TYPE_CHECKING:
     from fairy_compile.runtime.model import Model
@@ -194,6 +194,6 @@ class Scheduler:
 def _failed(error: Exception) -> Failed:
     """Return what the client may know of ``error``; a bug goes to the log."""
     if isinstance(error, FairyError):
-        return Failed(str(error))
+        return Failed(str(error), 400 if isinstance(error, UnanswerableError) else 500)
     _log.error("an answer failed", exc_info=error)
     return Failed("the server failed in a way it should not; its log says more")

@@ -114,6 +114,29 @@ def test_output_below_a_file(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("length", [240, 300])
+def test_output_with_too_long_a_name(tmp_path, length):
+    output = tmp_path / ("x" * length)
+    with pytest.raises(FairyError, match=rf"name has {length} bytes.*choose a shorter --output"):
+        check_output(output, force=False)
+    with pytest.raises(FairyError, match="too many"), staged_directory(output, force=False):
+        pass
+    assert entries(tmp_path) == set()
+
+
+def test_output_on_a_file_system_without_writing(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("fairy_compile.artifact.staging.os.open", refuse)
+    with (
+        pytest.raises(FairyError, match=r"cannot write .*: Read-only file system; choose another"),
+        staged_directory(tmp_path / "out", force=False),
+    ):
+        pass
+    assert entries(tmp_path) == set()
+
+
 def test_output_that_is_the_root():
     with pytest.raises(FairyError, match="whole file system"):
         check_output("/", force=True)

@@ -32,6 +32,16 @@ def test_names_that_are_no_file_names(tmp_path, name):
         result_paths(tmp_path, name, comparison=False, force=False)
 
 
+def test_places_that_cannot_be_written_are_told_before_the_measurement(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FairyError, match="file is a file; name a directory"):
+            result_paths(place, "name", comparison=False, force=False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(FairyError, match="cannot be written; name another directory"):
+        result_paths(tmp_path / "new", "name", comparison=False, force=False)
+
+
 def test_default_names_are_file_names():
     assert default_name("PKU-DS-LAB/Fairy2i W2", comparison=True) == (
         "PKU-DS-LAB-Fairy2i-W2-vs-llama.cpp"

@@ -43,6 +43,7 @@ def test_json_and_csv(cli, artifact):
         (["-r", "0"], "--repetitions is 0"),
         (["-o", "xml"], "unknown --output-format 'xml'; allowed: table, md, json, csv"),
         (["-p", "4096"], "context is 4096 tokens"),
+        (["-p", "4096"], "for 1 to 128: give smaller ones, such as -p 128 -n 128"),
         (["-t", "0"], "threads is 0"),
         (["--peer", "ollama"], "unknown --peer 'ollama'"),
         (["--results", "x", "--name", "a/b"], "--name is 'a/b'"),

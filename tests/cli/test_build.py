@@ -48,6 +48,19 @@ def test_options_reach_the_compiler(cli, checkpoint):
     }
 
 
+@pytest.mark.parametrize("verb", ["build", "convert"])
+def test_patterns_that_match_no_layer_are_told(cli, checkpoint, tmp_path, verb):
+    output = [verb, checkpoint, "-o", tmp_path / "out", "--dry-run", "--json"]
+    wrong = ["--exempt", "q_proj", "--layer-quant", "head=w3"]
+    right = ["--exempt", "*.q_proj", "--layer-quant", "lm_head=w3"]
+    notes = json.loads(cli(*output, *wrong, *right).stdout)["notes"]
+    told = [note for note in notes if "matches no linear layer" in note]
+    assert [note.split(" matches")[0] for note in told] == [
+        "--exempt 'q_proj'",
+        "--layer-quant 'head'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -56,6 +69,7 @@ def test_options_reach_the_compiler(cli, checkpoint):
         (["--act", "int4", "-o", "x"], "unknown --act 'int4'"),
         (["--act-dtype", "bfloat16", "-o", "x"], "--act-dtype bfloat16: target cpu computes in"),
         (["--context", "0", "-o", "x"], "--context is 0"),
+        (["--debug-dump", __file__, "-o", "x"], "is a file; name a directory"),
         ([], "give it with -o DIR"),
     ],
 )

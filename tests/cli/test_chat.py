@@ -25,6 +25,17 @@ def test_a_conversation_through_a_pipe(cli, artifact):
     assert ">" not in result.stdout.splitlines()[0][:1]
 
 
+def test_messages_that_are_no_text(cli, artifact):
+    result = cli("chat", artifact[0], *GREEDY, stdin=b"hello\n\xff\n")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: stdin is not utf-8 text: invalid")
+
+
+def test_a_closed_stdin_has_no_messages(artifact, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    chat_verb(artifact[0])
+
+
 def test_reset_begins_again(cli, artifact):
     result = cli("chat", artifact[0], *GREEDY, stdin="hello\nthere\n/reset\nhello\n")
     alone = cli("chat", artifact[0], *GREEDY, stdin="hello\n")

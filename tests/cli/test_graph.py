@@ -39,7 +39,9 @@ def test_inspect_and_verify(built) -> None:
     assert "is good" in fairy("verify", out).output
 
 
-@pytest.mark.parametrize("verb", [("run", "-p", "x"), ("chat",)])
+@pytest.mark.parametrize(
+    "verb", [("run", "-p", "x"), ("chat",), ("bench",), ("eval", "--data", __file__)]
+)
 def test_text_verbs_point_to_python(built, verb) -> None:
     _, out, _ = built
     name, *options = verb

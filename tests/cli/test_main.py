@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -99,6 +100,15 @@ def test_ctrl_c_is_one_line_and_130(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("fairy_compile.artifact.verify", failing(KeyboardInterrupt()))
     result = cli("verify", tmp_path)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_a_full_disk_is_not_a_bug(cli, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("fairy_compile.artifact.verify", failing(full))
+    result = cli("verify", tmp_path)
+    assert result.exit_code == guard.EXIT_ERROR == 2
+    assert result.stderr.startswith("error: the disk is full: ")
+    assert "report" not in result.stderr
 
 
 def test_a_wrong_tvm_is_refused_only_where_tvm_is_used(cli, checkpoint, tmp_path, monkeypatch):

@@ -1,4 +1,16 @@
+from importlib import import_module
+from types import SimpleNamespace
+
 import pytest
+
+
+def test_the_next_command_can_be_copied(cli, tmp_path, monkeypatch):
+    report = {"notes": (), "bytes": 1, "model_id": "m", "model_lib": "fairy_m"}
+    report["output"] = tmp_path / "my app"
+    module = import_module("fairy_compile.artifact.package")
+    monkeypatch.setattr(module, "package", lambda *_, **__: SimpleNamespace(**report))
+    result = cli("package", tmp_path, "--for", "ios", "-o", report["output"])
+    assert f"cd '{report['output']}' && mlc_llm package --package-config" in result.stdout
 
 
 def test_a_package_needs_an_artifact_for_phones(cli, artifact, tmp_path):

@@ -1,7 +1,11 @@
 import json
 import re
+import sys
 
 import pytest
+
+from fairy_compile import FairyError
+from fairy_compile.cli.run import run
 
 
 def test_text_on_stdout_and_statistics_on_stderr(cli, artifact):
@@ -53,6 +57,20 @@ def test_prompt_longer_than_the_context_names_both_numbers(cli, artifact):
     result = cli("run", artifact[0], "-p", "x" * 500)
     assert result.exit_code == 2
     assert "500 tokens, but the context holds 128" in result.stderr
+
+
+def test_stdin_that_is_no_text(cli, artifact):
+    result = cli("run", artifact[0], stdin=b"x\xff")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: stdin is not utf-8 text: invalid start byte at byte 1; convert it\n"
+    )
+
+
+def test_stdin_that_is_closed(artifact, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(FairyError, match="run needs a prompt; give it with --prompt"):
+        run(artifact[0])
 
 
 def test_not_an_artifact(cli, checkpoint):

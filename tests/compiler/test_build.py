@@ -97,6 +97,11 @@ def test_report_gives_kernel_layout_bytes_and_reason_of_every_call(
     assert not (tmp_path / "out").exists()
 
 
+def test_one_exempt_pattern_needs_no_list(model: Path, tmp_path: Path) -> None:
+    report = build(model, tmp_path / "out", dry_run=True, exempt="lm_head")
+    assert [row.name for row in report.layers if not row.stages] == ["lm_head"]
+
+
 def test_packed_checkpoint_gives_the_same_parameters(model: Path, tmp_path: Path) -> None:
     fc.convert(model, tmp_path / "packed", quant="w2")
     build(tmp_path / "packed", tmp_path / "a")

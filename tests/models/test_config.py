@@ -150,6 +150,7 @@ def test_family_switches() -> None:
         ({"num_key_value_heads": 3}, ModelFileError, "multiple"),
         ({"hidden_size": 66}, ModelFileError, "divide"),
         ({"hidden_act": "gelu"}, UnsupportedError, "'gelu'.*silu"),
+        ({"hidden_act": []}, UnsupportedError, r"\[\].*silu"),
         ({"rms_norm_eps": float("nan")}, ModelFileError, "rms_norm_eps"),
         ({"rope_scaling": {"rope_type": "mrope"}}, UnsupportedError, "'mrope'.*default, linear"),
         ({"rope_scaling": {"type": "yarn", "factor": "big"}}, ModelFileError, "factor = 'big'"),
@@ -158,6 +159,11 @@ def test_family_switches() -> None:
             {"rope_scaling": {"type": "longrope", "short_factor": [1, -1]}},
             ModelFileError,
             "short_factor = -1",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 1},
+            ModelFileError,
+            "original_max_position_embeddings = 1; expected 2 or more",
         ),
         ({"model_type": "mistral", "sliding_window": 0}, ModelFileError, "sliding_window = 0"),
         (

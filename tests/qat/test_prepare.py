@@ -30,6 +30,15 @@ def test_every_linear_of_a_causal_lm_becomes_a_phase_layer(make_model, tokens, f
         assert model.get_submodule(name).weight.grad.abs().sum() > 0
 
 
+def test_patterns_that_match_no_layer_are_told(make_model):
+    quant = fc.QuantConfig(exempt=("q_proj", "*.o_proj"), stages_for={"head": 3, "lm_head": 3})
+    notes = fc.qat.prepare(make_model(), quant).notes
+    assert [note.split(" and ")[0] for note in notes] == [
+        "--exempt 'q_proj' matches no linear layer",
+        "--layer-quant 'head' matches no linear layer",
+    ]
+
+
 def test_forward_uses_the_rules_weights(make_model, tokens):
     model = make_model()
     plain = make_model()

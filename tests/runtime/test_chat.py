@@ -107,6 +107,12 @@ def test_an_answer_ends_where_the_context_does(chat):
     assert answer.finish_reason in ("context", "stop")
 
 
+def test_conversations_that_are_left_free_their_sequences(model, chat):
+    for _ in range(model.engine.cache.max_sequences + 1):
+        greedy(model.chat_session("S"), "a").read()
+    assert model.engine.cache.sequences == []
+
+
 def test_reset_keeps_the_system_message(model, chat):
     greedy(chat, "hello").read()
     chat.reset()

@@ -39,6 +39,13 @@ def test_streamed_pieces_join_to_the_text(model):
     assert "".join(pieces) == model.generate("for i in", **options)
 
 
+def test_an_answer_that_is_left_early_frees_its_sequence(model):
+    for _ in range(model.engine.cache.max_sequences + 1):
+        for _piece in model.generate("abc", 50, temperature=0.0, stream=True):
+            break
+    assert model.engine.cache.sequences == []
+
+
 def test_same_seed_same_text(model):
     def text(seed):
         return model.generate("x", 20, temperature=1.0, seed=seed)

@@ -227,3 +227,8 @@ def test_json_object_begins_as_one_and_bad_schemas_are_named(client):
     with pytest.raises(openai.BadRequestError, match="nonsense") as caught:
         client.chat.completions.create(model=NAME, messages=CHAT, response_format=bad)
     assert "cpp" not in str(caught.value)
+    endless = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}
+    for schema in ({"$ref": "#"}, endless):  # nothing may follow at all, and after {"a":
+        bad["json_schema"] = {"name": "x", "schema": schema}
+        with pytest.raises(openai.BadRequestError, match=r"no text .* conforms to the JSON schema"):
+            client.chat.completions.create(model=NAME, messages=CHAT, response_format=bad)

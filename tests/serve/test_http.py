@@ -62,6 +62,7 @@ def test_models(client):
         ({"model": NAME, "prompt": "x", "max_tokens": 0}, "max_tokens", "greater"),
         ({"model": NAME, "prompt": "x", "n": 100}, "n", "100 answers"),
         ({"model": NAME, "prompt": "x", "stop": ""}, "stop", "stop"),
+        ({"model": NAME, "prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16 items"),
         ({"model": NAME, "prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "99999"),
         ({"model": NAME, "prompt": "x", "echo": True}, None, "echo is not supported"),
         ({"model": NAME, "prompt": "x", "stream_options": {}}, None, "stream"),
@@ -82,6 +83,20 @@ def test_a_wrong_body_is_told_what_is_wrong(http, body, param, message):
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     assert param is None or error["param"] == param
+
+
+def test_null_is_a_field_left_out(http):
+    common = dict.fromkeys(("n", "stream", "max_tokens", "stop", "seed", "logprobs", "tools"))
+    common |= {"model": NAME, "temperature": 0}
+    for path, body in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        response = http.post(f"/v1/{path}", json=common | body)
+        assert response.status_code == 200, response.text
+        given = {name: value for name, value in common.items() if value is not None}
+        plain = http.post(f"/v1/{path}", json=given | body)
+        assert response.json()["choices"] == plain.json()["choices"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"3", b"null"])
