@@ -47,6 +47,13 @@ ONE_ROW: list[dict[str, Any]] = [
     {"weights": "blocks", "rows": 4, "group": 256, "ahead": True},
     {"weights": "blocks", "rows": 8, "group": 256},
     {"weights": "blocks", "rows": 8, "group": 512},
+    {"weights": "products", "threads": 32, "rows": 2, "group": 256},
+    {"weights": "products", "threads": 32, "rows": 4, "group": 256},
+    {"weights": "products", "threads": 64, "rows": 1, "group": 256},
+    {"weights": "products", "threads": 64, "rows": 2, "group": 256},
+    {"weights": "products", "threads": 64, "rows": 2, "group": 512},
+    {"weights": "products", "threads": 128, "rows": 1, "group": 512},
+    {"weights": "products", "threads": 128, "rows": 2, "group": 512},
 ]
 """Settings for one row of x."""
 SOME_ROWS: list[dict[str, Any]] = [

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
 
+from fairy_compile.kernels import gpu_products
 from fairy_compile.kernels.base import Batch, choose_knobs
 from fairy_compile.kernels.gpu_builder import build_function, ceildiv, launch_if, reduce_group
 from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Lookup, Reduce
 from fairy_compile.kernels.gpu_halves import (
     BLOCK_BYTES,
+    BlocksDecode,
+    HalvesDecode,
     block_entries,
-    decode_kind,
     supports,
     supports_blocks,
 )
 from fairy_compile.kernels.gpu_layout import WordsLayout
 from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
+from fairy_compile.kernels.gpu_products import ProductsDecode
 from fairy_compile.kernels.gpu_rows import AllRows, ChosenRows, LedRows, OneRow, PackedRows, Stacked
 from fairy_compile.kernels.gpu_tile import GROUP, TileGemm
 from fairy_compile.kernels.gpu_weights import Weights
@@ -40,6 +43,11 @@ _MAX_WORDS = 2**31 - 1  # offsets are int32
 _GROUPS = 128
 # Where looking weights up takes fewer operations than decoding them; see the knob.
 _TABLE_DEVICES = ("metal", "opencl", "vulkan")
+_KINDS: dict[str, type[Decode]] = {
+    "halves": HalvesDecode,
+    "blocks": BlocksDecode,
+    "products": ProductsDecode,
+}
 
 
 class GpuKernel:
@@ -56,7 +64,9 @@ class GpuKernel:
             `benchmarks/gpu_static.py`. ``halves`` and ``blocks`` look up and multiply in float16,
             see `gpu_halves`: with float16 activations, input features a multiple of 32, for
             ``blocks`` also with tensor scales and T <= 2 (elsewhere ``blocks`` is the same as
-            ``halves``, and ``halves`` the same as ``table``).
+            ``halves``, and ``halves`` the same as ``table``). ``products`` looks products with x
+            up, see `gpu_products`: of one row of x, with tensor scales, where thread groups have
+            rows of one part and enough shared memory (elsewhere it is the same as ``table``).
         copies: of the table of ``blocks``, fewer where shared memory is short.
         group: threads of a group that decodes.
         ahead: while decoding, load the words of the next turn before this turn's are used.
@@ -70,7 +80,7 @@ class GpuKernel:
         "threads": ("auto", 16, 32, 64, 128),
         "rows": (2, 1, 4, 8),
         "tokens": (4, 2, 1, 8),
-        "weights": ("auto", "table", "bits", "halves", "blocks"),
+        "weights": ("auto", "table", "bits", "halves", "blocks", "products"),
         "copies": (16, 1),
         "group": (128, 256, 512),
         "ahead": (False, True),
@@ -170,7 +180,7 @@ class GpuKernel:
         chosen: Mapping[str, Any],
     ) -> Decode:
         shape = self._decode_shape(weights.spec, target, tokens, chosen)
-        kind = decode_kind(shape)
+        kind = _KINDS.get(shape.weights, Decode)
         return kind(weights, x, y, shape, self.reduction(shape, target))
 
     def _gemm(
@@ -286,6 +296,10 @@ class GpuKernel:
         shape = DecodeShape(
             threads, max(1, group // threads), rows, tokens, ahead=bool(knobs["ahead"])
         )
+        if knobs["weights"] == "products":
+            products = self._products_shape(spec, target, shape)
+            if products is not None:
+                return products
         lookup = self._lookup(spec, shape, knobs["weights"])
         if lookup != "blocks":
             return replace(shape, weights=lookup)
@@ -293,6 +307,16 @@ class GpuKernel:
         most = room // (BLOCK_BYTES * block_entries(spec))
         copies = min(knobs["copies"], 1 << max(0, most.bit_length() - 1))
         return replace(shape, weights=lookup, copies=copies)
+
+    @staticmethod
+    def _products_shape(spec: PhaseSpec, target: Target, shape: DecodeShape) -> DecodeShape | None:
+        """Return the shape of a launch that looks products up; None where there is none."""
+        threads = min(shape.threads, gpu_products.MOST_THREADS)
+        teams = shape.threads * shape.teams // threads
+        products = replace(shape, threads=threads, teams=teams, weights="products")
+        served = shape.tokens == 1 and gpu_products.supports(spec, products)
+        fits = gpu_products.shared_bytes(spec, products) <= target.limits.shared_bytes
+        return products if served and fits else None
 
     def _lookup(self, spec: PhaseSpec, shape: DecodeShape, knob: str) -> Lookup:
         """Return how a call gets its weights; see the knob ``weights``."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Reduce = Callable[[Sequence[Any], Any, Any], Sequence[Any]]
 """reduce(values, thread of the team, team) -> their sums over the team, for its first thread."""
 
-Lookup = Literal["bits", "table", "halves", "blocks"]
+Lookup = Literal["bits", "table", "halves", "blocks", "products"]
 """How a launch gets from codes to weights."""
 
 _CHUNK = 4
@@ -42,7 +42,8 @@ class DecodeShape:
         rows: complex matrix rows of a team.
         tokens: rows of x of a thread group.
         weights: ``bits`` decodes every code, ``table`` looks them up, see `gpu_tables`; ``halves``
-            and ``blocks`` do so with products in float16, see `gpu_halves`.
+            and ``blocks`` do so with products in float16, see `gpu_halves`; ``products`` looks
+            products up, where rows are those of threads, not of teams, see `gpu_products`.
         ahead: load the words of the next turn before this turn's are used.
         copies: of the table of ``blocks``.
     """

@@ -28,7 +28,7 @@ from tvm.tirx import Shuffle
 from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.gpu_builder import local, shared, store, strided
-from fairy_compile.kernels.gpu_decode import Decode, DecodeShape, Unit
+from fairy_compile.kernels.gpu_decode import Decode, Unit
 from fairy_compile.kernels.gpu_layout import UNIT
 from fairy_compile.kernels.gpu_weights import Weights, decode_code
 from fairy_compile.op.spec import PhaseSpec
@@ -262,12 +262,6 @@ class BlocksDecode(_HalfDecode):
         # An or, which GPUs do together with the and before it.
         index = T.cast(T.bitwise_or(index, self._copy), "int32")
         return self._table[T.ramp(index * _BLOCK, 1, _BLOCK)]
-
-
-def decode_kind(shape: DecodeShape) -> type[Decode]:
-    """Return the class that emits a launch of this shape."""
-    kinds: dict[str, type[Decode]] = {"halves": HalvesDecode, "blocks": BlocksDecode}
-    return kinds.get(shape.weights, Decode)
 
 
 def _extract(word: Expr, bit: int, mask: int, times: int) -> Expr:
