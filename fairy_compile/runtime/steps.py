@@ -7,6 +7,7 @@ library is told of them differs: `CacheSteps` hands it the runtime's cache, `Pag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,7 +99,8 @@ class PageSteps:
         self._library, self._params = library, params
         count = pages_of(tokens) + 1  # popn copies a page before it frees one
         self._layers = library.call(ALLOC_PAGES, tvm.runtime.ShapeTuple([count]))
-        self.pages = OwnPages(count, self._copy_page)
+        # Not a method of ours: what refers to itself is freed late, and with it the weights.
+        self.pages = OwnPages(count, partial(_copy_page, self._layers))
         self._inputs = StepInputs(library.device, most_sequences, count)
 
     def prefill(self, ids: np.ndarray, logit_rows: np.ndarray | None) -> Call:
@@ -118,14 +120,16 @@ class PageSteps:
         arrays = self._inputs.write(ids, self.pages.tables())
         return name, (*arrays, self._layers, self._params)
 
-    def _copy_page(self, source: int, target: int) -> None:
-        for layer in self._layers:
-            page = [1, *map(int, layer.shape[1:])]
-            nbytes = int(np.prod(page)) * np.dtype(str(layer.dtype)).itemsize
-            here, there = (
-                layer._create_view(page, relative_byte_offset=i * nbytes) for i in (source, target)
-            )
-            here.copyto(there)
+
+def _copy_page(layers: Sequence[Any], source: int, target: int) -> None:
+    """Copy the keys and values of one page of every layer to another."""
+    for layer in layers:
+        page = [1, *map(int, layer.shape[1:])]
+        nbytes = int(np.prod(page)) * np.dtype(str(layer.dtype)).itemsize
+        here, there = (
+            layer._create_view(page, relative_byte_offset=i * nbytes) for i in (source, target)
+        )
+        here.copyto(there)
 
 
 class StepInputs:

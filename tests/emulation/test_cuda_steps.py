@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -126,6 +128,21 @@ def test_a_step_is_one_graph(build, tmp_path: Path) -> None:
             for sequence in ids.values():
                 engine.remove_sequence(sequence)
         assert recorder.recorded == before + 3
+
+
+def test_a_closed_model_is_freed_at_once(build, tmp_path: Path) -> None:
+    """Its weights, too: nothing of it refers to itself, which would wait for a collection."""
+    out = build(save_model(tmp_path / "model", "llama"), act="float")
+    gc.disable()
+    try:
+        with fc.load(out) as model:
+            sequence = model.engine.add_sequence()
+            model.engine.prefill(sequence, TOKENS[:20])
+            model.engine.fork(sequence, 9)
+            kept = [weakref.ref(x) for x in (model.engine, model.engine.steps)]
+        assert all(reference() is None for reference in kept)
+    finally:
+        gc.enable()
 
 
 def _timed_calls(engine: Any) -> dict[str, int]:
