@@ -1,7 +1,7 @@
 """Rotary embedding of queries and keys, and the append of keys and values to pages, in one launch.
 
 The runtime's cache takes two launches for it, with keys and values written and read once more in
-between. Rows come with where their keys go, as `runtime.page_tables` says.
+between. Rows come with where their keys go, as `runtime.pages` says.
 """
 
 from __future__ import annotations

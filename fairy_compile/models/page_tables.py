@@ -3,7 +3,7 @@
 The runtime's own cache (`models.kv_cache`) hides its pages: attention is a call into the runtime,
 which no recorded graph contains, and whose arguments change with every page. Here the pages of all
 layers and the tables that say which pages a sequence has are tensors like any other. The caller
-keeps them at one place (`runtime.page_tables`), so that launches recorded once stay right while
+keeps them at one place (`runtime.steps`), so that launches recorded once stay right while
 contents change. MLC's engine has no such cache, so a library has these functions besides its own.
 """
 

@@ -115,7 +115,7 @@ class PageSteps:
         return PREFILL_PAGES, (*map(put, arrays), self._layers, self._params)
 
     def decode(self, ids: np.ndarray, *, exact: bool = False) -> Call:
-        """See `Steps`; every sequence is computed as if alone wherever a library has this."""
+        """See `Steps`; ``exact`` asks for functions that libraries for GPUs do not have."""
         name = DECODE_PAGES if len(ids) == 1 else BATCH_DECODE_PAGES
         arrays = self._inputs.write(ids, self.pages.tables())
         return name, (*arrays, self._layers, self._params)
@@ -146,7 +146,9 @@ class StepInputs:
         import tvm
 
         self._device, self._pages = device, pages
+        # Kernels take all but the first by an offset.
         sections = {
+            "ids": most_sequences,
             "positions": most_sequences,
             "places": most_sequences,
             "last_page": most_sequences,
@@ -159,14 +161,12 @@ class StepInputs:
             self._begin[name] = end
             end += -(-size // self._ALIGN) * self._ALIGN
         self._size = end
-        room = -(-most_sequences // self._ALIGN) * self._ALIGN
-        self._ids = tvm.runtime.empty((most_sequences,), "int32", device)
-        self._tables = tvm.runtime.empty((end,), "int32", device)
-        self._host = PinnedArray(self._SLOTS * (room + end), "int32", device)
-        self._array = self._host.array.reshape(self._SLOTS, room + end)
-        self._room, self._next = room, 0
-        self._sources: dict[tuple[int, int, int], tuple[Any, Any]] = {}
-        self._targets: dict[tuple[int, int], tuple[Any, Any, tuple[Any, ...]]] = {}
+        self._inputs = tvm.runtime.empty((end,), "int32", device)
+        self._host = PinnedArray(self._SLOTS * end, "int32", device)
+        self._rows = self._host.array.reshape(self._SLOTS, end)
+        self._next = 0
+        self._sources: dict[tuple[int, int], Any] = {}
+        self._targets: dict[tuple[int, int], tuple[Any, tuple[Any, ...]]] = {}
 
     def write(self, ids: np.ndarray, tables: Tables) -> tuple[Any, ...]:
         """Write the inputs of a step and return them as arrays on the device.
@@ -178,39 +178,38 @@ class StepInputs:
         self._next = (slot + 1) % self._SLOTS
         if self._next == 0:
             self._device.sync()  # nothing is on its way any more
-        row, room = self._array[slot], self._room
-        row[: len(ids)] = ids
+        row = self._rows[slot]
         for name, begin in self._begin.items():
-            if name != "offsets":
-                values = getattr(tables, name)
-                row[room + begin : room + begin + len(values)] = values
+            if name != "offsets":  # which are 0
+                values = ids if name == "ids" else getattr(tables, name)
+                row[begin : begin + len(values)] = values
         count = min(self._pages, max(PAGE_SIZE, 1 << (len(tables.values) - 1).bit_length()))
-        source_ids, source_tables = self._host_views(slot, len(ids), count)
-        target_ids, target_tables, arrays = self._device_views(len(ids), count)
-        source_ids.copyto(target_ids)
-        source_tables.copyto(target_tables)
+        target, arrays = self._targets_of(len(ids), count)
+        self._source_of(slot, count).copyto(target)
         return arrays
 
-    def _host_views(self, slot: int, batch: int, count: int) -> tuple[Any, Any]:
-        key = (slot, batch, count)
+    def _source_of(self, slot: int, count: int) -> Any:
+        """Return what a slot holds for a step with ``count`` pages."""
+        key = (slot, count)
         if key not in self._sources:
-            begin = 4 * slot * (self._room + self._size)
-            self._sources[key] = (
-                _view(self._host.tensor, batch, begin),
-                _view(self._host.tensor, self._begin["values"] + count, begin + 4 * self._room),
-            )
+            used = self._begin["values"] + count
+            self._sources[key] = _view(self._host.tensor, used, 4 * slot * self._size)
         return self._sources[key]
 
-    def _device_views(self, batch: int, count: int) -> tuple[Any, Any, tuple[Any, ...]]:
+    def _targets_of(self, batch: int, count: int) -> tuple[Any, tuple[Any, ...]]:
+        """Return where that goes, as a whole and as the arrays of a step of ``batch``."""
         key = (batch, count)
         if key not in self._targets:
-            ids, used = _view(self._ids, batch, 0), self._begin["values"] + count
             sizes = {"indptr": batch + 1, "values": count}
             arrays = tuple(
-                _view(self._tables, sizes.get(name, batch), 4 * self._begin[name])
-                for name in ("positions", "places", "indptr", "values", "last_page", "offsets")
+                _view(self._inputs, sizes.get(name, batch), 4 * self._begin[name])
+                for name in (
+                    *("ids", "positions", "places"),
+                    *("indptr", "values", "last_page", "offsets"),
+                )
             )
-            self._targets[key] = ids, _view(self._tables, used, 0), (ids, *arrays)
+            whole = _view(self._inputs, self._begin["values"] + count, 0)
+            self._targets[key] = whole, arrays
         return self._targets[key]
 
 
