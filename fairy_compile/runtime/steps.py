@@ -106,13 +106,30 @@ class PageSteps:
     def prefill(self, ids: np.ndarray, logit_rows: np.ndarray | None) -> Call:
         """See `Steps`."""
         tables, put = self.pages.tables(), self._library.to_device
-        rows = np.array([len(ids) - 1], np.int32) if logit_rows is None else logit_rows
+        last = np.array([len(ids) - 1], np.int32) if logit_rows is None else logit_rows
         offsets = np.zeros(len(tables.last_page), np.int32)
-        arrays = (
+        *arrays, rows = self._upload(
             *(ids, tables.positions, tables.places, tables.indptr, tables.values),
-            *(tables.last_page, offsets, rows, tables.rows),
+            *(tables.last_page, offsets, tables.rows),
         )
-        return PREFILL_PAGES, (*map(put, arrays), self._layers, self._params)
+        return PREFILL_PAGES, (*arrays, put(last), rows, self._layers, self._params)
+
+    def _upload(self, *arrays: np.ndarray) -> list[Any]:
+        """Return copies of int32 arrays on the device, made by one copy.
+
+        Kernels must take all but the first by an offset.
+        """
+        begins, end = [], 0
+        for array in arrays:
+            begins.append(end)
+            end += _aligned(len(array))
+        packed = np.zeros(end, np.int32)
+        for begin, array in zip(begins, arrays, strict=True):
+            packed[begin : begin + len(array)] = array
+        there = self._library.to_device(packed)
+        return [
+            _view(there, len(array), 4 * begin) for begin, array in zip(begins, arrays, strict=True)
+        ]
 
     def decode(self, ids: np.ndarray, *, exact: bool = False) -> Call:
         """See `Steps`; ``exact`` asks for functions that libraries for GPUs do not have."""
@@ -139,7 +156,6 @@ class StepInputs:
     """
 
     _SLOTS = 64  # copies that may be on their way
-    _ALIGN = 64  # elements
 
     def __init__(self, device: Any, most_sequences: int, pages: int):
         """Allocate room for steps of up to ``most_sequences``, which have up to ``pages``."""
@@ -159,7 +175,7 @@ class StepInputs:
         self._begin, end = {}, 0
         for name, size in sections.items():
             self._begin[name] = end
-            end += -(-size // self._ALIGN) * self._ALIGN
+            end += _aligned(size)
         self._size = end
         self._inputs = tvm.runtime.empty((end,), "int32", device)
         self._host = PinnedArray(self._SLOTS * end, "int32", device)
@@ -211,6 +227,11 @@ class StepInputs:
             whole = _view(self._inputs, self._begin["values"] + count, 0)
             self._targets[key] = whole, arrays
         return self._targets[key]
+
+
+def _aligned(size: int) -> int:
+    """Return a number of elements rounded up to 256 bytes, for the address of what follows."""
+    return -(-size // 64) * 64
 
 
 def _view(array: Any, size: int, offset: int) -> Any:
