@@ -31,7 +31,7 @@ from fairy_compile.compiler.write import (
     write_configs,
     write_params,
 )
-from fairy_compile.config import Granularity, QuantConfig
+from fairy_compile.config import Granularity, QuantConfig, is_whole
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.graph import Graph
@@ -337,8 +337,8 @@ def _sizes(
         ("--prefill-chunk", prefill_chunk),
         ("--max-batch", max_batch),
     ):
-        if value is not None and value < 1:
-            raise FairyError(f"{flag} is {value}; allowed: 1 and more")
+        if value is not None and not (is_whole(value) and value >= 1):
+            raise FairyError(f"{flag} is {value!r}; allowed: 1 and more")
     notes = []
     if context is not None and context > decoder.context:
         raise FairyError(
