@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.artifact.files import directory_name
 from fairy_compile.artifact.system_lib import (
     check_system_lib_name,
     default_system_lib_name,
@@ -192,7 +193,7 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
-    name = source.directory.resolve().name if Path(model).is_dir() else str(model)
+    name = directory_name(source.directory) if Path(model).is_dir() else str(model)
     if source.quant is not None:
         notes.append("the checkpoint is packed: its own stages and scales were kept")
     converted = None

@@ -27,7 +27,8 @@ class Tokenizer:
                 f"{path} is missing; the runtime needs the tokenizer.json of the model"
             )
         try:
-            self._fast = FastTokenizer.from_file(str(path))
+            # Not by its path, which need not be Unicode.
+            self._fast = FastTokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the Rust binding raises plain Exception
             raise ModelFileError(f"{path} is not a valid tokenizer: {error}") from error
 
