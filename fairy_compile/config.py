@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 from fairy_compile.errors import FairyError, nearest
@@ -18,6 +19,11 @@ GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "tile64")
 ACT_CONTRACTS: tuple[ActContract, ...] = ("int8", "int16", "float")
 METHODS = ("auto", "phase", "alternating", "gptq")
 MAX_STAGES = 4
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether ``value`` is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_choice(what: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:

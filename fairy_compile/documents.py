@@ -84,8 +84,13 @@ def documents(
         yield _pieces(file)
         return
     for text in rows:
+        if not isinstance(text, str | None):  # numbers and lists would be trained on as Python
+            raise FairyError(
+                f"column {field!r} of {file} holds {text!r:.40}, no text; choose a column of text "
+                "with --text-field"
+            )
         if text or keep_empty:
-            yield iter((str(text or ""),))
+            yield iter((text or "",))
 
 
 def _pieces(file: Path) -> Iterator[str]:
@@ -113,8 +118,9 @@ def _jsonl(file: Path, field: str) -> Iterator[Document]:
                     raise FairyError(f"{file}, line {number} is not JSON: {error}") from error
                 keys = sorted(entry) if isinstance(entry, dict) else []
                 if field not in keys or not isinstance(entry[field], str):
+                    there = f" but {json.dumps(entry[field]):.40}" if field in keys else ""
                     raise FairyError(
-                        f"{file}, line {number} has no text under {field!r}; it has "
+                        f"{file}, line {number} has no text under {field!r}{there}; it has "
                         f"{', '.join(keys) or 'no keys'}; choose one with --text-field"
                     )
                 yield iter((entry[field],))

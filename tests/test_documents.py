@@ -52,6 +52,9 @@ def test_parquet_and_saved_datasets(tmp_path):
     ):
         with pytest.raises(FairyError, match=words):
             read(tmp_path / path)
+    for path in ("saved", "d.parquet"):
+        with pytest.raises(FairyError, match=r"column 'other' of .* holds 1, no text"):
+            read(tmp_path / path, "other")
 
 
 def test_arrow_streams_as_the_datasets_cache_holds_them(tmp_path):
@@ -86,6 +89,7 @@ def test_what_describes_a_dataset_is_not_its_text(tmp_path):
         ("a.jsonl", json.dumps({"body": "x"}).encode(), "no text under 'text'; it has body"),
         ("a.jsonl", b"[1]", "it has no keys"),
         ("a.jsonl", b'{"text": 3}', "no text under"),
+        ("a.jsonl", b'{"text": null}', "no text under 'text' but null"),
         ("a.jsonl.gz", b"plain", "not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9], "not a whole gzip file"),
         ("a.parquet", b"PAR1", "not a readable parquet file"),

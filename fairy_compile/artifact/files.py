@@ -16,6 +16,11 @@ HASH_THREADS = 2
 _CHUNK = 1 << 20
 
 
+def directory_name(directory: Path) -> str:
+    """Return a directory's name as text that can be written; "?" for bytes that are no UTF-8."""
+    return directory.resolve().name.encode("utf-8", "replace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """Size and hash of one file.

@@ -5,25 +5,30 @@ Verbs import what they need when they run, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
-import typer
+try:
+    import typer
 
-from fairy_compile.cli.bench import bench
-from fairy_compile.cli.build import build
-from fairy_compile.cli.chat import chat
-from fairy_compile.cli.convert import convert
-from fairy_compile.cli.evaluate import eval
-from fairy_compile.cli.guard import guarded, set_debug
-from fairy_compile.cli.inspect import inspect
-from fairy_compile.cli.package import package
-from fairy_compile.cli.run import run
-from fairy_compile.cli.serve import serve
-from fairy_compile.cli.targets import targets
-from fairy_compile.cli.train import train
-from fairy_compile.cli.tune import tune
-from fairy_compile.cli.verify import verify
+    from fairy_compile.cli.bench import bench
+    from fairy_compile.cli.build import build
+    from fairy_compile.cli.chat import chat
+    from fairy_compile.cli.convert import convert
+    from fairy_compile.cli.evaluate import eval
+    from fairy_compile.cli.guard import guarded, set_debug
+    from fairy_compile.cli.inspect import inspect
+    from fairy_compile.cli.package import package
+    from fairy_compile.cli.run import run
+    from fairy_compile.cli.serve import serve
+    from fairy_compile.cli.targets import targets
+    from fairy_compile.cli.train import train
+    from fairy_compile.cli.tune import tune
+    from fairy_compile.cli.verify import verify
+except KeyboardInterrupt:  # Ctrl-C at once; `guard`, which tells later ones, is not there yet
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 
 VERBS = (
     build, convert, run, chat, serve, bench, eval, inspect, verify, package, tune, train, targets
@@ -66,6 +71,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the console scripts."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; a file opened later must not take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console without Unicode shows "?" for the rest
             stream.reconfigure(errors="replace")

@@ -12,6 +12,7 @@ import typer
 from fairy_compile.cli import options
 from fairy_compile.cli.output import progress_bar
 from fairy_compile.config import check_choice
+from fairy_compile.errors import FairyError
 
 # Optional[] and not "| None": typer reads these annotations at run time.
 
@@ -52,8 +53,12 @@ def bench(
         typer.Option("--peer", help="Run in turns with this program: llama.cpp."),
     ] = None,
     peer_types: Annotated[
-        str, typer.Option("--peer-types", help="Its weight types, separated by commas.")
-    ] = "Q4_K_M,Q2_K,TQ2_0",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--peer-types",
+            help="Its weight types, separated by commas  [default: Q4_K_M,Q2_K,TQ2_0]",
+        ),
+    ] = None,
     peer_cache: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -80,6 +85,9 @@ def bench(
 
     form = "json" if json else output_format
     check_choice("--output-format", form, FORMATS)
+    for option, value in (("--peer-types", peer_types), ("--peer-cache", peer_cache)):
+        if peer is None and value is not None:
+            raise FairyError(f"{option} goes with --peer; leave it out, or give --peer llama.cpp")
     settings = Settings(
         n_prompt=parse_lengths("--n-prompt", n_prompt),
         n_gen=parse_lengths("--n-gen", n_gen),
@@ -107,13 +115,13 @@ def bench(
 
             result = measure(directory, settings, command=command, progress=progress)
         else:
-            from fairy_compile.bench.compare import compare
+            from fairy_compile.bench.compare import DEFAULT_TYPES, compare
 
             result = compare(
                 directory,
                 settings,
                 peer=peer,
-                types=peer_types.split(","),
+                types=DEFAULT_TYPES if peer_types is None else peer_types.split(","),
                 cache=peer_cache,
                 command=command,
                 progress=progress,

@@ -43,8 +43,9 @@ def eval(
         ),
     ] = None,
     against_device: Annotated[
-        str, typer.Option("--against-device", help="PyTorch device of OTHER.")
-    ] = "cpu",
+        Text,
+        typer.Option("--against-device", help="PyTorch device of OTHER  [default: cpu]"),
+    ] = None,
     split: Annotated[
         Text,
         typer.Option("--split", help="test, validation or train  [default: the first there is]"),
@@ -112,7 +113,7 @@ def eval(
             "--data",
             {
                 "--against": against is not None,
-                "--against-device": against_device != "cpu",
+                "--against-device": against_device is not None,
                 "--stride": stride is not None,
                 "--max-tokens": max_tokens is not None,
                 "--split": split is not None,

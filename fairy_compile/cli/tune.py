@@ -10,6 +10,7 @@ import typer
 
 from fairy_compile.cli import options
 from fairy_compile.cli.output import print_json
+from fairy_compile.config import ACT_CONTRACTS, QUANTS
 
 if TYPE_CHECKING:
     from fairy_compile.tune.api import TuneReport
@@ -60,10 +61,16 @@ def tune(
         str, typer.Option("--search", help="model (learns from trials) or random.")
     ] = "model",
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same order of trials.")] = 0,
-    quant: options.Quant = "w2",
+    quant: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--quant", help=f"Bits per weight: {', '.join(QUANTS)}  [default: w2]"),
+    ] = None,
     scale: options.Scale = None,
     layer_quant: options.LayerQuant = None,
-    act: options.Act = "int8",
+    act: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--act", help=f"Activations: {', '.join(ACT_CONTRACTS)}  [default: int8]"),
+    ] = None,
     exempt: options.Exempt = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -108,13 +115,16 @@ def tune(
         key=key,
         linker=tuple(shlex.split(linker)) if linker else (),
     )
-    config = QuantConfig(
-        quant,
-        scale=scale or "tensor",
-        act=act,
-        exempt=tuple(exempt or ()),
-        stages_for=options.parse_layer_quant(layer_quant),
-    )
+    # None asks for nothing: an artifact brings its own.
+    config = None
+    if any(given is not None for given in (quant, scale, act, exempt, layer_quant)):
+        config = QuantConfig(
+            quant or "w2",
+            scale=scale or "tensor",
+            act=act or "int8",
+            exempt=tuple(exempt or ()),
+            stages_for=options.parse_layer_quant(layer_quant),
+        )
     check_tvm_pair()
     if dry_run:
         from fairy_compile.targets import load_target
@@ -133,7 +143,7 @@ def tune(
     else:
         with live() as watch:
             result = run(model, **places, force=force, watch=watch)
-    _print_report(result, json)
+    _print_report(result, json, wrote=not report)
 
 
 def _print_tasks(tasks: list[Task], json: bool) -> None:
@@ -152,7 +162,7 @@ def _print_tasks(tasks: list[Task], json: bool) -> None:
     typer.echo("dry run: nothing was measured")
 
 
-def _print_report(result: TuneReport, json: bool) -> None:
+def _print_report(result: TuneReport, json: bool, *, wrote: bool) -> None:
     from fairy_compile.tune.report import failures, render, rows_of
 
     rows = rows_of(result.tasks, result.records, result.journal)
@@ -167,6 +177,7 @@ def _print_report(result: TuneReport, json: bool) -> None:
                 "resumed": result.resumed,
                 "unfinished": result.unfinished,
                 "schedule": str(result.schedule),
+                "saved": result.saved,
                 "report": str(result.page) if result.page else None,
             }
         )
@@ -178,6 +189,19 @@ def _print_report(result: TuneReport, json: bool) -> None:
     if result.unfinished:
         typer.echo(f"{result.unfinished} tasks are not finished; the same command goes on")
     else:
-        typer.echo(f"wrote {result.schedule}, which `build --target {result.target}` reads")
+        typer.echo(_where(result, wrote))
     if result.page:
         typer.echo(f"wrote {result.page}")
+
+
+def _where(result: TuneReport, wrote: bool) -> str:
+    """Say where the records of a finished run are, and what `build` needs to read them."""
+    from fairy_compile.targets import schedules_directory
+
+    schedule, reads = result.schedule, f"`build --target {result.target}` reads"
+    if not result.saved:
+        return f"{schedule} does not hold all of this; give --schedules DIR as the run had it"
+    holds = f"wrote {schedule}" if wrote else f"{schedule} holds this"
+    if schedule.parent.resolve() == schedules_directory().resolve():
+        return f"{holds}, which {reads}"
+    return f"{holds}; copy its tables to {schedules_directory() / schedule.name}, which {reads}"

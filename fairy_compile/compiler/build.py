@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.artifact.files import directory_name
 from fairy_compile.artifact.system_lib import (
     check_system_lib_name,
     default_system_lib_name,
@@ -31,7 +32,7 @@ from fairy_compile.compiler.write import (
     write_configs,
     write_params,
 )
-from fairy_compile.config import Granularity, QuantConfig
+from fairy_compile.config import Granularity, QuantConfig, is_whole
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.convert import convert, refuse_dry_run
 from fairy_compile.frontends.graph import Graph
@@ -192,7 +193,7 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
-    name = source.directory.resolve().name if Path(model).is_dir() else str(model)
+    name = directory_name(source.directory) if Path(model).is_dir() else str(model)
     if source.quant is not None:
         notes.append("the checkpoint is packed: its own stages and scales were kept")
     converted = None
@@ -337,8 +338,8 @@ def _sizes(
         ("--prefill-chunk", prefill_chunk),
         ("--max-batch", max_batch),
     ):
-        if value is not None and value < 1:
-            raise FairyError(f"{flag} is {value}; allowed: 1 and more")
+        if value is not None and not (is_whole(value) and value >= 1):
+            raise FairyError(f"{flag} is {value!r}; allowed: 1 and more")
     notes = []
     if context is not None and context > decoder.context:
         raise FairyError(

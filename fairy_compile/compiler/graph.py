@@ -139,7 +139,7 @@ def _tensor(name: str, ty: Any) -> dict[str, Any]:
     """Return what the metadata says of an input or output."""
     if not isinstance(ty, relax.TensorType):
         raise UnsupportedError(
-            f"{name} is no tensor but a {type(ty).__name__}; leave this input or output out of the "
+            f"{name} is no tensor ({type(ty).__name__}); leave this input or output out of the "
             "graph"
         )
     values = getattr(ty.shape, "values", None)
@@ -220,10 +220,11 @@ def _compile(work: GraphWork, debug_dump: str | Path | None, progress: Progress 
         raise
     except Exception as error:  # whatever TVM's passes raise on operators we did not write
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        advice = "try --target cpu, or leave" if work.target.is_gpu else "leave"
         raise UnsupportedError(
             f"the operators of {work.graph.name} that are no linear layers cannot be compiled for "
-            f"target {work.target.name}: {lines[-1][:300] if lines else repr(error)}; try --target "
-            "cpu, or leave those operators out of the graph"
+            f"target {work.target.name}: {lines[-1][:300] if lines else repr(error)}; {advice} "
+            "those operators out of the graph"
         ) from error
 
 

@@ -36,7 +36,7 @@ def evaluate(
     split: str | None = None,
     join: str = DEFAULT_JOIN,
     device: str | None = None,
-    against_device: str = "cpu",
+    against_device: str | None = None,
     threads: int | None = None,
     cpus: Collection[int] | None = None,
     command: str = "fairy_compile.evaluate",
@@ -56,7 +56,7 @@ def evaluate(
         split: ``test``, ``validation`` or ``train`` of a data set that has several.
         join: text between documents.
         device: TVM device; default the one the artifact was built for.
-        against_device: PyTorch device of the reference.
+        against_device: PyTorch device of a reference that PyTorch runs; default ``cpu``.
         threads: CPU threads; default one a physical core.
         cpus: numbers of the CPUs they may run on; default all this process may.
         command: recorded in the result.
@@ -71,6 +71,11 @@ def evaluate(
     manifest = Manifest.load(directory)
     manifest.check_language_model(directory)
     other = None if against is None else _open_reference(against, directory)
+    if against_device is not None and (other is None or isinstance(other, Manifest)):
+        raise FairyError(
+            f"--against-device {against_device} goes with --against and a model that PyTorch runs"
+            f"{f', and {against} is an artifact' if other else ''}; leave it out"
+        )
     longest = _context(manifest)
     if isinstance(other, Manifest):
         longest = min(longest, _context(other))
@@ -97,7 +102,7 @@ def evaluate(
         else:
             from fairy_compile.evaluation.torch_model import TorchModel
 
-            opened = closing(TorchModel(other, against_device, threads))
+            opened = closing(TorchModel(other, against_device or "cpu", threads))
         with opened as reference:
             if reference is not None and reference.vocab_size != model.vocab_size:
                 raise FairyError(

@@ -103,7 +103,8 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        FairyError: there is neither such a directory nor such a hub model.
+        FairyError: there is neither such a directory nor such a hub model, the directory is an
+            artifact, or a revision is asked for of a directory.
         ModelFileError: the directory is not a readable model.
     """
     from fairy_compile.frontends import complex_layers
@@ -111,7 +112,17 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
     from fairy_compile.frontends.packed import PackedSource, is_packed
 
     path = Path(model).expanduser()
-    if model != "" and path.is_dir():  # an empty string is no way to say "."
+    if model == "":  # no way to say "."
+        raise FairyError(
+            "the model's name is empty: there is no directory without one, and a model of the "
+            "Hugging Face hub is written org/name"
+        )
+    if path.is_dir():
+        if revision is not None:
+            raise FairyError(
+                f"--revision {revision} goes with a model of the Hugging Face hub, and {path} is a "
+                "directory; leave it out"
+            )
         directory = path
     elif path.suffix == ".onnx":
         raise FairyError(
@@ -130,12 +141,27 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
             f"no model {str(model)!r}: there is no directory {path.absolute()}, and a model of the "
             "Hugging Face hub is written org/name"
         )
+    _refuse_artifact(directory)
     config = read_config(directory)
     if is_packed(config):
         return PackedSource(directory, config)
     if config.get("model_type") in complex_layers.MODEL_TYPES:
         return complex_layers.ComplexSource(directory, config)
     return HuggingFaceSource(directory, config)
+
+
+def _refuse_artifact(directory: Path) -> None:
+    """Tell who gives an artifact where a model is wanted that he has the result already."""
+    from fairy_compile.artifact.manifest import MANIFEST, Manifest
+
+    if not (directory / MANIFEST).is_file() or (directory / "config.json").is_file():
+        return
+    manifest = Manifest.load(directory)
+    raise FairyError(
+        f"{directory} is an artifact already, built for target {manifest.target.name}; use it, for "
+        f"example with `fairy_compile verify`, or give the model it was built from "
+        f"({manifest.source.name})"
+    )
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

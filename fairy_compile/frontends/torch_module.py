@@ -76,6 +76,11 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
             "or export the module to ONNX and build that"
         ) from error
     signature = program.graph_signature
+    if changed := next(iter(signature.buffers_to_mutate.values()), None):
+        raise UnsupportedError(
+            f"{name} changes its buffer {changed} when it runs, and a compiled graph keeps no "
+            "state; make it an input and an output"
+        )
     parameters = dict(program.named_parameters())
     targets = {s.arg.name: s.target for s in signature.input_specs if s.target in parameters}
     count = int(module["main"].attrs["num_input"])
@@ -96,12 +101,20 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
         kind="torch",
         module=module,
         inputs=tuple(signature.user_inputs),
-        outputs=tuple(outputs),
+        outputs=_unique(outputs),
         weights=weights,
         directory=Path(),
         codes=codes,
         same=same,
     )
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names of outputs, of which a graph may return one twice, and constants without any."""
+    found: list[str] = []
+    for number, name in enumerate(names):
+        found.append(name if name and name not in found else f"{name or 'output'}_{number}")
+    return tuple(found)
 
 
 def _product(node: Any, importer: Any) -> Any:

@@ -162,11 +162,14 @@ def add_kv_cache(bb: relax.BlockBuilder, config: DecoderConfig, target: Target) 
     params = [relax.Var(f"{v.name}_", relax.ShapeType([v])) for v in sizes]
     mode = RopeMode.NORMAL if _rotates_in_cache(config, target) else RopeMode.NONE
     functions = (gpu_functions if target.is_gpu else _functions)(bb, config, target)
+    sequences, tokens, chunk, *others = sizes
+    # The runtime makes buffers of a chunk's rows, which a step of all sequences needs as well.
+    created = [sequences, tokens, tirx.max(chunk, sequences), *others]
     with bb.function(CREATE, params=params):
         prim = relax.prim_value
         arguments = [
             # TVM 0.27 takes a sixth size, for layers with sliding windows; 0.26 refuses it.
-            relax.ShapeExpr(sizes),
+            relax.ShapeExpr(created),
             relax.ShapeExpr([0, config.num_layers]),
             prim(config.num_heads),
             prim(config.num_kv_heads),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.generation import Generation
 from fairy_compile.runtime.sampler import Sampler
-from fairy_compile.runtime.text import TextStream
+from fairy_compile.runtime.text import TextStream, as_stops
 
 if TYPE_CHECKING:
     from fairy_compile.runtime.model import Model
@@ -96,7 +96,7 @@ class ChatSession:
             TextStream(model.tokenizer),
             max_tokens=max_tokens,
             stop_tokens=model.stop_tokens,
-            stop=(*model.stop_strings, *([stop] if isinstance(stop, str) else stop)),
+            stop=(*model.stop_strings, *as_stops(stop)),
             on_end=lambda _: self._end(),
             on_feed=self._cached.extend,
         )

@@ -8,7 +8,7 @@ are part of a model one has chosen to trust.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,10 @@ class ChatTemplate:
         Raises:
             FairyError: a message is malformed, or the template refuses the conversation.
         """
+        if not isinstance(messages, Iterable):
+            raise FairyError(
+                f"the chat is {messages!r}; expected a list of messages with role and content"
+            )
         for message in messages:
             if not (
                 isinstance(message, Mapping)

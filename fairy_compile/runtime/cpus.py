@@ -46,6 +46,8 @@ def check_cpus(cpus: Collection[int], allowed: Collection[int] | None) -> list[i
     """
     if allowed is None:
         raise FairyError("this system does not let a program choose CPUs; leave --cpus out")
+    if not isinstance(cpus, Collection) or isinstance(cpus, str):
+        raise FairyError(f"cpus is {cpus!r}; allowed: numbers of CPUs, such as [0, 1]")
     if not cpus or not set(cpus) <= set(allowed):
         raise FairyError(
             f"cpus is {sorted(cpus)}; allowed: some of {sorted(allowed)}, "

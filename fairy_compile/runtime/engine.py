@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fairy_compile.artifact.contract import DECODE_PAGES
+from fairy_compile.config import is_whole
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.kv_cache import KVCache
 from fairy_compile.runtime.library import CallCount, ModelLibrary, open_device
@@ -94,17 +95,17 @@ class Engine:
         self.context = self._choose_context(context)
         self.chunk = self._choose_chunk(prefill_chunk)
         most = int(self.metadata["max_batch_size"])
-        if not 1 <= max_sequences <= most:
+        if not is_whole(max_sequences) or not 1 <= max_sequences <= most:
             raise FairyError(
-                f"max_sequences is {max_sequences}; this model was built for 1 to {most}"
+                f"max_sequences is {max_sequences!r}; this model was built for 1 to {most}"
             )
         self.prefill_phase = Phase()
         self.decode_phase = Phase()
         self.params = self.library.load_params(directory)
         if kv_tokens is None:
             kv_tokens = max(self.context, min(self.context * max_sequences, DEFAULT_KV_TOKENS))
-        if kv_tokens < 1:
-            raise FairyError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
+        if not is_whole(kv_tokens) or kv_tokens < 1:
+            raise FairyError(f"kv_tokens is {kv_tokens!r}; allowed: 1 or more")
         kind = PageSteps if self.library.has(DECODE_PAGES) else CacheSteps
         self.steps: Steps = kind(self.library, self.params, (max_sequences, kv_tokens, self.chunk))
         self.cache = KVCache(
@@ -119,8 +120,8 @@ class Engine:
         most = min(map(_limit, limits))
         if wanted is None:
             return most if most < _UNLIMITED else DEFAULT_KV_TOKENS
-        if not 1 <= wanted <= most:
-            raise FairyError(f"context is {wanted} tokens; this model was built for 1 to {most}")
+        if not is_whole(wanted) or not 1 <= wanted <= most:
+            raise FairyError(f"context is {wanted!r} tokens; this model was built for 1 to {most}")
         return wanted
 
     def _choose_chunk(self, wanted: int | None) -> int:
@@ -128,9 +129,9 @@ class Engine:
         most = min(built, _limit(self.config.get("prefill_chunk_size")), self.context)
         if wanted is None:
             return most
-        if not 1 <= wanted <= built:
+        if not is_whole(wanted) or not 1 <= wanted <= built:
             raise FairyError(
-                f"prefill_chunk is {wanted} tokens; this model was built for 1 to {built}"
+                f"prefill_chunk is {wanted!r} tokens; this model was built for 1 to {built}"
             )
         return min(most, wanted)
 
@@ -176,7 +177,7 @@ class Engine:
         Raises:
             FairyError: no tokens, a token outside the vocabulary, or more than the context holds.
         """
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         self.cache.check_room([sequence], [len(ids)])
         for start in range(0, len(ids), self.chunk):
             part = ids[start : start + self.chunk]
@@ -189,7 +190,7 @@ class Engine:
         Returns:
             sequence -> float32 [vocab], the logits after its last token.
         """
-        left = {sequence: self._check_tokens(tokens) for sequence, tokens in requests.items()}
+        left = {sequence: self.check_tokens(tokens) for sequence, tokens in requests.items()}
         self.cache.check_room(list(left), [len(ids) for ids in left.values()])
         logits: dict[int, np.ndarray] = {}
         while left:
@@ -210,7 +211,7 @@ class Engine:
 
     def prefill_logits(self, sequence: int, tokens: Sequence[int]) -> np.ndarray:
         """Append ``tokens`` and return the logits after each: float32 [len, vocab]."""
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         self.cache.check_room([sequence], [len(ids)])
         logits = np.empty((len(ids), self.vocab_size), np.float32)
         for start in range(0, len(ids), self.chunk):
@@ -235,7 +236,7 @@ class Engine:
         """
         if len(sequences) != len(tokens):
             raise FairyError(f"decode got {len(sequences)} sequences and {len(tokens)} tokens")
-        ids = self._check_tokens(tokens)
+        ids = self.check_tokens(tokens)
         start = time.perf_counter()
         with self.cache.forward(sequences, [1] * len(ids)):
             name, arguments = self.steps.decode(ids, exact=exact)
@@ -246,7 +247,7 @@ class Engine:
 
     def trace_decode(self, sequence: int, token: int) -> dict[str, int]:
         """Run one decode step under instrumentation; return kernel name -> calls."""
-        ids = self._check_tokens([token])
+        ids = self.check_tokens([token])
         with self.cache.forward([sequence], [1]):
             name, arguments = self.steps.decode(ids)
             return self.library.traced(name, *arguments)
@@ -278,7 +279,12 @@ class Engine:
         """Return a copy of ``array`` on the engine's device."""
         return self.library.to_device(array)
 
-    def _check_tokens(self, tokens: Sequence[int]) -> np.ndarray:
+    def check_tokens(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return ``tokens`` as int32 (n,).
+
+        Raises:
+            FairyError: they are none, or not integers of the vocabulary.
+        """
         try:
             ids = np.asarray(tokens)
         except (TypeError, ValueError, OverflowError) as error:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from fairy_compile.config import is_whole
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.engine import Engine
 from fairy_compile.runtime.sampler import Sampler
@@ -56,7 +57,7 @@ class Generation:
             on_end: called with the sequence when the answer has ended in any way.
             on_feed: called with tokens that have just become part of the sequence.
         """
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        if not is_whole(max_tokens) or max_tokens < 1:
             raise FairyError(f"max_tokens is {max_tokens!r}; allowed: 1 or more")
         self._loop = _Loop(
             engine,

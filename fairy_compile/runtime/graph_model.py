@@ -156,7 +156,7 @@ class GraphModel:
                         f"dimension {dim} is {size} in input {info.name!r} and {first} in "
                         f"{where!r}; they must be equal"
                     )
-            arrays.append(np.ascontiguousarray(array))
+            arrays.append(np.asarray(array, order="C"))  # `ascontiguousarray` adds a dimension to 0
         return arrays
 
 

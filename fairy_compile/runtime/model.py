@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from fairy_compile.artifact import Manifest, check_loaded_metadata, verify
 from fairy_compile.artifact.cuda_archs import runs_on
 from fairy_compile.artifact.graph_contract import GRAPH
-from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.config import is_whole
+from fairy_compile.errors import FairyError, UnsupportedError, nearest
 from fairy_compile.runtime import stats
 from fairy_compile.runtime.amx import request_amx
 from fairy_compile.runtime.chat_template import ChatTemplate, Message
@@ -21,7 +23,7 @@ from fairy_compile.runtime.generation import Generation
 from fairy_compile.runtime.graph_model import GraphModel
 from fairy_compile.runtime.library import open_device
 from fairy_compile.runtime.sampler import Sampler, SamplingParams
-from fairy_compile.runtime.text import TextStream, Tokenizer
+from fairy_compile.runtime.text import TextStream, Tokenizer, as_stops
 
 if TYPE_CHECKING:
     from fairy_compile.artifact.manifest import LayerEntry
@@ -61,6 +63,13 @@ def load(
     manifest = Manifest.load(directory)
     common: dict[str, Any] = {"device": device, "threads": threads, "cpus": cpus}
     if manifest.kind != GRAPH:
+        known = inspect.signature(load_language_model).parameters
+        if unknown := next((name for name in options if name not in known), None):
+            allowed = [name for name in known if name != "directory"]
+            raise FairyError(
+                f"unknown option {unknown!r} of load; allowed: {', '.join(allowed)}."
+                f"{nearest(unknown, allowed)}"
+            )
         return load_language_model(directory, **common, **options)
     if options:
         raise FairyError(
@@ -121,7 +130,7 @@ def load_language_model(
         device=device or manifest.target.device,
         threads=threads,
         cpus=cpus,
-        max_sequences=min(max_sequences, int(manifest.metadata["max_batch_size"])),
+        max_sequences=_sequences(max_sequences, int(manifest.metadata["max_batch_size"])),
         context=context,
         kv_tokens=kv_tokens,
         prefill_chunk=prefill_chunk,
@@ -129,6 +138,11 @@ def load_language_model(
     check_loaded_metadata(manifest, engine.metadata)
     warnings = [*report.warnings, *_permit_amx(manifest)]
     return Model(directory, engine, manifest.layers, warnings)
+
+
+def _sequences(wanted: int, most: int) -> int:
+    """Return how many sequences to make room for; what is no number is left to `Engine`."""
+    return min(wanted, most) if is_whole(wanted) else wanted
 
 
 def _permit_amx(manifest: Manifest) -> list[str]:
@@ -281,7 +295,12 @@ class Model:
         Raises:
             FairyError: an argument is out of range, or the prompt does not fit the context.
         """
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        else:
+            if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
+                raise FairyError(f"the prompt is {prompt!r}; allowed: text, or a list of tokens")
+            tokens = self.engine.check_tokens(list(prompt)).tolist()
         params = self.sampling.override(
             temperature=temperature,
             top_p=top_p,
@@ -316,7 +335,7 @@ class Model:
             FairyError: see `generate`; also if the template refuses the conversation.
         """
         params = self.override(**sampling)
-        stops = (*self.stop_strings, *([stop] if isinstance(stop, str) else stop))
+        stops = (*self.stop_strings, *as_stops(stop))
         return self._generate(self.encode_chat(messages), params, max_tokens, stops, stream)
 
     def chat_session(self, system: str | None = None) -> ChatSession:

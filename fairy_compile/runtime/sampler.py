@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fairy_compile.config import is_whole
 from fairy_compile.errors import FairyError, ModelFileError
 
 GREEDY_BELOW = 1e-5
@@ -51,11 +52,16 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise FairyError(
+                f"logit_bias is {self.logit_bias!r}; allowed: a dictionary of tokens and numbers, "
+                "such as {5: 1.0}"
+            )
         for token, bias in self.logit_bias.items():
+            if not is_whole(token):
+                raise FairyError(f"logit_bias names the token {token!r}; allowed: integers")
             _check(f"logit_bias of token {token}", bias, -100.0, 100.0)
-        if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0
-        ):
+        if self.seed is not None and (not is_whole(self.seed) or self.seed < 0):
             raise FairyError(f"seed is {self.seed!r}; allowed: an integer from 0, or None")
 
     @classmethod

@@ -27,7 +27,8 @@ class Tokenizer:
                 f"{path} is missing; the runtime needs the tokenizer.json of the model"
             )
         try:
-            self._fast = FastTokenizer.from_file(str(path))
+            # Not by its path, which need not be Unicode.
+            self._fast = FastTokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the Rust binding raises plain Exception
             raise ModelFileError(f"{path} is not a valid tokenizer: {error}") from error
 
@@ -122,6 +123,23 @@ class TextStream:
         return self._tokenizer.decode(pending)
 
 
+def as_stops(stops: Iterable[str]) -> tuple[str, ...]:
+    """Return stop strings as a tuple; one string is one of them.
+
+    Raises:
+        FairyError: a stop string is empty or not a string.
+    """
+    if isinstance(stops, str):
+        stops = [stops]
+    if not isinstance(stops, Iterable):
+        raise FairyError(f"stop is {stops!r}; allowed: a string, or a list of strings")
+    found = tuple(stops)
+    for stop in found:
+        if not isinstance(stop, str) or not stop:
+            raise FairyError(f"a stop string is {stop!r}; expected text of a character or more")
+    return found
+
+
 class StopFilter:
     """Passes streamed text on until a stop string, which is never shown.
 
@@ -135,12 +153,7 @@ class StopFilter:
         Raises:
             FairyError: a stop string is empty or not a string.
         """
-        if isinstance(stops, str):
-            stops = [stops]
-        self._stops = tuple(stops)
-        for stop in self._stops:
-            if not isinstance(stop, str) or not stop:
-                raise FairyError(f"a stop string is {stop!r}; expected text of a character or more")
+        self._stops = as_stops(stops)
         self._held = ""
         self.stopped = False
 

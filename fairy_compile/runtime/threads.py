@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Collection
 
+from fairy_compile.config import is_whole
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime.cpus import (
     allowed_cpus,
@@ -61,7 +62,7 @@ def set_threads(threads: int | None, cpus: Collection[int] | None = None) -> int
     chosen = check_cpus(cpus, allowed) if cpus is not None else None
     usable = chosen or allowed
     most = len(usable) if usable is not None else os.cpu_count() or 1
-    if threads is not None and (isinstance(threads, bool) or not 1 <= threads <= most):
+    if threads is not None and not (is_whole(threads) and 1 <= threads <= most):
         raise FairyError(
             f"threads is {threads!r}; allowed: 1 to {most}, the CPUs "
             f"{'in --cpus' if chosen else 'this process may run on'}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from fairy_compile.artifact.files import directory_name
 from fairy_compile.errors import FairyError
 from fairy_compile.runtime import load_language_model
 from fairy_compile.serve.app import DEFAULT_MAX_BODY, create_app
@@ -107,7 +108,7 @@ def serve(
             reuse=options.reuse,
         )
         try:
-            name = options.model_name or directory.resolve().name
+            name = options.model_name or directory_name(directory)
             _announce(announce, engine, options, name, listener)
             app = create_app(
                 engine,

@@ -59,7 +59,7 @@ def _load(directory: Path) -> Any:
 
     path = tokenizer_path(directory)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())  # its path need not be Unicode
     except Exception as error:  # the Rust binding raises plain Exception
         raise FairyError(f"{path} is not a valid tokenizer: {error}") from error
 

@@ -41,6 +41,8 @@ class TuneReport:
         dropped: device -> why it was dropped.
         resumed: whether an earlier session was gone on with.
         unfinished: tasks without a record yet.
+        saved: whether ``schedule`` holds the records; a run that is only read may have put them
+            elsewhere.
         page: the report as HTML, None where it was not written.
     """
 
@@ -52,6 +54,7 @@ class TuneReport:
     dropped: dict[str, str]
     resumed: bool
     unfinished: int = 0
+    saved: bool = True
     page: Path | None = None
 
 
@@ -71,7 +74,7 @@ def tune(
     Args:
         model: an artifact, a model directory, or a hub id; see `tasks.tasks_of`.
         target: name of a file in ``targets/``.
-        quant: how a model becomes codes; artifacts and packed checkpoints know.
+        quant: how a model becomes codes; a packed checkpoint knows, and an artifact refuses it.
         settings: budgets, and where to measure.
         output: directory of the run's journal, default ``tune-<target>``; an unfinished run there
             is gone on with.
@@ -129,15 +132,19 @@ def read_run(
         raise FairyError(f"{place} holds no run ({JOURNAL}); give -o DIR of one, or tune first")
     journal = Journal(place / JOURNAL, _identity(settings, target), read_only=True)
     done = [t for t in tasks if t.id in journal.finished]
+    records = tuple(Record.from_table(journal.finished[t.id], JOURNAL) for t in done)
+    schedule = _schedule(schedules, compile_for)
+    held = {record.to_text() for record in read_records(schedule)}
     report = TuneReport(
         target=target,
-        records=tuple(Record.from_table(journal.finished[t.id], JOURNAL) for t in done),
+        records=records,
         tasks=tuple(done),
         journal=journal,
-        schedule=_schedule(schedules, compile_for),
+        schedule=schedule,
         dropped=dict(journal.dropped),
         resumed=True,
         unfinished=len(tasks) - len(done),
+        saved=all(record.to_text() in held for record in records),
     )
     return _with_page(report, place)
 
@@ -149,7 +156,7 @@ def _problem(
     check_tvm_pair()
     settings = settings or Settings()
     compile_for = load_target(target)
-    tasks = tasks_of(model, compile_for, quant or QuantConfig(), settings.rows)
+    tasks = tasks_of(model, compile_for, quant, settings.rows)
     return settings, compile_for, tasks
 
 

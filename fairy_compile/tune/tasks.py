@@ -94,23 +94,33 @@ def kernel_named(name: str) -> PhaseKernel:
 
 
 def tasks_of(
-    model: str | Path, target: Target, quant: QuantConfig, rows: Sequence[int] = DEFAULT_ROWS
+    model: str | Path,
+    target: Target,
+    quant: QuantConfig | None = None,
+    rows: Sequence[int] = DEFAULT_ROWS,
 ) -> list[Task]:
     """Return the tasks of a model or artifact, those that take most of a pass first.
 
     Args:
         model: an artifact, whose weights' demands are known, or what `frontends.open_source` takes.
         target: what it is compiled for; an artifact has to be one for it.
-        quant: how a model becomes codes; an artifact knows.
+        quant: how a model becomes codes, default `QuantConfig()`; not for an artifact, which knows.
         rows: of x for batch ``many``.
 
     Raises:
-        FairyError: it is neither, or holds no call of a kernel with knobs.
+        FairyError: it is neither, holds no call of a kernel with knobs, or is an artifact with
+            ``quant`` given.
     """
     if (Path(model).expanduser() / MANIFEST).is_file():
+        if quant is not None:
+            raise FairyError(
+                f"{model} is an artifact, whose codes and activations are as it was built; leave "
+                "out --quant, --scale, --layer-quant, --act and --exempt, or give the model it was "
+                "built from"
+            )
         calls = _calls_of_artifact(Path(model).expanduser(), target)
     else:
-        calls = _calls_of_model(model, target, quant)
+        calls = _calls_of_model(model, target, quant or QuantConfig())
     tasks = collect(calls, rows)
     if not tasks:
         raise FairyError(

@@ -46,6 +46,8 @@ def test_json_and_csv(cli, artifact):
         (["-p", "4096"], "for 1 to 128: give smaller ones, such as -p 128 -n 128"),
         (["-t", "0"], "threads is 0"),
         (["--peer", "ollama"], "unknown --peer 'ollama'"),
+        (["--peer-types", "Q4_K_M"], "--peer-types goes with --peer"),
+        (["--peer-cache", "x"], "--peer-cache goes with --peer; leave it out, or give --peer"),
         (["--results", "x", "--name", "a/b"], "--name is 'a/b'"),
     ],
 )

@@ -90,3 +90,11 @@ def test_missing_model(cli, tmp_path):
     result = cli("build", tmp_path / "nothing", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "no directory" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["build", "convert"])
+def test_an_artifact_as_the_model_is_told(cli, artifact, tmp_path, verb):
+    result = cli(verb, artifact[0], "-o", tmp_path / "out")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "is an artifact already, built for target cpu; use it" in result.stderr
+    assert "or give the model it was built from (tiny)" in result.stderr

@@ -51,16 +51,28 @@ def test_json_of_a_sliding_window(cli, artifact, text):
         (["--data", "{text}", "-o", "csv"], "unknown --output-format 'csv'"),
         (["--data", "{text}", "--limit", "3"], "--limit goes with --tasks"),
         (["--data", "{text}", "--against", "nowhere"], "no model 'nowhere'"),
+        (
+            ["--data", "{text}", "--against-device", "cpu"],
+            "--against-device cpu goes with --against",
+        ),
+        (
+            ["--data", "{text}", "--against", "{artifact}", "--against-device", "cuda"],
+            "tiny is an artifact; leave it out",
+        ),
         (["--tasks", "x", "--stride", "3"], "--stride goes with --data"),
         (["--tasks", "x", "--text-field", "body"], "--text-field goes with --data"),
         (["--data", "{text}", "--results", "x", "--name", "a/b"], "--name is 'a/b'"),
     ],
 )
 def test_mistakes_are_one_line(cli, artifact, text, options, message):
-    result = cli("eval", artifact[0], *(option.format(text=text) for option in options))
+    result = cli("eval", artifact[0], *_filled(options, text, artifact[0]))
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+def _filled(options, text, artifact):
+    return [option.format(text=text, artifact=artifact) for option in options]
 
 
 def test_not_an_artifact(cli, checkpoint, text):

@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -118,6 +119,45 @@ def test_a_wrong_tvm_is_refused_only_where_tvm_is_used(cli, checkpoint, tmp_path
         assert result.exit_code == 2
         assert "pip install apache-tvm==0.0.1" in result.stderr
     assert cli("convert", checkpoint, "-o", tmp_path / "packed").exit_code == 0
+
+
+def test_ctrl_c_while_typer_is_imported_is_one_line(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [*PROGRAM, "targets"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_closed_stdout_is_not_a_bug(artifact):
+    command = [*PROGRAM, "run", artifact[0], "--prompt", "a", "--max-tokens", "1"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes")
+def test_a_directory_whose_name_is_not_unicode(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / os.fsdecode(b"odd\xff"))
+    output = tmp_path / os.fsdecode(b"out\xff")
+    built = subprocess.run(
+        [*PROGRAM, "build", model, "-o", output], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    assert "odd? (llama) for cpu" in built.stdout
+    ran = subprocess.run(
+        [*PROGRAM, "run", output, "--prompt", "a", "--max-tokens", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_both_program_names_are_declared():

@@ -22,6 +22,8 @@ FEW = ("--trials", "4", "--patience", "1", "--rows", "3", "--threads", "1", "--b
         (("--rpc", "nowhere"), "write HOST:PORT"),
         (("--rpc", "127.0.0.1:9190"), "--rpc HOST:PORT and --key NAME go together"),
         (("--target", "rpi5", "--dry-run"), "was built for target cpu"),
+        (("--quant", "w3", "--dry-run"), "whose codes and activations are as it was built"),
+        (("--act", "int8"), "leave out --quant, --scale, --layer-quant, --act and --exempt"),
         (("--report", "-o", "/nonexistent"), "holds no run"),
     ],
 )
@@ -67,6 +69,12 @@ def test_tune_then_build(cli, artifact, checkpoint, tmp_path, monkeypatch):
     assert again["tasks"] == result["tasks"]
     report = cli("tune", artifact[0], *options, "--report")
     assert "which `build --target cpu` reads" in report.output
+    # It tells where things are, of which it wrote only the page.
+    words = " ".join(report.output.split())
+    assert f"{schedule} holds this; copy its tables to {schedules_directory()}" in words
+    assert words.count("wrote ") == 1
+    elsewhere = cli("tune", artifact[0], *FEW, "-o", run, "--report").output
+    assert "does not hold all of this; give --schedules DIR as the run had it" in elsewhere
     other = cli("tune", artifact[0], *options, "--seed", "1")
     assert other.exit_code == 2
     assert "other seed: 0" in other.output

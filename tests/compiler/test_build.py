@@ -48,6 +48,11 @@ def test_artifact_passes_verify(artifact: Path) -> None:
     assert not report.warnings
 
 
+def test_an_option_that_load_does_not_know_is_told(artifact: Path) -> None:
+    with pytest.raises(fc.FairyError, match=r"unknown option 'contxt' of load.* mean context"):
+        fc.load(artifact, contxt=64)
+
+
 def test_library_has_exactly_the_functions_of_the_contract(artifact: Path) -> None:
     """The twelve names an MLC engine needs on a CPU, all found the way the engine finds them."""
     import tvm

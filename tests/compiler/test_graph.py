@@ -326,6 +326,19 @@ def test_gpu_target_refuses_what_it_cannot_schedule(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_cpu_cannot_schedule_is_not_sent_to_the_cpu(tmp_path: Path) -> None:
+    class Sorted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.linear(x).sort(dim=-1).values
+
+    with pytest.raises(fc.UnsupportedError, match=r"for target cpu: .*; leave those operators out"):
+        fc.build(Sorted(), (torch.ones(2, 16),), output=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

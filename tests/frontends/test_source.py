@@ -39,6 +39,18 @@ def test_local_directory_wins_over_the_hub(make_model, monkeypatch, no_hub):
     assert open_source("org/name").kind == "huggingface"
 
 
+def test_a_revision_of_a_directory_is_refused(make_model):
+    with pytest.raises(
+        FairyError, match=r"--revision v1 goes with a model of the Hugging Face hub"
+    ):
+        open_source(make_model(), revision="v1")
+
+
+def test_an_empty_name_is_told():
+    with pytest.raises(FairyError, match="the model's name is empty"):
+        open_source("")
+
+
 def test_hub_id_downloads_one_file_of_weights(make_model, monkeypatch):
     hub = FakeHub(make_model())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)

@@ -72,6 +72,50 @@ def test_modules_that_cannot_be_traced_are_told() -> None:
     assert "\n" not in str(error.value)
 
 
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.linear(x) + self.calls
+
+
+def test_modules_that_keep_state_are_refused() -> None:
+    with pytest.raises(fc.FairyError, match="changes its buffer calls when it runs"):
+        import_torch(Stateful(), (torch.ones(2, 8),))
+
+
+class Odd(nn.Module):
+    def __init__(self, second) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.second = second
+
+    def forward(self, x, factor):
+        y = self.linear(x) * factor
+        return y, self.second(y)
+
+
+def test_an_output_given_twice_has_two_names_and_scalars_are_inputs(tmp_path) -> None:
+    given = (torch.ones(2, 8), torch.tensor(3.0))
+    module = Odd(lambda y: y)
+    fc.build(module, given, output=tmp_path / "out", act="float", exempt=("*",))
+    with fc.load(tmp_path / "out") as model:
+        found = list(model.run([array.numpy() for array in given]).values())
+    assert len(found) == 2
+    for array in found:
+        np.testing.assert_allclose(array, module(*given)[0].detach().numpy(), rtol=1e-4)
+
+
+def test_an_output_that_is_none_is_told(tmp_path) -> None:
+    given = (torch.ones(2, 8), torch.tensor(3.0))
+    with pytest.raises(fc.FairyError, match="output_1 is no tensor"):
+        fc.build(Odd(lambda y: None), given, output=tmp_path / "out")
+
+
 def test_natively_complex_layers_are_refused() -> None:
     module = nn.Sequential(fc.qat.PhaseComplexLinear(4, 4))
     with pytest.raises(fc.UnsupportedError, match="natively complex"):

@@ -169,6 +169,19 @@ def test_a_float16_cache_keeps_the_logits_within_its_rounding(source: Path, tmp_
     assert 1e-5 < error <= SIZES["num_hidden_layers"] * FLOAT16_TOLERANCE
 
 
+def test_more_sequences_decode_together_than_a_prefill_chunk_has_tokens(source, tmp_path) -> None:
+    quant = fc.QuantConfig("w2", act="float")
+    fc.build(source, quant=quant, output=tmp_path / "out", context=64, prefill_chunk=2, max_batch=6)
+    with fc.load(tmp_path / "out", max_sequences=6) as model:
+        engine = model.engine
+        sequences = [engine.add_sequence() for _ in range(5)]
+        for sequence in sequences:
+            engine.prefill(sequence, [7, sequence])
+        found = engine.decode(sequences, [9] * 5)
+        for row, sequence in zip(found, sequences, strict=True):
+            assert relative_error(row, model.logits([7, sequence, 9])[-1]) <= 1e-5
+
+
 def test_the_default_follows_the_activation_contract(source: Path) -> None:
     sizes = [fc.build(source, act=act, dry_run=True).sizes for act in ("int8", "float")]
     assert [s["kv_dtype"] for s in sizes] == ["float16", "float32"]

@@ -207,6 +207,13 @@ def test_prefill_chunk_can_be_lowered_but_not_raised(make_engine):
             make_engine(prefill_chunk=wrong)
 
 
+@pytest.mark.parametrize("name", ["context", "kv_tokens", "max_sequences", "prefill_chunk"])
+@pytest.mark.parametrize("value", ["2", 2.5, True])
+def test_sizes_that_are_no_integers_are_refused(make_engine, name, value):
+    with pytest.raises(FairyError, match=f"{name} is {value!r}.*1 "):
+        make_engine(**{name: value})
+
+
 def test_counts_say_what_ran(engine):
     sequence = engine.add_sequence()
     engine.prefill(sequence, PROMPT[:20])

@@ -122,11 +122,31 @@ def test_streams_may_interleave(model):
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"stop": [""]}, "a stop string is ''"),
         ({"logit_bias": {999: 1.0}}, "logit_bias names token 999"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias names the token '5'"),
+        ({"logit_bias": [5]}, r"logit_bias is \[5\]"),
+        ({"stop": 5}, "stop is 5; allowed: a string, or a list of strings"),
     ],
 )
 def test_bad_options_are_sentences_and_leak_nothing(model, options, message):
     with pytest.raises(FairyError, match=message):
         model.generate("x", **options)
+    assert model.engine.cache.sequences == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "the prompt is None; allowed: text, or a list of tokens"),
+        (b"ab", "the prompt is b'ab'; allowed: text"),
+        (5, "the prompt is 5"),
+        ([1.5], "flat sequence of integers"),
+        (["a"], "flat sequence of integers"),
+        ([[1, 2]], "flat sequence of integers"),
+    ],
+)
+def test_a_prompt_of_another_kind_is_a_sentence(model, prompt, message):
+    with pytest.raises(FairyError, match=message):
+        model.generate(prompt)
     assert model.engine.cache.sequences == []
 
 

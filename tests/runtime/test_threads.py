@@ -47,10 +47,17 @@ def test_a_pool_shrinks_and_returns_but_does_not_grow():
     assert "threads is 2, but TVM's pool of this thread was made with 1" in str(error)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 100_000, True])
+@pytest.mark.parametrize("threads", [0, -1, 100_000, True, "2", 1.0])
 def test_out_of_range(threads):
     with pytest.raises(FairyError, match=r"allowed: 1 to \d+, the CPUs this process"):
         set_threads(threads)
+
+
+@needs_affinity
+@pytest.mark.parametrize("cpus", [0, "0-1"])
+def test_cpus_are_a_collection_of_numbers(cpus):
+    with pytest.raises(FairyError, match=rf"cpus is {cpus!r}; allowed: numbers of CPUs"):
+        set_threads(1, cpus)
 
 
 @needs_affinity
