@@ -124,6 +124,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise FairyError(f"--{_option(name)} is {value}; allowed: 0 to 1")
+        if not 0 <= self.seed < 1 << 32:  # what NumPy takes
+            raise FairyError(f"--seed is {self.seed}; allowed: 0 to {(1 << 32) - 1}")
         if self.warmup + (self.decay if self.schedule == "wsd" else 0) > 1:
             raise FairyError(
                 f"--warmup {self.warmup} and --decay {self.decay} are more than the whole run; "

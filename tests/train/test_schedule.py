@@ -56,6 +56,8 @@ def test_cosine_and_constant():
         ({"batch": 0}, "--batch is 0; allowed: 1 or more"),
         ({"lr": float("nan")}, "--lr is nan"),
         ({"lr": 0.0}, "--lr is 0.0"),
+        ({"seed": -1}, "--seed is -1; allowed: 0 to 4294967295"),
+        ({"seed": 1 << 32}, "--seed is 4294967296"),
         ({"warmup": 0.9, "decay": 0.2}, "more than the whole run"),
         ({"distill": 1.5}, "--distill is 1.5"),
         ({"teacher": "x"}, "--distill"),
