@@ -96,7 +96,7 @@ def documents(
 def _pieces(file: Path) -> Iterator[str]:
     """Yield a text file in pieces that end at line ends."""
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
             while lines := stream.readlines(_PIECE_BYTES):
                 yield "".join(lines)
     except UnicodeDecodeError as error:
@@ -132,8 +132,8 @@ def _jsonl(file: Path, field: str) -> Iterator[Document]:
 
 def _open_lines(file: Path) -> Any:
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
 
 
 def _pyarrow(file: Path) -> Any:

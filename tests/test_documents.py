@@ -33,6 +33,15 @@ def test_a_long_file_comes_in_pieces_that_lose_nothing(tmp_path, monkeypatch):
     assert "".join(pieces) == content
 
 
+def test_byte_order_marks_are_no_text(tmp_path):
+    """As editors of Windows put them in front."""
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "second"}\n', encoding="utf-8-sig")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt", encoding="utf-8-sig") as file:
+        file.write('{"text": "third"}\n')
+    assert read(tmp_path) == ["first", "second", "third"]
+
+
 def test_parquet_and_saved_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_dict({"body": ["one", "", "two"], "other": [1, 2, 3]})
