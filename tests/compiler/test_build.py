@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import shutil
@@ -85,8 +86,8 @@ def test_kv_cache_size_list_has_five_entries(model: Path, tmp_path: Path) -> Non
     """Runtimes before 0.27 refuse a sixth entry."""
     build(model, tmp_path / "out", debug_dump=tmp_path / "dump")
     text = (tmp_path / "dump" / "00-input.py").read_text()
-    sizes = text.split('"vm.builtin.paged_attention_kv_cache_create", R.shape([')[1].split("]")[0]
-    assert len(sizes.split(",")) == 5
+    sizes = text.split('"vm.builtin.paged_attention_kv_cache_create", R.shape(')[1].split("]")[0]
+    assert len(ast.parse(f"{sizes}]", mode="eval").body.elts) == 5
     assert len(list((tmp_path / "dump").glob("*.py"))) == 6
 
 
