@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import fairy_compile as fc
 from fairy_compile.compiler.cuda_binary import find_tool
 from tests.tiny_models import SIZES, save_model
 
@@ -60,17 +59,31 @@ def found(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("model")
     wide = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
     source = save_model(folder / "source", "llama", **wide)
-    sizes = {"context": 512, "prefill_chunk": 64, "max_batch": 4}
     out = folder / "out"
-    fc.build(source, target="cuda-hopper", act="int16", output=out, cuda_graphs=True, **sizes)
+    # In processes of their own: tests before these may simulate a device in this one.
+    sizes = ["--context", "512", "--prefill-chunk", "64", "--max-batch", "4"]
+    how = ["--target", "cuda-hopper", "--act", "int16", "--cuda-graphs", *sizes, "-o", str(out)]
+    _run(["fairy_compile.cli", "build", str(source), *how])
     paths = [str(driver), os.environ.get("LD_LIBRARY_PATH", "")]
-    environment = os.environ | {"LD_LIBRARY_PATH": ":".join(filter(None, paths))}
-    command = [sys.executable, "-m", "tests.emulation.idle_steps", str(out)]
+    output = _run(
+        ["tests.emulation.idle_steps", str(out)], LD_LIBRARY_PATH=":".join(filter(None, paths))
+    )
+    return json.loads(output.splitlines()[-1])
+
+
+def _run(module: list[str], **environment: str) -> str:
+    """Run a module with its arguments and return what it writes to stdout."""
+    command = [sys.executable, "-m", *module]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def rows(found: dict, what: str) -> list[dict]:
