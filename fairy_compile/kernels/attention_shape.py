@@ -19,6 +19,9 @@ EMPTY = -1e30
 MASKED = -3e38
 """Score of a key that is not seen: below `EMPTY` by more than any exponent, so that it weighs 0."""
 
+FLOAT16_MAX = 65504.0
+"""What larger keys become in float16: an infinity would make NaNs of a whole row of scores."""
+
 LOG2_E = math.log2(math.e)
 
 

@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 
 from fairy_compile.kernels.attention_cpu_decode import index_buffer
 from fairy_compile.kernels.attention_gpu import as_dtype
-from fairy_compile.kernels.attention_shape import PAGE, AttentionShape
+from fairy_compile.kernels.attention_shape import FLOAT16_MAX, PAGE, AttentionShape
 from fairy_compile.kernels.gpu_builder import THREADS, build_function, ceildiv, launch, store, when
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
     from fairy_compile.op.rope import RopeTable
-
-_FLOAT16_MAX = 65504.0
 
 
 def build_rotate_append(shape: AttentionShape, table: RopeTable, dtype: str) -> PrimFunc:
@@ -86,8 +84,7 @@ class _RotateAppend:
     def _store(self, row: Expr, head: Expr, i: Expr, value: Expr) -> None:
         heads, kv_heads = self.shape.heads, self.shape.kv_heads
         if self.shape.dtype == "float16" and self.dtype != "float16":
-            # An infinity would make NaNs of a whole row of scores.
-            limit = T.float32(_FLOAT16_MAX)
+            limit = T.float32(FLOAT16_MAX)
             value = T.max(T.min(value, limit), -limit)
         value = as_dtype(value, self.shape.dtype)
         with T.If(head < heads):

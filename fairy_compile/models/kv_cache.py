@@ -30,6 +30,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import (
 )
 
 from fairy_compile.kernels import attention_cpu as kernels
+from fairy_compile.kernels.attention_shape import FLOAT16_MAX
 from fairy_compile.models.kv_cache_gpu import gpu_functions
 from fairy_compile.models.page_tables import PageTables
 from fairy_compile.models.shapes import product
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from fairy_compile.targets import Target
 
 CREATE = "create_tir_paged_kv_cache"
-_FLOAT16_MAX = 65504.0
 
 
 def attend(
@@ -82,7 +82,7 @@ def _to_float16(x: te.Tensor) -> te.Tensor:
 
     def convert(*at: Any) -> Any:
         # In float32, since bfloat16 would round the limit itself up to 65536.
-        value, limit = tirx.Cast("float32", x[at]), tirx.const(_FLOAT16_MAX, "float32")
+        value, limit = tirx.Cast("float32", x[at]), tirx.const(FLOAT16_MAX, "float32")
         return tirx.Cast("float16", te.max(te.min(value, limit), -limit))
 
     return te.compute(x.shape, convert, name="to_float16")

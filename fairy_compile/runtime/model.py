@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import platform
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fairy_compile.artifact import Manifest, check_loaded_metadata, verify
-from fairy_compile.artifact.cuda_archs import runs_on
 from fairy_compile.artifact.graph_contract import GRAPH
 from fairy_compile.config import is_whole
-from fairy_compile.errors import FairyError, UnsupportedError, nearest
+from fairy_compile.errors import FairyError, nearest
 from fairy_compile.runtime import stats
-from fairy_compile.runtime.amx import request_amx
 from fairy_compile.runtime.chat_template import ChatTemplate, Message
 from fairy_compile.runtime.engine import Engine
 from fairy_compile.runtime.generation import Generation
 from fairy_compile.runtime.graph_model import GraphModel
-from fairy_compile.runtime.library import open_device
+from fairy_compile.runtime.machine import check_machine, permit_amx
 from fairy_compile.runtime.sampler import Sampler, SamplingParams
 from fairy_compile.runtime.text import TextStream, Tokenizer, as_stops
 
@@ -77,10 +74,8 @@ def load(
         )
     report = verify(directory)
     directory, manifest = Path(directory), report.manifest
-    _check_system(manifest)
-    _check_features(manifest)
-    _check_arch(manifest, device)
-    warnings = [*report.warnings, *_permit_amx(manifest)]
+    check_machine(manifest, device)
+    warnings = [*report.warnings, *permit_amx(manifest)]
     common["device"] = device or manifest.target.device
     model = GraphModel(directory, directory / manifest.library, **common, warnings=warnings)
     check_loaded_metadata(manifest, model.metadata)
@@ -120,9 +115,7 @@ def load_language_model(
     report = verify(directory)
     manifest = report.manifest
     manifest.check_language_model(directory)
-    _check_system(manifest)
-    _check_features(manifest)
-    _check_arch(manifest, device)
+    check_machine(manifest, device)
     engine = Engine(
         directory,
         directory / manifest.library,
@@ -136,69 +129,13 @@ def load_language_model(
         prefill_chunk=prefill_chunk,
     )
     check_loaded_metadata(manifest, engine.metadata)
-    warnings = [*report.warnings, *_permit_amx(manifest)]
+    warnings = [*report.warnings, *permit_amx(manifest)]
     return Model(directory, engine, manifest.layers, warnings)
 
 
 def _sequences(wanted: int, most: int) -> int:
     """Return how many sequences to make room for; what is no number is left to `Engine`."""
     return min(wanted, most) if is_whole(wanted) else wanted
-
-
-def _permit_amx(manifest: Manifest) -> list[str]:
-    """Ask the system for AMX if a kernel needs it; return its refusal, if it refuses."""
-    uses_amx = any(layer.kernel.endswith("amx") for layer in manifest.layers)
-    refusal = request_amx() if uses_amx else None
-    return [refusal] if refusal else []
-
-
-_ELSEWHERE = {
-    ".dll": ("Windows", "runs on Windows"),
-    ".dylib": ("Darwin", "runs on macOS"),
-    ".tar": (None, "is objects for an app's linker"),
-    ".wasm": (None, "runs in browsers"),
-}
-"""Ending of a library -> the system that loads it, in Python's words, and what to say elsewhere."""
-
-
-def _check_system(manifest: Manifest) -> None:
-    """Refuse a library that no system, or another one, loads."""
-    system, where = _ELSEWHERE.get(Path(manifest.library).suffix, (platform.system(), ""))
-    if system != platform.system():
-        raise UnsupportedError(
-            f"this artifact was built for target {manifest.target.name}: its library "
-            f"({manifest.library}) {where}; build the model here with --target cpu"
-        )
-
-
-def _check_arch(manifest: Manifest, name: str | None) -> None:
-    """Refuse a CUDA library that has no code for a GPU, before the driver does without a word."""
-    archs = manifest.target.archs
-    if not archs:
-        return
-    device = open_device(name or manifest.target.device)
-    if device.type != "cuda" or runs_on(archs, str(device.compute_version)):
-        return
-    raise UnsupportedError(
-        f"this artifact was built for target {manifest.target.name} and holds machine code for "
-        f"{', '.join(archs)}; this GPU ({device.device_name}) has compute capability "
-        f"{device.compute_version}; build the model again with --target cuda, which serves GPUs "
-        "from sm_80 (Ampere) on"
-    )
-
-
-def _check_features(manifest: Manifest) -> None:
-    """Refuse a CPU library whose instructions this machine lacks, before one of them runs."""
-    from fairy_compile.targets import host_features
-
-    if manifest.target.device != "cpu":
-        return
-    missing = set(manifest.target.features) - host_features()
-    if missing:
-        raise UnsupportedError(
-            f"this artifact was built for target {manifest.target.name}, whose instructions this "
-            f"machine lacks: {', '.join(sorted(missing))}; build the model here with --target cpu"
-        )
 
 
 class Model:

@@ -25,7 +25,7 @@ from fairy_compile.kernels.arm import CODEBOOK_KERNELS, DOTPROD, I8MM, NEON
 from fairy_compile.kernels.arm_layout import ARM_LAYOUT, JOINT_LIMIT
 from fairy_compile.kernels.x86_tables import joint_arrays, joint_offset, split_tables
 from fairy_compile.op import PhaseSpec
-from fairy_compile.runtime import model as runtime_model
+from fairy_compile.runtime import machine
 from fairy_compile.targets import Target, load_target
 from tests.kernels.cases import BOTH, ONLY_W, make_parts, make_spec
 
@@ -77,10 +77,10 @@ def test_older_cores_are_refused_before_they_meet_an_unknown_instruction(
     manifest = SimpleNamespace(target=TargetInfo(name, "cpu", str(target.to_tvm()), features))
     monkeypatch.setattr("fairy_compile.targets.host_features", lambda: frozenset(host))
     if lacks is None:
-        runtime_model._check_features(manifest)
+        machine.check_features(manifest)
         return
     with pytest.raises(UnsupportedError, match=f"target {name}, whose .* lacks: {lacks};"):
-        runtime_model._check_features(manifest)
+        machine.check_features(manifest)
 
 
 def test_unsupported_reasons():

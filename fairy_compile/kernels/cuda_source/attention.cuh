@@ -30,7 +30,7 @@ struct alignas(16) HeadUnit {
   }
 };
 
-// Where keys and values of a sequence are; `table` are its pages.
+// Where a key's row is in pages, and how far behind it that of its value.
 template <class Call>
 struct KeyPages {
   typedef typename Call::X X;
