@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := dist/demo
 
-.PHONY: help demo test test-all lint train-demo web-tools windows-tools clean
+.PHONY: help demo test test-all lint train-demo web-tools windows-tools mlc-tools clean
 
 help:
 	@echo "make demo       build the bundled model for this machine and chat with it"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint       check style"
 	@echo "make web-tools  install WebLLM and Playwright from npm into the user's cache"
 	@echo "make windows-tools  unpack TVM's runtime for Windows into the user's cache, for tests"
+	@echo "make mlc-tools  build MLC's engine from its sources into the user's cache, for tests"
 	@echo "make train-demo train the bundled model again (about 45 minutes on 2 cores)"
 
 # The core alone: no torch, about 150 MB to download.
@@ -59,6 +60,24 @@ windows-tools: $(VENV)/.core
 	cd '$(WINDOWS_TOOLS)' && for wheel in *.whl; do $(PYTHON) -m zipfile -e $$wheel $$wheel.unpacked; done
 	find '$(WINDOWS_TOOLS)' -type f ! -name '*.dll' -delete
 	find '$(WINDOWS_TOOLS)' -name 'tvm_compiler.dll' -delete
+
+# MLC's engine for tests, linked with the runtime of TVM's wheel. It needs git, CMake and a C++
+# compiler, and minutes. Its tokenizers are those of Python, so no Rust is compiled. Sources that are
+# there are taken as they are.
+MLC_TOOLS = $(shell $(BIN)/python -c 'from tests.mlc.installed import *; print(tools())')
+MLC_COMMIT := 79d603f0
+MLC_MODULES := stb tokenizers-cpp tvm xgrammar
+SITE = $(shell $(BIN)/python -c 'import tvm; print(tvm.__path__[0].removesuffix("/tvm"))')
+mlc-tools: $(VENV)/.test
+	test -d '$(MLC_TOOLS)/mlc-llm' || \
+	  git clone --no-checkout https://github.com/mlc-ai/mlc-llm '$(MLC_TOOLS)/mlc-llm'
+	test -d '$(MLC_TOOLS)/mlc-llm/cpp' || ( cd '$(MLC_TOOLS)/mlc-llm' && \
+	  git checkout --quiet $(MLC_COMMIT) && \
+	  git submodule update --init --depth 1 $(addprefix 3rdparty/,$(MLC_MODULES)) )
+	$(BIN)/pip install --quiet --upgrade --no-deps --target '$(MLC_TOOLS)/packages' \
+	  shortuuid prompt_toolkit wcwidth requests urllib3 charset_normalizer
+	cmake -S tests/mlc -B '$(MLC_TOOLS)/build' -DMLC_LLM='$(MLC_TOOLS)/mlc-llm' -DSITE='$(SITE)'
+	cmake --build '$(MLC_TOOLS)/build' --parallel
 
 train-demo: $(VENV)/.test
 	$(BIN)/python examples/bundled/train.py -o dist/bundled

@@ -102,9 +102,10 @@ class CudaRig:
             else:
                 field = "real" if kernel.is_float(i) else "integer"
                 call.append(f"({kind})arguments[{i}].{field}")
+        # TVM's runtimes launch one where a size is zero.
         extents = "".join(
             f"size[{'bt'.index(tag[0]) * 3 + 'xyz'.index(tag[-1])}] = "
-            f"(unsigned)arguments[{given + i}].integer; "
+            f"std::max(1u, (unsigned)arguments[{given + i}].integer); "
             for i, tag in enumerate(kernel.launch)
             if "Idx" in tag
         )

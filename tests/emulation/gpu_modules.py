@@ -148,14 +148,16 @@ def compile_library(flags: list[str], source: Path, library: Path) -> None:
         subprocess.run([*command, "-o", str(library), str(source)], check=True)
 
 
-def calling_python(kernels: list[Kernel], first: int, launch: str, directory: Path) -> Any:
+def calling_python(
+    kernels: list[Kernel], first: int, launch: str, directory: Path, others: str = ""
+) -> Any:
     """Return a module whose kernels call the global function ``launch``.
 
-    It gets the kernel's number, counted from ``first`` on, and its arguments.
+    It gets the kernel's number, counted from ``first`` on, and its arguments. ``others`` is C++ for
+    what a module has beside kernels.
     """
-    code = _STUBS.format(launch=launch, length=len(launch)) + "".join(
-        _STUB.format(symbol=kernel.symbol, number=first + i) for i, kernel in enumerate(kernels)
-    )
+    stubs = (_STUB.format(symbol=k.symbol, number=first + i) for i, k in enumerate(kernels))
+    code = _STUBS.format(launch=launch, length=len(launch)) + "".join(stubs) + others
     source = directory / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.cc"
     source.write_text(code)
     include = Path(tvm_ffi.__file__).parent / "include"

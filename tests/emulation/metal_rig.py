@@ -100,8 +100,9 @@ class MetalRig:
             else f"values[{i - buffers}].integer = args[{i}].integer;"
             for i in range(buffers, given)
         )
+        # TVM's runtimes launch one where a size is zero.
         sizes = "".join(
-            f"sizes[{_place(tag)}] = (uint)args[{given + i}].integer;"
+            f"sizes[{_place(tag)}] = std::max(1u, (uint)args[{given + i}].integer);"
             for i, tag in enumerate(kernel.launch)
             if "Idx" in tag
         )

@@ -31,6 +31,18 @@ from tests.emulation.gpu_modules import (
 )
 
 _LAUNCH = "fairy_compile_tests.opencl_launch"
+# TVM's OpenCL modules give out what they compiled and take it back, which MLC's engine asks for.
+_PROGRAMS = """
+extern "C" int get_programs(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result)
+    asm("__tvm_ffi_opencl.GetPreCompiledPrograms");
+extern "C" int get_programs(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result) {
+  TVMFFIByteArray none = {"", 0};
+  return TVMFFIStringFromByteArray(&none, result);
+}
+extern "C" int set_programs(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result)
+    asm("__tvm_ffi_opencl.SetPreCompiledPrograms");
+extern "C" int set_programs(void*, const TVMFFIAny*, int32_t, TVMFFIAny* result) { return 0; }
+"""
 
 
 def missing_tools() -> str | None:
@@ -88,7 +100,7 @@ class OpenCLRig:
         program = pyopencl.Program(self.context, self.kernels[0].source)
         program = program.build(options=[] if self.optimize else ["-cl-opt-disable"])
         self.programs += [(kernel, getattr(program, kernel.name)) for kernel in self.kernels]
-        return calling_python(self.kernels, first, _LAUNCH, self.directory)
+        return calling_python(self.kernels, first, _LAUNCH, self.directory, _PROGRAMS)
 
     def launch(self, number: int, *args: Any) -> None:
         """Run one kernel and wait for it."""
@@ -106,7 +118,7 @@ class OpenCLRig:
         groups, threads = [1, 1, 1], [1, 1, 1]
         for tag, extent in zip(kernel.launch, args[given:], strict=False):
             sizes = groups if tag.startswith("block") else threads
-            sizes["xyz".index(tag[-1])] = int(extent)
+            sizes["xyz".index(tag[-1])] = max(1, int(extent))  # as TVM's runtimes do
         total = [g * t for g, t in zip(groups, threads, strict=True)]
         self.launches.append(kernel.name)
         pyopencl.enqueue_nd_range_kernel(self.queue, program, total, threads).wait()

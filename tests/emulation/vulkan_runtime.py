@@ -62,7 +62,8 @@ def _launcher(kernel: ShaderKernel) -> Any:
 
     def launch(*args: Any) -> None:
         sizes = dict(zip(kernel.launch_tags, args[count:], strict=True))
-        grid = tuple(int(sizes.get(f"blockIdx.{axis}", 1)) for axis in "xyz")
+        # TVM's runtimes launch one where a size is zero.
+        grid = tuple(max(1, int(sizes.get(f"blockIdx.{axis}", 1))) for axis in "xyz")
         buffers, scalars = [], []
         for (code, _, _), argument in zip(kernel.arguments, args[:count], strict=True):
             if code == POINTER:
