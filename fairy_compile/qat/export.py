@@ -40,6 +40,7 @@ from fairy_compile.frontends.packed import PackedLayer
 from fairy_compile.frontends.packed_writer import PackedWriter
 from fairy_compile.frontends.plan import recover_layer
 from fairy_compile.frontends.store import TensorStore
+from fairy_compile.paths import as_path
 from fairy_compile.phase import quantize
 from fairy_compile.phase.quantize import check_finite
 from fairy_compile.qat.experts import Projection, find_experts, phase_experts
@@ -105,9 +106,9 @@ def export(
     started = time.monotonic()
     model = getattr(model, "_orig_mod", model)  # torch.compile
     quant = getattr(model, QUANT_ATTRIBUTE, None)
-    layers, experts = phase_layers(model), phase_experts(model)
-    if not isinstance(quant, QuantConfig) or not (layers or experts):
+    if not isinstance(quant, QuantConfig) or not (phase_layers(model) or phase_experts(model)):
         raise FairyError("the model has no phase layers; call fc.qat.prepare before training it")
+    layers = phase_layers(model)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model, whose config.json `build` reads; "
@@ -131,7 +132,7 @@ def export(
         if extra is not None:
             extra(staging)
         packed = sum(p.stat().st_size for p in staging.glob("*.safetensors"))
-    output = Path(directory)
+    output = as_path("the output", directory)
     count = len(layers) + sum(len(part.names()) for part in _projections(model))
     return ExportReport(output, output / LATENTS, count, packed, time.monotonic() - started)
 

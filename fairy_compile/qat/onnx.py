@@ -19,6 +19,7 @@ from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.onnx_file import MAX_OPSET, MIN_OPSET, TRAINED_KEY
 from fairy_compile.frontends.plan import recover_layer
 from fairy_compile.frontends.torch_module import plain_copy
+from fairy_compile.paths import as_path
 from fairy_compile.qat.experts import phase_experts
 from fairy_compile.qat.layers import PhaseComplexLinear, PhaseLinear, phase_layers
 from fairy_compile.qat.prepare import QUANT_ATTRIBUTE
@@ -56,11 +57,11 @@ def export_onnx(
             tell its codes (a few rows of few weights); or the file exists.
         UnsupportedError: a natively complex layer, or PyTorch cannot export the model.
     """
-    path = Path(path).expanduser()
+    path = as_path("the output", path)
     quant = getattr(model, QUANT_ATTRIBUTE, None)
-    layers = phase_layers(model)
-    if not isinstance(quant, QuantConfig) or not layers:
+    if not isinstance(quant, QuantConfig) or not phase_layers(model):
         raise FairyError("the model has no phase layers; call fc.qat.prepare before training it")
+    layers = phase_layers(model)
     if path.suffix != ".onnx":
         raise FairyError(f"the output is {path}; expected a name that ends in .onnx")
     if path.exists() and not force:

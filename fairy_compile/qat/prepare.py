@@ -108,6 +108,16 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
         FairyError: the model has no layer to convert, was prepared before, is a mixture of experts
             of another family, or the method is another one.
     """
+    if not isinstance(model, nn.Module):
+        raise FairyError(
+            f"the model is {model!r:.80}; allowed: a torch.nn.Module, such as "
+            "AutoModelForCausalLM.from_pretrained(DIR) returns"
+        )
+    if isinstance(model, nn.Linear | ComplexLinear):
+        raise FairyError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced in place; put "
+            "it into a module, such as torch.nn.Sequential"
+        )
     quant = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     if quant.method not in ("auto", "phase"):
         raise FairyError(

@@ -16,6 +16,7 @@ from fairy_compile.errors import FairyError
 from fairy_compile.kernels import FAMILIES
 from fairy_compile.kernels.base import Batch, PhaseKernel, cost
 from fairy_compile.op.spec import PhaseSpec
+from fairy_compile.paths import as_path
 from fairy_compile.targets import Target, activation_dtype
 
 TUNED_BATCHES: tuple[Batch, ...] = ("single", "many")
@@ -111,14 +112,15 @@ def tasks_of(
         FairyError: it is neither, holds no call of a kernel with knobs, or is an artifact with
             ``quant`` given.
     """
-    if (Path(model).expanduser() / MANIFEST).is_file():
+    place = as_path("the model", model)
+    if (place / MANIFEST).is_file():
         if quant is not None:
             raise FairyError(
                 f"{model} is an artifact, whose codes and activations are as it was built; leave "
                 "out --quant, --scale, --layer-quant, --act and --exempt, or give the model it was "
                 "built from"
             )
-        calls = _calls_of_artifact(Path(model).expanduser(), target)
+        calls = _calls_of_artifact(place, target)
     else:
         calls = _calls_of_model(model, target, quant or QuantConfig())
     tasks = collect(calls, rows)

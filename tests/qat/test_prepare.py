@@ -209,3 +209,18 @@ def test_stacked_gives_the_same_values_and_gradients(make_model, tokens, quant):
     assert want.keys() == seen.keys()
     for name, gradient in want.items():
         assert torch.equal(gradient, seen[name]), name
+
+
+@pytest.mark.parametrize("model", [None, 3, "model", nn.Linear])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(fc.FairyError, match=r"the model is .*; allowed: a torch.nn.Module"):
+        fc.qat.prepare(model)
+    with pytest.raises(fc.FairyError, match="has no phase layers"):
+        fc.qat.export(model, "out")
+
+
+def test_a_single_layer_is_refused_since_it_has_no_place_of_its_own():
+    layer = nn.Linear(4, 4)
+    with pytest.raises(fc.FairyError, match=r"single Linear.*Sequential"):
+        fc.qat.prepare(layer)
+    assert not list(layer.children())
