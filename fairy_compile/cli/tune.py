@@ -186,9 +186,14 @@ def _print_report(result: TuneReport, json: bool, *, wrote: bool) -> None:
         typer.echo(render(rows))
     for line in failures(result.journal):
         typer.echo(f"note: {line}")
-    if result.unfinished:
+    if result.unfinished and wrote:
+        typer.echo(
+            f"{result.unfinished} tasks had no trial before the budget was spent; the same command "
+            "goes on with more --minutes or --trials, which count those of all sessions"
+        )
+    elif result.unfinished:
         typer.echo(f"{result.unfinished} tasks are not finished; the same command goes on")
-    else:
+    if result.records and (wrote or not result.unfinished):
         typer.echo(_where(result, wrote))
     if result.page:
         typer.echo(f"wrote {result.page}")

@@ -101,14 +101,16 @@ def tune(
         with crew:
             run = Run(tasks, compile_for, settings, crew, journal, work, schedule, watch)
             records = run()
+    done = [t for t in tasks if t.id in journal.finished]
     report = TuneReport(
         target=target,
         records=tuple(records),
-        tasks=tuple(tasks),
+        tasks=tuple(done),
         journal=journal,
         schedule=schedule,
         dropped=dict(journal.dropped),
         resumed=journal.resumed,
+        unfinished=len(tasks) - len(done),
     )
     return _with_page(report, place)
 

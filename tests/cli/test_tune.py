@@ -9,7 +9,7 @@ import pytest
 from fairy_compile.targets import schedules_directory
 from fairy_compile.tune.records import read_records
 
-FEW = ("--trials", "4", "--patience", "1", "--rows", "3", "--threads", "1", "--builders", "1")
+FEW = ("--trials", "24", "--patience", "1", "--rows", "3", "--threads", "1", "--builders", "1")
 
 
 @pytest.mark.parametrize(
