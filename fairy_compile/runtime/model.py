@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -143,6 +143,8 @@ def _sequences(wanted: int, most: int) -> int:
 class Model:
     """A model ready to run. Use it as a context manager, or `close` it, to free its memory.
 
+    Threads may share it, and wait for each other token by token. It cannot be copied or pickled.
+
     Attributes:
         directory: where it was loaded from.
         engine: the level below: sequences, prefill and decode.
@@ -187,6 +189,13 @@ class Model:
     def close(self) -> None:
         """Free weights, library and KV cache."""
         self._engine = None
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickling and copying: another process loads the artifact itself."""
+        raise FairyError(
+            f"a loaded model cannot be pickled or copied; load {self.directory} again where it is "
+            "wanted"
+        )
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits after each token of a new sequence: float32 [len, vocab].
