@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.graph import Graph, Weight
 from fairy_compile.phase import PhaseTensor
@@ -104,9 +105,18 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
         outputs=_unique(outputs),
         weights=weights,
         directory=Path(),
+        trained=_trained(model) if codes else None,
         codes=codes,
         same=same,
     )
+
+
+def _trained(model: Any) -> QuantConfig | None:
+    """Return what `fc.qat.prepare` trained a module for, or one inside of it; None elsewhere."""
+    from fairy_compile.qat.prepare import QUANT_ATTRIBUTE
+
+    found = (getattr(module, QUANT_ATTRIBUTE, None) for module in model.modules())
+    return next((quant for quant in found if isinstance(quant, QuantConfig)), None)
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
@@ -189,7 +199,7 @@ def plain_copy(model: Any) -> Any:
     """
     import torch
 
-    from fairy_compile.qat.layers import phase_layers
+    from fairy_compile.qat.layers import phase_layers, replace_module
 
     plain = copy.deepcopy(model)
     for name, layer in phase_layers(plain).items():
@@ -199,8 +209,7 @@ def plain_copy(model: Any) -> Any:
         )
         linear.weight = torch.nn.Parameter(values.to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(plain.get_submodule(parent), leaf, linear)
+        replace_module(plain, layer, linear)
     return plain
 
 
