@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fairy_compile.config import QuantConfig
+from fairy_compile.config import QuantConfig, is_whole
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.onnx_file import MAX_OPSET, MIN_OPSET, TRAINED_KEY
 from fairy_compile.frontends.plan import recover_layer
@@ -66,8 +66,8 @@ def export_onnx(
         raise FairyError(f"the output is {path}; expected a name that ends in .onnx")
     if path.exists() and not force:
         raise FairyError(f"the output {path} exists; add force=True to replace it")
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise FairyError(f"opset is {opset}; allowed: {MIN_OPSET} to {MAX_OPSET}")
+    if not is_whole(opset) or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise FairyError(f"opset is {opset!r}; allowed: {MIN_OPSET} to {MAX_OPSET}")
     if experts := list(phase_experts(model)):
         raise UnsupportedError(
             f"{experts[0]} holds experts in phase codes; export such models with fc.qat.export"
