@@ -135,6 +135,19 @@ def test_misuse_is_told(tmp_path: Path) -> None:
         fc.qat.export_onnx(model, tmp_path / "net.bin", x)
     with pytest.raises(fc.FairyError, match="opset is 9"):
         fc.qat.export_onnx(model, out, x, opset=9)
+    with pytest.raises(fc.FairyError, match="opset is '18'"):
+        fc.qat.export_onnx(model, out, x, opset="18")
+    for inputs in (None, 3, (np.ones((2, 32), np.float32),)):
+        with pytest.raises(fc.FairyError, match=r"example_inputs is .*; allowed: a tensor"):
+            fc.qat.export_onnx(model, out, inputs)
+    with pytest.raises(fc.UnsupportedError, match=r"cannot export .*\[2, 5\]"):
+        fc.qat.export_onnx(model, out, torch.randn(2, 5))
+    with pytest.raises(fc.FairyError, match=r"is not in a directory: .*nowhere"):
+        fc.qat.export_onnx(model, tmp_path / "nowhere" / "net.onnx", x)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(fc.FairyError, match="is a directory"):
+        fc.qat.export_onnx(model, tmp_path / "folder.onnx", x, force=True)
+    (tmp_path / "folder.onnx").rmdir()
     out.write_text("mine")
     with pytest.raises(fc.FairyError, match="force"):
         fc.qat.export_onnx(model, out, x)
