@@ -271,7 +271,7 @@ def converted_path(output: Path) -> Path:
 
 def is_onnx(model: Any) -> bool:
     """Tell whether ``model`` names an ONNX file."""
-    return isinstance(model, str | Path) and Path(model).suffix == ".onnx"
+    return isinstance(model, str | Path) and Path(model).suffix.lower() == ".onnx"
 
 
 def _import_graph(model: Any, example_inputs: Any, dynamic_shapes: Any) -> Graph:

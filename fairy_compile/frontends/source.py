@@ -125,7 +125,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
                 "directory; leave it out"
             )
         directory = path
-    elif path.suffix == ".onnx":
+    elif path.suffix.lower() == ".onnx":
         raise FairyError(
             f"{path} is an ONNX file, which only `fairy_compile build` takes; give a model "
             "directory here"

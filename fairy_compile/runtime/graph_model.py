@@ -143,7 +143,10 @@ class GraphModel:
         sizes: dict[str, tuple[int, str]] = {}
         arrays = []
         for info in self.inputs:
-            array = np.asarray(inputs[info.name])
+            try:
+                array = np.asarray(inputs[info.name])
+            except (TypeError, ValueError, RuntimeError) as error:  # tensors with gradients, e.g.
+                raise FairyError(f"input {info.name!r} is no array: {error}") from error
             if array.dtype.name != info.dtype:
                 raise FairyError(
                     f"input {info.name!r} is {array.dtype}; expected {info.dtype}: convert it "
@@ -169,7 +172,8 @@ class GraphModel:
                         f"dimension {dim} is {size} in input {info.name!r} and {first} in "
                         f"{where!r}; they must be equal"
                     )
-            arrays.append(np.asarray(array, order="C"))  # `ascontiguousarray` adds a dimension to 0
+            # In this machine's order of bytes; `ascontiguousarray` adds a dimension to 0.
+            arrays.append(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
         return arrays
 
 

@@ -128,3 +128,18 @@ def test_threads_may_share_it_and_copies_are_refused(artifact: Path) -> None:
         for take in (pickle.dumps, copy.deepcopy):
             with pytest.raises(fc.FairyError, match="cannot be pickled or copied"):
                 take(model)
+
+
+def test_any_order_of_bytes_is_taken_and_what_is_no_array_is_told(artifact: Path) -> None:
+    import torch
+
+    given = inputs(3)
+    with fc.load(artifact) as model:
+        want = model.run(given)["y"]
+        swapped = {
+            name: array.astype(array.dtype.newbyteorder(">")) for name, array in given.items()
+        }
+        np.testing.assert_array_equal(model.run(swapped)["y"], want)
+        for value in (torch.zeros(3, 16, requires_grad=True), [[1.0], [2.0, 3.0]]):
+            with pytest.raises(fc.FairyError, match=r"input 'x\.in' is no array"):
+                model.run(given | {"x.in": value})
