@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
@@ -33,6 +33,11 @@ def check_choice(what: str, value: str, allowed: tuple[str, ...] | list[str]) ->
             f"unknown {what} {value!r}; allowed: {', '.join(allowed)}."
             f"{nearest(str(value), list(allowed))}"
         )
+
+
+def _tuple(value: object, otherwise: tuple = ()) -> tuple:
+    """Return what ``value`` holds in order, ``otherwise`` for what holds nothing."""
+    return tuple(value) if isinstance(value, Collection) else otherwise
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,26 @@ class QuantConfig:
         check_choice("--scale", self.scale, GRANULARITIES)
         check_choice("--act", self.act, ACT_CONTRACTS)
         check_choice("--method", self.method, METHODS)
-        if tuple(self.terms) not in (("U", "W"), ("W",)):
+        if _tuple(self.terms) not in (("U", "W"), ("W",)):
             raise FairyError(f"unknown terms {self.terms!r}; allowed: ('U', 'W') or ('W',)")
         if isinstance(self.exempt, str):  # its letters would be taken for patterns
             raise FairyError(
                 f"exempt is {self.exempt!r}; allowed: a tuple of patterns, such as "
                 f"({self.exempt!r},)"
             )
+        if not all(isinstance(pattern, str) for pattern in _tuple(self.exempt, (None,))):
+            raise FairyError(
+                f"exempt is {self.exempt!r:.80}; allowed: a tuple of patterns, such as ('lm_head',)"
+            )
+        object.__setattr__(self, "exempt", tuple(self.exempt))
+        if not isinstance(self.stages_for, Mapping):
+            raise FairyError(
+                f"stages_for is {self.stages_for!r:.80}; allowed: a dictionary of patterns and T, "
+                "such as {'lm_head': 3}"
+            )
         for pattern, stages in self.stages_for.items():
+            if not isinstance(pattern, str):
+                raise FairyError(f"stages_for has the pattern {pattern!r:.80}; allowed: text")
             if type(stages) is not int or not 1 <= stages <= MAX_STAGES:
                 raise FairyError(
                     f"stages_for[{pattern!r}] is {stages!r}; allowed: an integer from 1 to "
@@ -88,7 +105,19 @@ class QuantConfig:
 
     def stages(self, layer: str = "") -> int:
         """Return T, the number of residual stages, of the layer named ``layer``."""
+        if not all(isinstance(pattern, str) for pattern in _tuple(self.exempt, (None,))):
+            raise FairyError(
+                f"exempt is {self.exempt!r:.80}; allowed: a tuple of patterns, such as ('lm_head',)"
+            )
+        object.__setattr__(self, "exempt", tuple(self.exempt))
+        if not isinstance(self.stages_for, Mapping):
+            raise FairyError(
+                f"stages_for is {self.stages_for!r:.80}; allowed: a dictionary of patterns and T, "
+                "such as {'lm_head': 3}"
+            )
         for pattern, stages in self.stages_for.items():
+            if not isinstance(pattern, str):
+                raise FairyError(f"stages_for has the pattern {pattern!r:.80}; allowed: text")
             if fnmatch.fnmatchcase(layer, pattern):
                 return stages
         return QUANTS[self.quant]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.errors import FairyError
+from fairy_compile.paths import as_path
 
 TEXT = (".txt", ".md", ".py", ".raw")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
@@ -33,7 +34,7 @@ def data_files(data: str | Path) -> list[Path]:
     Raises:
         FairyError: there is no such path, or the directory holds no file of a known kind.
     """
-    path = Path(data).expanduser()
+    path = as_path("the data", data)
     if path.is_file():
         return [path]
     if not path.is_dir():

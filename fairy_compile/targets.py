@@ -213,7 +213,7 @@ def load_target(name: str) -> Target:
     known = target_names()
     if name not in known:
         raise FairyError(
-            f"unknown target {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}"
+            f"unknown target {name!r}; allowed: {', '.join(known)}.{nearest(str(name), known)}"
         )
     path = targets_directory() / f"{name}.toml"
     try:

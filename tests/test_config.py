@@ -49,3 +49,20 @@ def test_json_round_trip() -> None:
 def test_refusals_name_value_and_choices(values: dict, words: str) -> None:
     with pytest.raises(FairyError, match=words):
         QuantConfig(**values)
+
+
+@pytest.mark.parametrize("value", [None, 3, True, b"x", [1], {"a": 1}, ["a"]], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["quant", "scale", "terms", "act", "method", "exempt", "stages_for"]
+)
+def test_values_of_other_types_are_refused_in_words(name: str, value: object) -> None:
+    if (name, value) in (("exempt", ["a"]), ("stages_for", {"a": 1}), ("exempt", {"a": 1})):
+        assert len(getattr(QuantConfig(**{name: value}), name)) == 1
+        return
+    with pytest.raises(FairyError, match="; allowed: "):
+        QuantConfig(**{name: value})
+
+
+def test_patterns_are_text() -> None:
+    with pytest.raises(FairyError, match="pattern 3; allowed: text"):
+        QuantConfig(stages_for={3: 1})

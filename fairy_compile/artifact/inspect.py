@@ -13,6 +13,7 @@ from fairy_compile.artifact.manifest import MANIFEST, Manifest
 from fairy_compile.artifact.schema import load_object
 from fairy_compile.errors import ModelFileError
 from fairy_compile.layer_table import printable, render_layers
+from fairy_compile.paths import as_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,7 @@ def inspect(directory: Path | str) -> Inspection:
     Raises:
         ModelFileError: the directory is neither, or its description is malformed.
     """
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     if (directory / MANIFEST).exists():
         return _inspect_artifact(directory)
     if (directory / "config.json").is_file():

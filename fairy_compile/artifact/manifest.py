@@ -17,6 +17,7 @@ from fairy_compile.artifact.files import FileEntry, resolve_inside
 from fairy_compile.artifact.graph_contract import CHAT, GRAPH, KINDS
 from fairy_compile.artifact.schema import MapOf, OneOf, dump_json, load_object, require, show
 from fairy_compile.errors import ModelFileError, UnsupportedError
+from fairy_compile.paths import as_path
 
 MANIFEST = "fairy.json"
 FORMAT_VERSION = 1
@@ -248,7 +249,7 @@ class Manifest:
         Raises:
             ModelFileError: see `from_json`; also if there is no such directory or file.
         """
-        directory = Path(directory)
+        directory = as_path("the artifact", directory)
         if not directory.is_dir():
             raise ModelFileError(
                 f"{directory} is no directory; name one that `fairy_compile build` wrote"

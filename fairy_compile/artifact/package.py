@@ -28,6 +28,7 @@ from fairy_compile.artifact.system_lib import check_system_lib, read_system_lib
 from fairy_compile.artifact.tensor_cache import ITEMSIZE
 from fairy_compile.artifact.verify import VerifyReport, verify
 from fairy_compile.errors import FairyError, ModelFileError
+from fairy_compile.paths import as_path
 from fairy_compile.targets import load_target
 
 PACKAGE_CONFIG = "mlc-package-config.json"
@@ -121,7 +122,7 @@ def package(
     Raises:
         FairyError: the artifact is for another machine, cannot be linked, or is damaged.
     """
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     phone = PLATFORMS.get(platform)
     if phone is None:
         raise FairyError(f"unknown platform {platform!r}; allowed: {', '.join(PLATFORMS)}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from fairy_compile.artifact.files import human_bytes
 from fairy_compile.artifact.schema import load_object
 from fairy_compile.errors import FairyError, ModelFileError
+from fairy_compile.paths import as_path
 
 PACKAGE = "fairy-package.json"
 """What marks a package for phones, see `artifact.package`."""
@@ -111,7 +112,7 @@ def staged_directory(
 
 
 def _real(output: Path | str) -> Path:
-    path = Path(os.path.realpath(os.path.expanduser(output)))
+    path = Path(os.path.realpath(as_path("the output", output)))
     if not path.name:
         raise FairyError(f"the output is {path}, a whole file system; name a directory in it")
     try:

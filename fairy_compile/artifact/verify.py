@@ -33,6 +33,7 @@ from fairy_compile.artifact.tensor_cache import (
     numpy_dtype,
 )
 from fairy_compile.errors import ModelFileError
+from fairy_compile.paths import as_path
 
 LIBRARY_SUFFIXES = (".so", ".dylib", ".dll", ".tar", ".wasm")
 
@@ -86,7 +87,7 @@ def verify(directory: Path | str, *, hashes: bool = True) -> VerifyReport:
     Raises:
         ModelFileError: the first thing found wrong, in one sentence.
     """
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     manifest = Manifest.load(directory)
     paths = _check_files(directory, manifest)
     cache = load_tensor_cache(directory)

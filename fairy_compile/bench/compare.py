@@ -22,6 +22,7 @@ from fairy_compile.bench.workload import Settings, Workload, alternate
 from fairy_compile.config import check_choice
 from fairy_compile.errors import FairyError
 from fairy_compile.models import DecoderConfig, parse_config
+from fairy_compile.paths import as_path
 from fairy_compile.results import Progress, no_progress
 
 DEFAULT_TYPES = ("Q4_K_M", "Q2_K", "TQ2_0")
@@ -59,7 +60,7 @@ def compare(
             type; and see `run.bench`.
     """
     settings = settings or Settings()
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     check_choice("--peer", peer, PEERS)
     for name in types:
         check_choice("--peer-types", name, PEER_TYPES)

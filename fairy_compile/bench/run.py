@@ -15,6 +15,7 @@ from fairy_compile.bench.result import BenchResult, Measurement, ModelFacts
 from fairy_compile.bench.spread import Spread
 from fairy_compile.bench.workload import Settings, Workload, tokens
 from fairy_compile.errors import FairyError
+from fairy_compile.paths import as_path
 from fairy_compile.results import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def bench(
         FairyError: see `fairy_compile.load`; also if a test needs more context than the model has.
     """
     settings = settings or Settings()
-    with Bench(Path(directory), settings, command) as session:
+    with Bench(as_path("the artifact", directory), settings, command) as session:
         return session.result(progress)
 
 

@@ -99,6 +99,7 @@ def tune(
     """Choose kernels' knobs by measuring them; `build` reads the result."""
     from fairy_compile.config import QuantConfig
     from fairy_compile.tune.settings import Settings, parse_address, parse_rows
+    from fairy_compile.tune.tasks import refuse_other_codes
     from fairy_compile.tvm_pair import check_tvm_pair
 
     settings = Settings(
@@ -125,6 +126,8 @@ def tune(
             exempt=tuple(exempt or ()),
             stages_for=options.parse_layer_quant(layer_quant),
         )
+        given = {"quant": quant, "scale": scale, "stages_for": layer_quant and config.stages_for}
+        refuse_other_codes(model, {name: v for name, v in given.items() if v is not None})
     check_tvm_pair()
     if dry_run:
         from fairy_compile.targets import load_target
@@ -186,9 +189,14 @@ def _print_report(result: TuneReport, json: bool, *, wrote: bool) -> None:
         typer.echo(render(rows))
     for line in failures(result.journal):
         typer.echo(f"note: {line}")
-    if result.unfinished:
+    if result.unfinished and wrote:
+        typer.echo(
+            f"{result.unfinished} tasks had no trial before the budget was spent; the same command "
+            "goes on with more --minutes or --trials, which count those of all sessions"
+        )
+    elif result.unfinished:
         typer.echo(f"{result.unfinished} tasks are not finished; the same command goes on")
-    else:
+    if result.records and (wrote or not result.unfinished):
         typer.echo(_where(result, wrote))
     if result.page:
         typer.echo(f"wrote {result.page}")

@@ -43,6 +43,7 @@ from fairy_compile.frontends.source import open_source
 from fairy_compile.frontends.torch_module import import_torch, is_torch_module
 from fairy_compile.models import DecoderConfig, page_tables, parse_config
 from fairy_compile.models.config import at_context
+from fairy_compile.paths import as_path
 from fairy_compile.results import check_directory
 from fairy_compile.targets import Target, activation_dtype, load_target
 from fairy_compile.tvm_pair import check_tvm_pair
@@ -132,7 +133,8 @@ def build(
     if output is None and not dry_run:
         raise FairyError("build needs a place for the artifact; give it with -o DIR")
     if debug_dump is not None:
-        check_directory("--debug-dump", Path(debug_dump))
+        debug_dump = as_path("debug_dump", debug_dump)
+        check_directory("--debug-dump", debug_dump)
     if is_torch_module(model) or is_onnx(model):
         _refuse_for_graphs(
             {
@@ -193,7 +195,7 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
-    name = directory_name(source.directory) if Path(model).is_dir() else str(model)
+    name = directory_name(source.directory) if as_path("the model", model).is_dir() else str(model)
     if source.quant is not None:
         notes.append("the checkpoint is packed: its own stages and scales were kept")
     converted = None
@@ -201,7 +203,7 @@ def build(
         refuse_dry_run()
     if (calibrate is not None or bits is not None or rotate) and not dry_run:
         with clock("convert"):
-            converted = converted_path(Path(output))
+            converted = converted_path(as_path("the output", output))
             done = convert(
                 model,
                 converted,
@@ -245,7 +247,7 @@ def build(
                 work.entry_points(),
                 symbol_prefix=system_lib_prefix(system_lib) if system_lib else None,
                 cuda_graphs=graph_rows,
-                debug_dump=Path(debug_dump) if debug_dump else None,
+                debug_dump=debug_dump,
                 progress=progress,
             )
             functions = {name: work.signatures[name] for name in work.entry_points()}
@@ -264,13 +266,12 @@ def build(
 
 def converted_path(output: Path) -> Path:
     """Return where the packed checkpoint lies between conversion and the end of a build."""
-    output = output.expanduser()
     return output.with_name(f".{output.name}.converted")
 
 
 def is_onnx(model: Any) -> bool:
     """Tell whether ``model`` names an ONNX file."""
-    return isinstance(model, str | Path) and Path(model).suffix == ".onnx"
+    return isinstance(model, str | Path) and Path(model).suffix.lower() == ".onnx"
 
 
 def _import_graph(model: Any, example_inputs: Any, dynamic_shapes: Any) -> Graph:
@@ -281,7 +282,7 @@ def _import_graph(model: Any, example_inputs: Any, dynamic_shapes: Any) -> Graph
             "example inputs and dynamic shapes are for PyTorch modules; an ONNX file has its "
             "shapes in it, so leave them out"
         )
-    path = Path(model).expanduser()
+    path = as_path("the model", model)
     if not path.is_file():
         raise FairyError(f"no model {str(model)!r}: there is no file {path.absolute()}")
     from fairy_compile.frontends.onnx_import import import_onnx
@@ -307,11 +308,11 @@ def _quant_config(
     base = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     return QuantConfig(
         quant=base.quant,
-        scale=scale or base.scale,
+        scale=base.scale if scale is None else scale,
         terms=base.terms,
-        act=act or base.act,
+        act=base.act if act is None else act,
         method=method if method != "auto" else base.method,
-        exempt=((exempt,) if isinstance(exempt, str) else tuple(exempt)) or base.exempt,
+        exempt=((exempt,) if isinstance(exempt, str) else exempt) or base.exempt,
         stages_for=base.stages_for,
     )
 
@@ -325,7 +326,7 @@ def _system_lib(target: Target, asked: str | None, output: str | Path | None) ->
                 "those for phones have a name of their own"
             )
         return ""
-    name = asked or default_system_lib_name(Path(output or "model").expanduser().resolve())
+    name = asked or default_system_lib_name(as_path("the output", output or "model").resolve())
     check_system_lib_name(name)
     return name
 

@@ -300,7 +300,12 @@ class _Replacer(PyExprMutator):
         layer, left = site
         x = self.visit_expr(binding.value.args[1 if left else 0])
         y = self._linear(x, self.calls[layer], left, str(binding.value.ty.dtype))
-        self.set_var_remap(binding.var, self.builder_.emit(y))
+        builder = self.builder_
+        inner = (
+            isinstance(binding.var, relax.DataflowVar) or not builder.current_block_is_dataflow()
+        )
+        # What is read outside of a dataflow block has to be one of its outputs.
+        self.set_var_remap(binding.var, builder.emit(y) if inner else builder.emit_output(y))
 
     def visit_call_(self, op: relax.Call) -> Any:
         """Make look-ups give NaN outside of their table instead of reading there.

@@ -21,6 +21,7 @@ from fairy_compile.evaluation.scores import WindowSums, score_window
 from fairy_compile.evaluation.text import DEFAULT_JOIN, read_text
 from fairy_compile.evaluation.windows import choose_windows, cut_windows
 from fairy_compile.frontends.source import ModelSource, open_source
+from fairy_compile.paths import as_path
 from fairy_compile.results import Progress, no_progress
 
 
@@ -66,7 +67,7 @@ def evaluate(
         FairyError: an argument is out of range, the text is empty or cannot be read, or tokenizers
             differ; and see `fairy_compile.load`.
     """
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     machine = Machine.here()  # the load average before our own work
     manifest = Manifest.load(directory)
     manifest.check_language_model(directory)
@@ -98,7 +99,8 @@ def evaluate(
         if other is None:
             opened: object = nullcontext()
         elif isinstance(other, Manifest):
-            opened = closing(CompiledModel(Path(against), other, device=device, **running))
+            place = as_path("the reference", against)
+            opened = closing(CompiledModel(place, other, device=device, **running))
         else:
             from fairy_compile.evaluation.torch_model import TorchModel
 
@@ -135,7 +137,7 @@ def evaluate(
 
 def _open_reference(against: Path | str, directory: Path) -> Manifest | ModelSource:
     """Return the manifest or the source of a reference whose tokenizer is the artifact's."""
-    path = Path(against).expanduser()
+    path = as_path("the reference", against)
     other: Manifest | ModelSource
     if (path / MANIFEST).is_file():
         other, place = Manifest.load(path), path

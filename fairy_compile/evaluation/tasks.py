@@ -15,6 +15,7 @@ from fairy_compile.bench.machine import PACKAGES, Machine, versions
 from fairy_compile.bench.result import RunFacts
 from fairy_compile.bench.run import model_facts
 from fairy_compile.errors import FairyError, nearest
+from fairy_compile.paths import as_path
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def evaluate_tasks(
     for name, value, least in (("--num-fewshot", num_fewshot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise FairyError(f"{name} is {value}; allowed: {least} or more")
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     machine = Machine.here()
     manifest = Manifest.load(directory)
     manifest.check_language_model(directory)

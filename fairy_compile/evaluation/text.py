@@ -14,6 +14,7 @@ import numpy as np
 from fairy_compile.config import check_choice
 from fairy_compile.documents import data_files, documents
 from fairy_compile.errors import FairyError
+from fairy_compile.paths import as_path
 
 if TYPE_CHECKING:
     from fairy_compile.runtime.text import Tokenizer
@@ -91,7 +92,7 @@ def read_text(
     """
     if max_tokens is not None and max_tokens < 2:
         raise FairyError(f"--max-tokens is {max_tokens}; allowed: 2 or more")
-    files, chosen = choose_split(Path(data).expanduser(), data_files(data), split)
+    files, chosen = choose_split(as_path("the data", data), data_files(data), split)
     pieces = _pieces(files, field, chosen or "train", join)
     ids, more = _encode(pieces, tokenizer, max_tokens)
     if not ids:

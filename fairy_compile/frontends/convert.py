@@ -31,6 +31,7 @@ from fairy_compile.frontends.plan import unmatched_notes
 from fairy_compile.frontends.rotate import NOTE, RotatedSource
 from fairy_compile.frontends.safetensors_writer import tensor_bytes
 from fairy_compile.frontends.source import LayerPlan, ModelSource, open_source
+from fairy_compile.paths import as_path
 
 if TYPE_CHECKING:
     from fairy_compile.calibrate import Calibration
@@ -162,6 +163,7 @@ def convert(
         ModelFileError: the model is missing files or damaged.
     """
     started = time.monotonic()
+    output = as_path("the output", output)
     config = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     if scale is not None:
         config = dataclasses.replace(config, scale=scale)
@@ -194,7 +196,7 @@ def convert(
     key, work_bytes = None, 0
     if calibrate is not None:
         maker, key, work_bytes = _calibrated(source, config, bits, calibrate, notes, dry_run)
-    if reuse and key and (before := _finished(Path(output), key)):
+    if reuse and key and (before := _finished(output, key)):
         return before
     most = dataclasses.replace(config, quant=f"w{MAX_STAGES}") if bits is not None else config
     plan = _Plan(source, most, dense_dtype)
@@ -207,9 +209,7 @@ def convert(
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         bits = sum(8 * layer.nbytes for layer in layers) / max(weights, 1)
         seconds = time.monotonic() - started
-        return ConvertReport(
-            Path(output), layers, bits, plan.nbytes, seconds, files, dry_run, notes
-        )
+        return ConvertReport(output, layers, bits, plan.nbytes, seconds, files, dry_run, notes)
 
     if not dry_run:
         needed = plan.nbytes + work_bytes

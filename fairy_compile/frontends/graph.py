@@ -181,6 +181,8 @@ class GraphSource:
         ready = self._graph.codes.get(layer)
         if found.phase and ready is not None:
             found = LayerPlan(True, ready.stages, ready.terms, ready.scale, "codes of training")
+        elif found.phase and self._graph.codes and self._graph.trained is not None:
+            found = LayerPlan.dense("dense in training")
         elif found.phase and self._graph.trained is not None:
             found = dataclasses.replace(found, reason=RECOVERED)
         return found

@@ -10,7 +10,13 @@ import numpy as np
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.files import ModelDirectory, tied_tensors
-from fairy_compile.frontends.method import check_method, latents_reason, method_note, resolve
+from fairy_compile.frontends.method import (
+    TRAINING_FREE,
+    check_method,
+    latents_reason,
+    method_note,
+    resolve,
+)
 from fairy_compile.frontends.plan import LayerPlan, plan_weight, quantize_layer
 from fairy_compile.frontends.quant_json import read_quant, settle_own
 from fairy_compile.frontends.store import TensorStore
@@ -68,10 +74,14 @@ class HuggingFaceSource(ModelDirectory):
         self, asked: QuantConfig, *, calibrated: bool = False, by_budget: bool = False
     ) -> tuple[QuantConfig, str | None]:
         """Decide the method; master weights that tell what they were trained for decide more."""
-        own = asked if self.trained is None else settle_own(self.trained, asked)
+        trained = None if asked.method in TRAINING_FREE else self.trained
+        own = asked if trained is None else settle_own(trained, asked)
         used = resolve(own, self.latents, calibrated=calibrated, by_budget=by_budget)
         check_method(used, self.latents, calibrated=calibrated, by_budget=by_budget)
-        return used, method_note(asked, used, self.latents)
+        note = method_note(asked, used, self.latents)
+        if trained is not None:
+            note += f"; they were trained for {own.quant}, scales per {own.scale}, which they keep"
+        return used, note
 
     def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:
         """Tell what `phase` would return, or why the layer stays dense."""

@@ -83,6 +83,8 @@ def read_onnx(path: Path) -> OnnxFile:
         ) from error
     from google.protobuf.message import DecodeError
 
+    if not path.stat().st_size:
+        raise ModelFileError(f"{path} is empty; export or download it again")
     if path.stat().st_size > MAX_BYTES:
         raise ModelFileError(
             f"{path} has more than 2 GiB; save the model with its weights in an external data file"

@@ -101,7 +101,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
     def __init__(self, file: OnnxFile) -> None:
         super().__init__({}, "float32")
         self.at = "(none)"
-        self._known_shapes = _known_shapes(file.model)
+        self._known = _known_results(file.model)
         self._fresh = 0
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
@@ -114,7 +114,10 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             value = self.bb.normalize(value)
         if not isinstance(value, relax.Expr) or not isinstance(value.ty, relax.TensorType):
             return value
-        return self._with_shape(value, self._known_shapes.get(name))
+        dtype, shape = self._known.get(name, (None, None))
+        if dtype is not None and dtype != str(value.ty.dtype):  # OneHot gives float64
+            value = self.bb.emit(relax.op.astype(value, dtype))
+        return self._with_shape(value, shape)
 
     def _with_shape(self, value: relax.Expr, known: list[int | str] | None) -> relax.Expr:
         """Return a tensor whose shape TVM knows in terms of the inputs', as far as it can be."""
@@ -155,9 +158,17 @@ def _made_of(dim: Any, variables: Collection[Any]) -> bool:
     return all(found)
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, relax.Expr) and isinstance(value.ty, relax.TensorType)
+
+
 def _mended(op_name: str, inputs: Any, attrs: Any) -> relax.Expr | None:
     """Return the value of a node that TVM's converter fails on, None for any other."""
     data = inputs[0]
+    if op_name == "Pow" and all(_is_tensor(value) for value in inputs):
+        base, exponent = (str(value.ty.dtype) for value in inputs)
+        if base != exponent and "float" in base:  # a square by an integer, say
+            return relax.op.power(data, relax.op.astype(inputs[1], base))
     if op_name == "ConstantOfShape" and isinstance(data, tvm.ir.GenericConst):
         value = attrs.get("value")
         array = onnx_frontend.get_numpy(value) if value is not None else np.zeros(1, np.float32)
@@ -173,22 +184,30 @@ def _mended(op_name: str, inputs: Any, attrs: Any) -> relax.Expr | None:
     return None
 
 
-def _known_shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
-    """Return node name -> shape of its only output, where all dimensions have a name or size."""
+def _known_results(
+    model: onnx.ModelProto,
+) -> dict[str, tuple[str | None, list[int | str] | None]]:
+    """Return node name -> dtype and shape of its only output.
+
+    They are None where nothing tells them; a shape, too, where a dimension has no name or size.
+    """
     import onnx
 
     # Where inference fails, the exporter's own notes are still there.
     with contextlib.suppress(onnx.shape_inference.InferenceError, ValueError):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes: dict[str, list[int | str]] = {}
+    results: dict[str, tuple[str | None, list[int | str] | None]] = {}
     for value in (*model.graph.value_info, *model.graph.output):
-        if not value.type.tensor_type.HasField("shape"):
-            continue
-        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        if all(dims):
-            shapes[value.name] = dims
+        tensor = value.type.tensor_type
+        dtype, shape = None, None
+        if tensor.elem_type:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        if tensor.HasField("shape"):
+            dims = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+            shape = dims if all(dims) else None
+        results[value.name] = (dtype, shape)
     return {
-        node.name: shapes[node.output[0]]
+        node.name: results[node.output[0]]
         for node in model.graph.node
-        if len(node.output) == 1 and node.output[0] in shapes
+        if len(node.output) == 1 and node.output[0] in results
     }

@@ -13,6 +13,7 @@ from fairy_compile.errors import FairyError, ModelFileError
 from fairy_compile.frontends.files import TOKENIZER_FILES, member, read_config
 from fairy_compile.frontends.plan import LayerPlan
 from fairy_compile.frontends.store import SAFETENSORS, TORCH, read_weight_map
+from fairy_compile.paths import as_path
 from fairy_compile.phase import PhaseTensor
 
 __all__ = ["LayerPlan", "ModelSource", "open_source"]
@@ -111,7 +112,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
     from fairy_compile.frontends.huggingface import HuggingFaceSource
     from fairy_compile.frontends.packed import PackedSource, is_packed
 
-    path = Path(model).expanduser()
+    path = as_path("the model", model)
     if model == "":  # no way to say "."
         raise FairyError(
             "the model's name is empty: there is no directory without one, and a model of the "
@@ -124,7 +125,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
                 "directory; leave it out"
             )
         directory = path
-    elif path.suffix == ".onnx":
+    elif path.suffix.lower() == ".onnx":
         raise FairyError(
             f"{path} is an ONNX file, which only `fairy_compile build` takes; give a model "
             "directory here"

@@ -11,8 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.graph import Graph, Weight
+from fairy_compile.frontends.torch_ops import CONVERTERS, wrong_dtype
 from fairy_compile.phase import PhaseTensor
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -67,7 +69,7 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
             program,
             keep_params_as_input=True,
             unwrap_unit_return_tuple=True,
-            custom_convert_map=_PRODUCTS,
+            custom_convert_map=CONVERTERS,
             run_ep_decomposition=False,
         )
     except Exception as error:  # whatever the converters of TVM raise
@@ -81,6 +83,8 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
             f"{name} changes its buffer {changed} when it runs, and a compiled graph keeps no "
             "state; make it an input and an output"
         )
+    if wrong := wrong_dtype(program, module["main"].ret_ty):
+        raise UnsupportedError(f"TVM's importer computes {wrong} of {name}; cast it in the module")
     parameters = dict(program.named_parameters())
     targets = {s.arg.name: s.target for s in signature.input_specs if s.target in parameters}
     count = int(module["main"].attrs["num_input"])
@@ -104,9 +108,18 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
         outputs=_unique(outputs),
         weights=weights,
         directory=Path(),
+        trained=_trained(model) if codes else None,
         codes=codes,
         same=same,
     )
+
+
+def _trained(model: Any) -> QuantConfig | None:
+    """Return what `fc.qat.prepare` trained a module for, or one inside of it; None elsewhere."""
+    from fairy_compile.qat.prepare import QUANT_ATTRIBUTE
+
+    found = (getattr(module, QUANT_ATTRIBUTE, None) for module in model.modules())
+    return next((quant for quant in found if isinstance(quant, QuantConfig)), None)
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
@@ -115,32 +128,6 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
     for number, name in enumerate(names):
         found.append(name if name and name not in found else f"{name or 'output'}_{number}")
     return tuple(found)
-
-
-def _product(node: Any, importer: Any) -> Any:
-    from tvm import relax
-
-    a, b = importer.retrieve_args(node)
-    return importer.block_builder.emit(relax.op.matmul(a, b))
-
-
-def _product_plus(node: Any, importer: Any) -> Any:
-    from tvm import relax
-
-    added, a, b = importer.retrieve_args(node)
-    emit = importer.block_builder.emit
-    value = emit(relax.op.matmul(a, b))
-    factors = {name: node.kwargs.get(name, 1) for name in ("alpha", "beta")}
-    dtype = str(value.ty.dtype)
-    if factors["alpha"] != 1:
-        value = emit(relax.op.multiply(value, relax.const(factors["alpha"], dtype)))
-    if factors["beta"] != 1:
-        added = emit(relax.op.multiply(added, relax.const(factors["beta"], dtype)))
-    return emit(relax.op.add(value, added))
-
-
-# TVM's own converters always return float32, and then refuse to add a float16 bias.
-_PRODUCTS = {"mm.default": _product, "bmm.default": _product, "addmm.default": _product_plus}
 
 
 def _weight(name: str, tensor: Any) -> Weight:
@@ -189,7 +176,7 @@ def plain_copy(model: Any) -> Any:
     """
     import torch
 
-    from fairy_compile.qat.layers import phase_layers
+    from fairy_compile.qat.layers import phase_layers, replace_module
 
     plain = copy.deepcopy(model)
     for name, layer in phase_layers(plain).items():
@@ -199,8 +186,7 @@ def plain_copy(model: Any) -> Any:
         )
         linear.weight = torch.nn.Parameter(values.to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(plain.get_submodule(parent), leaf, linear)
+        replace_module(plain, layer, linear)
     return plain
 
 

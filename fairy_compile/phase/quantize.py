@@ -19,11 +19,12 @@ the rule there; PyTorch's vectorised one (AVX2, AVX512) returns one step less an
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from fairy_compile.config import QUANTS, Granularity, QuantConfig, check_choice
+from fairy_compile.config import QUANTS, Granularity, QuantConfig, check_choice, is_whole
 from fairy_compile.errors import FairyError
 from fairy_compile.phase.tensor import PhaseTensor, spread_scales, tile_shape
 from fairy_compile.phase.widely_linear import as_float32, to_widely_linear
@@ -180,7 +181,7 @@ def quantize(
     Raises:
         FairyError: odd dimensions, non-finite values or unknown names.
     """
-    if isinstance(quant, int):
+    if is_whole(quant):
         quant = f"w{quant}"
     config = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     if config.terms != ("U", "W"):
@@ -189,8 +190,10 @@ def quantize(
             "matrices go through quantize_complex_layer"
         )
     stages = config.stages(name) if isinstance(quant, QuantConfig) else QUANTS[config.quant]
-    granularity = scale or config.scale
+    granularity = config.scale if scale is None else scale
     check_choice("method for a single weight", method, ["phase", "alternating"])
+    if not (isinstance(min_scale, Real) and 0 < min_scale < np.inf):
+        raise FairyError(f"min_scale is {min_scale!r:.80}; allowed: above 0, finite")
     real = as_float32(weight)
     check_finite(real, name)
     pair = to_widely_linear(real)

@@ -46,7 +46,7 @@ def unpack_codes(packed: np.ndarray, m: int) -> np.ndarray:
     return quads.reshape(*packed.shape[:-1], -1)[..., :m]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the comparison of dataclasses fails on arrays
 class PhaseTensor:
     """A real linear map (2n, 2m) as residual phase stages of U and W.
 
@@ -93,6 +93,20 @@ class PhaseTensor:
         if not (np.isfinite(self.scales).all() and (self.scales > 0).all()):
             raise ModelFileError("phase scales must be finite and positive; found one that is not")
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether codes, scales and their dtype, terms and granularity are the same."""
+        if not isinstance(other, PhaseTensor):
+            return NotImplemented
+        return (
+            (self.shape, tuple(self.terms), self.scale)
+            == (other.shape, tuple(other.terms), other.scale)
+            and self.scales.dtype == other.scales.dtype
+            and np.array_equal(self.codes, other.codes)
+            and np.array_equal(self.scales, other.scales)
+        )
+
+    __hash__ = None  # as of arrays
+
     @classmethod
     def from_codes(
         cls, codes: np.ndarray, scales: np.ndarray, terms: tuple[Term, ...], scale: Granularity
@@ -100,6 +114,8 @@ class PhaseTensor:
         """Pack unpacked codes, uint8 (T, terms, n, m) of values 0..3."""
         if codes.size and codes.max() > 3:
             raise ModelFileError(f"phase codes go up to {codes.max()}; allowed: 0 to 3")
+        if codes.size and codes.min() < 0:
+            raise ModelFileError(f"phase codes go down to {codes.min()}; allowed: 0 to 3")
         n, m = codes.shape[-2:]
         return cls(pack_codes(codes), np.ascontiguousarray(scales), n, m, terms, scale)
 

@@ -23,10 +23,22 @@ def as_float32(weight: Any) -> np.ndarray:
 
     torch is recognised by its methods and never imported. float64 is rounded to float32; the
     quantisation rule is defined on float32 values.
+
+    Raises:
+        FairyError: it holds no real numbers.
     """
-    if hasattr(weight, "detach"):
-        weight = weight.detach().to("cpu").float().numpy()
-    return np.asarray(weight, dtype=np.float32)
+    seen = f"of dtype {weight.dtype}" if hasattr(weight, "dtype") else f"{weight!r:.80}"
+    refusal = f"the weight is {seen}; allowed: real numbers, in a NumPy array or a torch tensor"
+    try:
+        if hasattr(weight, "detach") and not weight.is_complex():
+            weight = weight.detach().to("cpu").float().numpy()
+        array = np.asarray(weight)
+    except (ValueError, TypeError, RuntimeError) as error:  # sparse and meta tensors, uneven rows
+        raise FairyError(f"{refusal}: {error}") from error
+    registered = array.dtype.isbuiltin == 2  # bfloat16 of ml_dtypes
+    if array.dtype.kind not in "fiub" and not registered:
+        raise FairyError(refusal)
+    return np.asarray(array, dtype=np.float32)
 
 
 def to_widely_linear(

@@ -40,6 +40,7 @@ from fairy_compile.frontends.packed import PackedLayer
 from fairy_compile.frontends.packed_writer import PackedWriter
 from fairy_compile.frontends.plan import recover_layer
 from fairy_compile.frontends.store import TensorStore
+from fairy_compile.paths import as_path
 from fairy_compile.phase import quantize
 from fairy_compile.phase.quantize import check_finite
 from fairy_compile.qat.experts import Projection, find_experts, phase_experts
@@ -105,9 +106,10 @@ def export(
     started = time.monotonic()
     model = getattr(model, "_orig_mod", model)  # torch.compile
     quant = getattr(model, QUANT_ATTRIBUTE, None)
-    layers, experts = phase_layers(model), phase_experts(model)
-    if not isinstance(quant, QuantConfig) or not (layers or experts):
+    if not isinstance(quant, QuantConfig) or not (phase_layers(model) or phase_experts(model)):
         raise FairyError("the model has no phase layers; call fc.qat.prepare before training it")
+    layers = phase_layers(model)
+    _check_tokenizer(tokenizer)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model, whose config.json `build` reads; "
@@ -119,8 +121,14 @@ def export(
             "the model holds shards of its weights; gather them in every process and give them as "
             "state_dict, e.g. accelerator.get_state_dict(model)"
         )
+    parts = [f"{name}.{part}" for name, layer in layers.items() for part in _latent_parts(layer)]
+    if missing := next((name for name in parts if name not in weights), None):
+        raise FairyError(f"state_dict lacks {missing}; give all weights of the model, by name")
     for name, layer in layers.items():
         _check_latent(name, layer, weights, quant)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            check_finite(_numpy(tensor), name)
     nbytes = sum(t.numel() * t.element_size() for t in weights.values())
     with staged_directory(directory, force=force, needed_bytes=2 * nbytes) as staging:
         latents = staging / LATENTS
@@ -131,9 +139,24 @@ def export(
         if extra is not None:
             extra(staging)
         packed = sum(p.stat().st_size for p in staging.glob("*.safetensors"))
-    output = Path(directory)
+    output = as_path("the output", directory)
     count = len(layers) + sum(len(part.names()) for part in _projections(model))
     return ExportReport(output, output / LATENTS, count, packed, time.monotonic() - started)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if isinstance(tokenizer, str | Path):
+        place = as_path("the tokenizer", tokenizer)
+        if not any((place / name).is_file() for name in TOKENIZER_FILES):
+            raise FairyError(
+                f"{place} holds no tokenizer; give a directory with tokenizer.json, or a tokenizer "
+                "of transformers"
+            )
+    elif tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise FairyError(
+            f"tokenizer is {tokenizer!r:.80}; allowed: a tokenizer of transformers, a directory "
+            "that has one, or None"
+        )
 
 
 def _projections(model: nn.Module) -> list[Projection]:
@@ -177,7 +200,8 @@ def write_latents(
     model.save_pretrained(directory, state_dict=None if state_dict is None else dict(state_dict))
     if isinstance(tokenizer, str | Path):
         for name in TOKENIZER_FILES:
-            if (file := Path(tokenizer) / name).is_file() and not (directory / name).exists():
+            file = as_path("the tokenizer", tokenizer) / name
+            if file.is_file() and not (directory / name).exists():
                 shutil.copyfile(file, directory / name)
     elif tokenizer is not None:
         tokenizer.save_pretrained(directory)

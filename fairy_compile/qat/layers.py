@@ -237,6 +237,14 @@ def phase_layers(model: nn.Module) -> dict[str, PhaseLayer]:
     }
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in all places of a model that hold ``old``; a layer may be used in several."""
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
 def refuse_experts(model: nn.Module, what: str) -> None:
     """Refuse models that hold the weights of experts as one parameter of three dimensions.
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fairy_compile.config import QuantConfig
+from fairy_compile.config import QuantConfig, is_whole
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.onnx_file import MAX_OPSET, MIN_OPSET, TRAINED_KEY
 from fairy_compile.frontends.plan import recover_layer
 from fairy_compile.frontends.torch_module import plain_copy
+from fairy_compile.paths import as_path
 from fairy_compile.qat.experts import phase_experts
 from fairy_compile.qat.layers import PhaseComplexLinear, PhaseLinear, phase_layers
 from fairy_compile.qat.prepare import QUANT_ATTRIBUTE
@@ -56,17 +57,20 @@ def export_onnx(
             tell its codes (a few rows of few weights); or the file exists.
         UnsupportedError: a natively complex layer, or PyTorch cannot export the model.
     """
-    path = Path(path).expanduser()
+    path = as_path("the output", path)
     quant = getattr(model, QUANT_ATTRIBUTE, None)
-    layers = phase_layers(model)
-    if not isinstance(quant, QuantConfig) or not layers:
+    if not isinstance(quant, QuantConfig) or not phase_layers(model):
         raise FairyError("the model has no phase layers; call fc.qat.prepare before training it")
+    layers = phase_layers(model)
     if path.suffix != ".onnx":
         raise FairyError(f"the output is {path}; expected a name that ends in .onnx")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"is not in a directory: {path.parent}"
+        raise FairyError(f"the output {path} {what}; name a file in a directory that exists")
     if path.exists() and not force:
         raise FairyError(f"the output {path} exists; add force=True to replace it")
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise FairyError(f"opset is {opset}; allowed: {MIN_OPSET} to {MAX_OPSET}")
+    if not is_whole(opset) or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise FairyError(f"opset is {opset!r}; allowed: {MIN_OPSET} to {MAX_OPSET}")
     if experts := list(phase_experts(model)):
         raise UnsupportedError(
             f"{experts[0]} holds experts in phase codes; export such models with fc.qat.export"
@@ -75,6 +79,14 @@ def export_onnx(
         _check_recoverable(name, layer, quant)
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, Sequence) or not all(
+        isinstance(value, torch.Tensor) for value in example_inputs
+    ):
+        seen = " ".join(repr(example_inputs).split())  # arrays take several lines
+        raise FairyError(
+            f"example_inputs is {seen:.80}; allowed: a tensor, or a tuple of tensors, "
+            "the positional arguments of the model's forward"
+        )
     written = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         program = _export(
@@ -88,6 +100,8 @@ def export_onnx(
         program.model.metadata_props[TRAINED_KEY] = json.dumps(quant.to_json())
         program.save(str(written), external_data=False)
         os.replace(written, path)
+    except OSError as error:
+        raise FairyError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         written.unlink(missing_ok=True)
     return path
@@ -104,7 +118,10 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) 
             "pip install 'fairy_compile[onnx]'"
         ) from error
     except Exception as error:  # PyTorch raises many kinds, with pages of advice
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
         raise UnsupportedError(f"PyTorch cannot export the model to ONNX: {reason}") from error
 
 

@@ -26,6 +26,7 @@ from fairy_compile.qat.layers import (
     PhaseComplexLinear,
     PhaseLinear,
     phase_layers,
+    replace_module,
 )
 
 # Where `prepare` leaves the configuration for `export`.
@@ -108,6 +109,16 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
         FairyError: the model has no layer to convert, was prepared before, is a mixture of experts
             of another family, or the method is another one.
     """
+    if not isinstance(model, nn.Module):
+        raise FairyError(
+            f"the model is {model!r:.80}; allowed: a torch.nn.Module, such as "
+            "AutoModelForCausalLM.from_pretrained(DIR) returns"
+        )
+    if isinstance(model, nn.Linear | ComplexLinear):
+        raise FairyError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced in place; put "
+            "it into a module, such as torch.nn.Sequential"
+        )
     quant = quant if isinstance(quant, QuantConfig) else QuantConfig(quant)
     if quant.method not in ("auto", "phase"):
         raise FairyError(
@@ -135,6 +146,7 @@ def prepare(model: nn.Module, quant: QuantConfig | str = "w2") -> PrepareReport:
     for name, parts in experts.items():
         if any(part.plan.phase for part in parts):
             convert_experts(model.get_submodule(name), parts, quant.scale)
+    _keep_from_fast_paths(model)
     setattr(model, QUANT_ATTRIBUTE, quant)
     # An export that is trained further carries a mark that `export` writes anew; with it,
     # transformers would take the model for one that cannot be trained.
@@ -243,6 +255,16 @@ def _replace(model: nn.Module, name: str, plan: LayerPlan, quant: QuantConfig) -
     options = {}
     if isinstance(layer, ComplexLinear):
         options["int8_inputs"] = quant.act == "int8"
-    new: Any = make(layer, plan.stages, quant.scale, **options)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    replace_module(model, layer, make(layer, plan.stages, quant.scale, **options))
+
+
+def _keep_from_fast_paths(model: nn.Module) -> None:
+    """Have PyTorch's encoder layers call their linear layers, also where nothing is trained.
+
+    In evaluation they hand all weights to one fused function, which would take the latents.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and phase_layers(module):
+            module.activation_relu_or_gelu = 0  # the function knows these two; forward asks others
+        elif isinstance(module, nn.TransformerEncoder) and phase_layers(module):
+            module.use_nested_tensor = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Phase:
 
 class Engine:
     """Runs the functions of a model library on a set of sequences.
+
+    Threads may share it: their calls wait for each other, step by step.
 
     Attributes:
         config: the MLC chat configuration.
@@ -86,6 +89,7 @@ class Engine:
             FairyError: an argument is out of range.
             ModelFileError: library or weights cannot be loaded.
         """
+        self._lock = threading.RLock()  # neither TVM's machine nor the cache can do two things
         self.threads = set_threads(threads, cpus)
         self.device = open_device(device)
         self.library = ModelLibrary(library, self.device)
@@ -150,19 +154,23 @@ class Engine:
 
     def add_sequence(self) -> int:
         """Start an empty sequence and return its id."""
-        return self.cache.add()
+        with self._lock:
+            return self.cache.add()
 
     def remove_sequence(self, sequence: int) -> None:
         """Forget a sequence."""
-        self.cache.remove(sequence)
+        with self._lock:
+            self.cache.remove(sequence)
 
     def fork(self, sequence: int, position: int | None = None) -> int:
         """Return a new sequence that begins as the first ``position`` tokens of another."""
-        return self.cache.fork(sequence, position)
+        with self._lock:
+            return self.cache.fork(sequence, position)
 
     def popn(self, sequence: int, count: int) -> None:
         """Drop the last ``count`` tokens of a sequence."""
-        self.cache.popn(sequence, count)
+        with self._lock:
+            self.cache.popn(sequence, count)
 
     def length(self, sequence: int) -> int:
         """Return the tokens of a sequence in the cache."""
@@ -237,18 +245,19 @@ class Engine:
         if len(sequences) != len(tokens):
             raise FairyError(f"decode got {len(sequences)} sequences and {len(tokens)} tokens")
         ids = self.check_tokens(tokens)
-        start = time.perf_counter()
-        with self.cache.forward(sequences, [1] * len(ids)):
-            name, arguments = self.steps.decode(ids, exact=exact)
-            logits = self.library.call_logits(name, *arguments, tokens=len(ids))
-        self.decode_phase.tokens += len(ids)
-        self.decode_phase.seconds += time.perf_counter() - start
+        with self._lock:
+            start = time.perf_counter()
+            with self.cache.forward(sequences, [1] * len(ids)):
+                name, arguments = self.steps.decode(ids, exact=exact)
+                logits = self.library.call_logits(name, *arguments, tokens=len(ids))
+            self.decode_phase.tokens += len(ids)
+            self.decode_phase.seconds += time.perf_counter() - start
         return logits.reshape(len(ids), -1)
 
     def trace_decode(self, sequence: int, token: int) -> dict[str, int]:
         """Run one decode step under instrumentation; return kernel name -> calls."""
         ids = self.check_tokens([token])
-        with self.cache.forward([sequence], [1]):
+        with self._lock, self.cache.forward([sequence], [1]):
             name, arguments = self.steps.decode(ids)
             return self.library.traced(name, *arguments)
 
@@ -265,14 +274,15 @@ class Engine:
             parts: tokens of each.
             positions: rows that get logits; None is the last one of a single sequence.
         """
-        start = time.perf_counter()
         ids = np.concatenate(parts)
         rows = None if positions is None else positions.astype(np.int32)
-        with self.cache.forward(sequences, [len(part) for part in parts]):
-            name, arguments = self.steps.prefill(ids, rows)
-            logits = self.library.call_logits(name, *arguments, tokens=len(ids))
-        self.prefill_phase.tokens += len(ids)
-        self.prefill_phase.seconds += time.perf_counter() - start
+        with self._lock:
+            start = time.perf_counter()
+            with self.cache.forward(sequences, [len(part) for part in parts]):
+                name, arguments = self.steps.prefill(ids, rows)
+                logits = self.library.call_logits(name, *arguments, tokens=len(ids))
+            self.prefill_phase.tokens += len(ids)
+            self.prefill_phase.seconds += time.perf_counter() - start
         return logits.reshape(-1, logits.shape[-1])
 
     def to_device(self, array: np.ndarray) -> Any:

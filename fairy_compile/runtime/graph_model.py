@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class TensorInfo:
 class GraphModel:
     """A graph ready to run. Use it as a context manager, or `close` it, to free its memory.
 
+    Threads may share it: their calls wait for each other. It cannot be copied or pickled.
+
     Attributes:
         directory: where it was loaded from.
         inputs, outputs: what `run` takes and returns, in order.
@@ -58,6 +61,7 @@ class GraphModel:
             FairyError: ``device``, ``threads`` or ``cpus`` is out of range.
             ModelFileError: library or weights cannot be loaded.
         """
+        self._lock = threading.Lock()  # TVM's machine computes one call at a time
         self.directory = directory
         self.warnings = tuple(warnings)
         self.threads = set_threads(threads, cpus)
@@ -81,6 +85,13 @@ class GraphModel:
         """Free weights and library."""
         self._library, self._main, self._params = None, None, []
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickling and copying: another process loads the artifact itself."""
+        raise FairyError(
+            f"a loaded model cannot be pickled or copied; load {self.directory} again where it is "
+            "wanted"
+        )
+
     def run(self, inputs: Mapping[str, Any] | Sequence[Any] | Any) -> dict[str, np.ndarray]:
         """Compute the graph's outputs.
 
@@ -100,9 +111,11 @@ class GraphModel:
             raise FairyError(f"the model {self.directory} is closed; load it again")
         arrays = self._check(self._by_name(inputs))
         tensors = [tvm.runtime.tensor(array, self._device) for array in arrays]
-        result = self._main(*tensors, *self._params)
-        results = [result] if len(self.outputs) == 1 and hasattr(result, "numpy") else list(result)
-        return {info.name: value.numpy() for info, value in zip(self.outputs, results, strict=True)}
+        with self._lock:
+            result = self._main(*tensors, *self._params)
+            alone = len(self.outputs) == 1 and hasattr(result, "numpy")
+            arrays = [value.numpy() for value in ([result] if alone else result)]
+        return {info.name: array for info, array in zip(self.outputs, arrays, strict=True)}
 
     def _by_name(self, inputs: Any) -> dict[str, Any]:
         names = [info.name for info in self.inputs]
@@ -130,7 +143,10 @@ class GraphModel:
         sizes: dict[str, tuple[int, str]] = {}
         arrays = []
         for info in self.inputs:
-            array = np.asarray(inputs[info.name])
+            try:
+                array = np.asarray(inputs[info.name])
+            except (TypeError, ValueError, RuntimeError) as error:  # tensors with gradients, e.g.
+                raise FairyError(f"input {info.name!r} is no array: {error}") from error
             if array.dtype.name != info.dtype:
                 raise FairyError(
                     f"input {info.name!r} is {array.dtype}; expected {info.dtype}: convert it "
@@ -156,7 +172,8 @@ class GraphModel:
                         f"dimension {dim} is {size} in input {info.name!r} and {first} in "
                         f"{where!r}; they must be equal"
                     )
-            arrays.append(np.asarray(array, order="C"))  # `ascontiguousarray` adds a dimension to 0
+            # In this machine's order of bytes; `ascontiguousarray` adds a dimension to 0.
+            arrays.append(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
         return arrays
 
 

@@ -255,6 +255,8 @@ def open_device(name: str) -> Any:
 
     load_sidecars()
     try:
+        if not isinstance(name, str):  # numbers are taken for kinds of devices
+            raise TypeError
         device = tvm.runtime.device(name)
     except (ValueError, TypeError, RuntimeError) as error:
         raise FairyError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fairy_compile.artifact import Manifest, check_loaded_metadata, verify
 from fairy_compile.artifact.graph_contract import GRAPH
 from fairy_compile.config import is_whole
 from fairy_compile.errors import FairyError, nearest
+from fairy_compile.paths import as_path
 from fairy_compile.runtime import stats
 from fairy_compile.runtime.chat_template import ChatTemplate, Message
 from fairy_compile.runtime.engine import Engine
@@ -57,6 +58,7 @@ def load(
         UnsupportedError: this machine lacks the device or the instructions it was built for.
         FairyError: an argument is out of range, or not for this kind of model.
     """
+    directory = as_path("the artifact", directory)
     manifest = Manifest.load(directory)
     common: dict[str, Any] = {"device": device, "threads": threads, "cpus": cpus}
     if manifest.kind != GRAPH:
@@ -73,7 +75,7 @@ def load(
             f"{next(iter(options))} is for language models; {directory} is a graph, so leave it out"
         )
     report = verify(directory)
-    directory, manifest = Path(directory), report.manifest
+    manifest = report.manifest
     check_machine(manifest, device)
     warnings = [*report.warnings, *permit_amx(manifest)]
     common["device"] = device or manifest.target.device
@@ -111,7 +113,7 @@ def load_language_model(
             was built for.
         FairyError: an argument is out of range.
     """
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     report = verify(directory)
     manifest = report.manifest
     manifest.check_language_model(directory)
@@ -140,6 +142,8 @@ def _sequences(wanted: int, most: int) -> int:
 
 class Model:
     """A model ready to run. Use it as a context manager, or `close` it, to free its memory.
+
+    Threads may share it, and wait for each other token by token. It cannot be copied or pickled.
 
     Attributes:
         directory: where it was loaded from.
@@ -185,6 +189,13 @@ class Model:
     def close(self) -> None:
         """Free weights, library and KV cache."""
         self._engine = None
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickling and copying: another process loads the artifact itself."""
+        raise FairyError(
+            f"a loaded model cannot be pickled or copied; load {self.directory} again where it is "
+            "wanted"
+        )
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits after each token of a new sequence: float32 [len, vocab].

@@ -16,6 +16,7 @@ import uvicorn
 
 from fairy_compile.artifact.files import directory_name
 from fairy_compile.errors import FairyError
+from fairy_compile.paths import as_path
 from fairy_compile.runtime import load_language_model
 from fairy_compile.serve.app import DEFAULT_MAX_BODY, create_app
 from fairy_compile.serve.listener import is_loopback, listen, url
@@ -95,7 +96,7 @@ def serve(
         FairyError: the address is taken, or what `fairy_compile.load` raises.
     """
     options = options or ServerOptions()
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     _raise_file_limit()
     # Before the model is loaded: that takes long, and two servers may not have one port.
     listener = listen(options.host, options.port)

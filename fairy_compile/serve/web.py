@@ -36,6 +36,7 @@ from starlette.staticfiles import StaticFiles
 from fairy_compile.artifact import Manifest, verify
 from fairy_compile.artifact.manifest import MANIFEST
 from fairy_compile.errors import FairyError, UnsupportedError
+from fairy_compile.paths import as_path
 from fairy_compile.serve.hosts import HostCheck, OwnNames
 from fairy_compile.serve.listener import is_loopback, listen, url
 from fairy_compile.serve.middleware import App, Message, Receive, Send
@@ -153,7 +154,7 @@ def create_web_app(directory: Path | str, options: WebOptions, address: str) -> 
         options: see `WebOptions`; ``host`` and ``port`` only count as a name.
         address: the IP address it will listen at.
     """
-    directory = Path(directory)
+    directory = as_path("the artifact", directory)
     manifest = verify(directory).manifest
     if manifest.target.device != "webgpu":
         raise UnsupportedError(

@@ -93,8 +93,15 @@ def write_tokens(
     files = data_files(data)
     key = _identity(files, tokenizer, eos, field)
     label = path.with_name(path.name + ".json")
-    if not (label.is_file() and json.loads(label.read_text()).get("key") == key):
-        if resuming:
+    noted = _read_label(label)
+    size = path.stat().st_size if path.is_file() else 0
+    if noted.get("key") != key or noted.get("tokens", 0) * _DTYPE.itemsize != size:
+        if resuming and not noted:
+            raise FairyError(
+                f"{label} is missing or damaged, which tells whether the data {data} is still that "
+                f"of the run; remove {path.parent} to begin anew"
+            )
+        if resuming and noted["key"] != key:  # tokens of the same data are made again
             raise FairyError(
                 f"the data {data} or the tokenizer changed since the run in {path.parent} began; "
                 "bring the files back, or remove that directory to begin anew"
@@ -111,6 +118,16 @@ def write_tokens(
         partial.replace(path)
         label.write_text(json.dumps({"key": key, "tokens": count}) + "\n")
     return np.memmap(path, _DTYPE, mode="r")
+
+
+def _read_label(path: Path) -> dict[str, Any]:
+    """Return what the file beside tokens says of them, ``{}`` where it says nothing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    well_formed = isinstance(value, dict) and type(value.get("tokens")) is int and "key" in value
+    return value if well_formed else {}
 
 
 def read_tokens(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fairy_compile.config import QuantConfig, check_choice
 from fairy_compile.errors import FairyError
+from fairy_compile.paths import as_path
 
 SCHEDULES = ("wsd", "two-stage", "cosine", "constant")
 PRECISIONS = ("auto", "bf16", "float32")
@@ -137,7 +138,7 @@ class TrainConfig:
     @property
     def run_directory(self) -> Path:
         """Where checkpoints and metrics of the unfinished run lie."""
-        output = Path(self.output).expanduser()
+        output = as_path("the output", self.output)
         return output.with_name(output.name + ".run")
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fairy_compile.artifact.tokenizer_files import TokenizerFiles
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends import complex_layers
 from fairy_compile.frontends.files import read_config
+from fairy_compile.paths import as_path
 from fairy_compile.train.blocks import Blocks, split, write_tokens
 from fairy_compile.train.config import TrainConfig
 
@@ -45,7 +46,7 @@ def end_token(directory: Path, tokenizer: Path) -> int | None:
 
 def tokenizer_directory(config: TrainConfig, directory: Path) -> Path:
     """Return the directory of the tokenizer: the one asked for, or the model's."""
-    return Path(config.tokenizer).expanduser() if config.tokenizer else directory
+    return as_path("the tokenizer", config.tokenizer) if config.tokenizer else directory
 
 
 def vocabulary(directory: Path) -> int:

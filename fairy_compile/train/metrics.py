@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fairy_compile.errors import FairyError
+
 COLUMNS = (
     "step",
     "tokens",
@@ -21,14 +23,21 @@ CSV, PLOT, EVENTS = "metrics.csv", "loss.png", "tensorboard"
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.csv; None where a column is empty, ``[]`` for no file."""
+    """Return the rows of a metrics.csv; None where a column is empty, ``[]`` for no file.
+
+    Raises:
+        FairyError: it holds something else.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {key: float(value) if value else None for key, value in row.items() if key in COLUMNS}
-            for row in csv.DictReader(file)
-        ]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{k: float(v) if v else None for k, v in row.items() if k in COLUMNS}
+                    for row in csv.DictReader(file)]  # fmt: skip
+    except (ValueError, csv.Error) as error:
+        raise FairyError(
+            f"{path} is damaged: {error}; remove it, which loses only its rows"
+        ) from error
 
 
 class MetricsLog:

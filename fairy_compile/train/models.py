@@ -16,6 +16,7 @@ from fairy_compile.frontends.files import read_config
 from fairy_compile.frontends.method import LATENT_QUANT_METHOD
 from fairy_compile.frontends.packed import is_packed
 from fairy_compile.frontends.source import open_source
+from fairy_compile.paths import as_path
 from fairy_compile.qat.export import LATENTS
 
 
@@ -29,7 +30,7 @@ def model_directory(model: str, *, scratch: bool = False) -> Path:
     Raises:
         FairyError: there is no such model, or it holds codes without master weights.
     """
-    path = Path(model).expanduser()
+    path = as_path("the model", model)
     if path.is_dir():
         if (path / LATENTS / "config.json").is_file():
             path = path / LATENTS

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fairy_compile.errors import FairyError
+from fairy_compile.train.checkpoint import COMPLETE, PREFIX, check_files, complete_checkpoints
 from fairy_compile.train.config import TrainConfig
-from fairy_compile.train.trainer import COMPLETE
 
 RUN_FILE = "run.json"
 # Settings that do not change the result.
 _FREE = ("output", "log_every", "save_every", "eval_every")
-_PREFIX = "checkpoint-"
 
 
 def open_run(config: TrainConfig, processes: int, *, force: bool) -> Path | None:
@@ -33,21 +32,23 @@ def open_run(config: TrainConfig, processes: int, *, force: bool) -> Path | None
 
     Raises:
         FairyError: the directory holds checkpoints of other settings, or something else.
+        ModelFileError: the last checkpoint is damaged.
     """
     directory, settings = config.run_directory, _settings(config, processes)
     path = directory / RUN_FILE
     if path.is_file():
         before = _read(path)
-        differing = [key for key in settings if before.get(key) != settings[key]]
+        differing = _differences(before, settings)
         checkpoint = last_checkpoint(directory)
         if not differing:
+            if checkpoint is not None:
+                check_files(checkpoint)
             return checkpoint
         if checkpoint is not None and not force:
-            key = differing[0]
             raise FairyError(
-                f"{directory} holds an unfinished run with other settings ({key}: "
-                f"{before.get(key)!r} there, {settings[key]!r} now); repeat its command to go on, "
-                "add --force to begin anew, or choose another --output"
+                f"{directory} holds an unfinished run with other settings "
+                f"({', '.join(differing)}); repeat its command to go on, add --force to begin "
+                "anew, or choose another --output"
             )
         for entry in directory.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -100,6 +101,23 @@ def _settings(config: TrainConfig, processes: int) -> dict[str, Any]:
     return json.loads(json.dumps(settings | {"processes": processes}))
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what settings were and are, in words, of those that differ."""
+    there, here = _single(before), _single(now)
+    return [
+        f"{key}: {there.get(key)!r} there, {value!r} now"
+        for key, value in here.items()
+        if key not in there or there[key] != value
+    ]
+
+
+def _single(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with those of the quantisation among them; no two have the same name."""
+    rest = {key: value for key, value in settings.items() if key != "quant"}
+    quant = settings.get("quant")
+    return (quant if isinstance(quant, dict) else {"quant": quant}) | rest
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -110,10 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def last_checkpoint(directory: Path) -> Path | None:
     """Return the last complete checkpoint; those a kill left half written are removed."""
-    complete = []
-    for path in directory.glob(f"{_PREFIX}*"):
-        if (path / COMPLETE).is_file():
-            complete.append(path)
-        else:
+    for path in directory.glob(f"{PREFIX}*"):
+        if not (path / COMPLETE).is_file():
             shutil.rmtree(path, ignore_errors=True)
-    return max(complete, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+    return next(reversed(complete_checkpoints(directory)), None)

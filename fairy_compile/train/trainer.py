@@ -21,11 +21,10 @@ from fairy_compile.errors import FairyError
 from fairy_compile.qat.experts import find_experts
 from fairy_compile.qat.export import mark_latents
 from fairy_compile.qat.layers import frozen
+from fairy_compile.train.checkpoint import PREFIX, mark_complete, reading
 from fairy_compile.train.config import TrainConfig
 from fairy_compile.train.models import load_model
 from fairy_compile.train.schedule import lr_factor, weight_decay
-
-COMPLETE = "complete"
 
 
 class Diverged(FairyError):
@@ -169,16 +168,26 @@ class QatTrainer(Trainer):
         # A kill may leave a checkpoint half written: only marked ones are resumed from.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = f"checkpoint-{self.state.global_step}"
-            (Path(self.args.output_dir) / folder / COMPLETE).touch()
+            mark_complete(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights; those of experts have other names and shapes in checkpoints."""
-        if not find_experts(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights = load_model(Path(resume_from_checkpoint)).state_dict()
-        (self.model if model is None else model).load_state_dict(weights)
+        with reading(Path(resume_from_checkpoint)):
+            if not find_experts(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            weights = load_model(Path(resume_from_checkpoint)).state_dict()
+            (self.model if model is None else model).load_state_dict(weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of the optimiser and of its schedule."""
+        with reading(Path(checkpoint)) if checkpoint else contextlib.nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random numbers' state."""
+        with reading(Path(checkpoint)) if checkpoint else contextlib.nullcontext():
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights, marked as master weights so that `build` reads a checkpoint right."""

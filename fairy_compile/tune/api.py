@@ -12,6 +12,7 @@ from typing import Any
 from fairy_compile.compiler.schedules import schedule_names
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
+from fairy_compile.paths import as_path
 from fairy_compile.targets import Target, load_target, schedules_directory
 from fairy_compile.tune.crew import local_crew, rpc_crew
 from fairy_compile.tune.measure import STREAM_BYTES
@@ -100,14 +101,16 @@ def tune(
         with crew:
             run = Run(tasks, compile_for, settings, crew, journal, work, schedule, watch)
             records = run()
+    done = [t for t in tasks if t.id in journal.finished]
     report = TuneReport(
         target=target,
         records=tuple(records),
-        tasks=tuple(tasks),
+        tasks=tuple(done),
         journal=journal,
         schedule=schedule,
         dropped=dict(journal.dropped),
         resumed=journal.resumed,
+        unfinished=len(tasks) - len(done),
     )
     return _with_page(report, place)
 
@@ -161,7 +164,7 @@ def _problem(
 
 
 def _place(output: str | Path | None, target: str) -> Path:
-    return Path(output or f"tune-{target}").expanduser()
+    return as_path("the output", output or f"tune-{target}")
 
 
 def _identity(settings: Settings, target: str) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def _identity(settings: Settings, target: str) -> dict[str, Any]:
 
 
 def _schedule(folder: str | Path | None, target: Target) -> Path:
-    directory = Path(folder).expanduser() if folder else schedules_directory()
+    directory = as_path("schedules", folder) if folder else schedules_directory()
     return directory / f"{schedule_names(target)[-1]}.toml"
 
 

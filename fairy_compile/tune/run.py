@@ -90,9 +90,13 @@ class Run:
         self._started = time.monotonic()
         self._before = journal.seconds
         self._schedules = Schedules(target)
+        self._left: set[str] = set()
 
     def __call__(self) -> list[Record]:
-        """Search all tasks that are not finished; returns the records of all, in order.
+        """Search the tasks that are not finished; returns the records of those that are, in order.
+
+        Where the budget is spent before a task had a trial, it is left: a record would say that
+        nothing is faster than the defaults, and take the place of one that was measured.
 
         Raises:
             FairyError: see `tune`.
@@ -101,12 +105,17 @@ class Run:
             self._read_bandwidth()
         while (task := self._next()) is not None:
             run = self._search(task)
+            if run.cut_off and not run.trials:
+                self._left.add(task.id)
+                continue
             choice = confirm(run)
             self._finish(run, choice)
+        finished = self.journal.finished
         records = tuple(
-            Record.from_table(self.journal.finished[t.id], "trials") for t in self.tasks
+            Record.from_table(finished[t.id], "trials") for t in self.tasks if t.id in finished
         )
-        write_records(self.schedule, records)
+        if records:
+            write_records(self.schedule, records)
         return records
 
     def _read_bandwidth(self) -> None:
@@ -123,7 +132,8 @@ class Run:
 
     def _next(self) -> Task | None:
         # Looked up anew each time: a liar takes what it measured with it.
-        return next((t for t in self.tasks if t.id not in self.journal.finished), None)
+        done = {*self.journal.finished, *self._left}
+        return next((t for t in self.tasks if t.id not in done), None)
 
     def _search(self, task: Task) -> TaskRun:
         left = [t for t in self.tasks if t.id not in self.journal.finished]

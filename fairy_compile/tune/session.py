@@ -47,6 +47,7 @@ class TaskRun:
         trials: of this task, duplicates included.
         best: score of the best so far, 1 for the default.
         noise: half the interquartile range of the default's ratio to itself.
+        cut_off: whether the budget ended it, rather than patience or a lack of other candidates.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TaskRun:
         self.task, self.space, self.search = task, Space.of(task), search
         self.crew, self.directory = crew, directory
         self.noise = 0.0
+        self.cut_off = False
         self._journal, self._patience, self._clock, self._watch = journal, patience, clock, watch
         self.default: Point = (0,) * len(self.space.names)
         self.trials: dict[Point, Trial] = {}
@@ -113,7 +115,9 @@ class TaskRun:
         if self.crew.exclusive and outstanding:
             return  # a batch is built as a whole, then measured
         late = deadline is not None and time.monotonic() > deadline
-        room = min(self.crew.depth - outstanding, limit - self.counted - outstanding)
+        left = limit - self.counted - outstanding
+        self.cut_off = late or left <= 0
+        room = min(self.crew.depth - outstanding, left)
         if late or room <= 0 or self._exhausted_patience():
             return
         self._to_build += [Candidate(point) for point in self.search.ask(room)]

@@ -16,6 +16,7 @@ from fairy_compile.errors import FairyError
 from fairy_compile.kernels import FAMILIES
 from fairy_compile.kernels.base import Batch, PhaseKernel, cost
 from fairy_compile.op.spec import PhaseSpec
+from fairy_compile.paths import as_path
 from fairy_compile.targets import Target, activation_dtype
 
 TUNED_BATCHES: tuple[Batch, ...] = ("single", "many")
@@ -105,20 +106,22 @@ def tasks_of(
         model: an artifact, whose weights' demands are known, or what `frontends.open_source` takes.
         target: what it is compiled for; an artifact has to be one for it.
         quant: how a model becomes codes, default `QuantConfig()`; not for an artifact, which knows.
+            Of a checkpoint that brings its codes only activations and exempt layers are a choice.
         rows: of x for batch ``many``.
 
     Raises:
-        FairyError: it is neither, holds no call of a kernel with knobs, or is an artifact with
-            ``quant`` given.
+        FairyError: it is neither, holds no call of a kernel with knobs, is an artifact with
+            ``quant`` given, or has other codes than ``quant`` asks for.
     """
-    if (Path(model).expanduser() / MANIFEST).is_file():
+    place = as_path("the model", model)
+    if (place / MANIFEST).is_file():
         if quant is not None:
             raise FairyError(
                 f"{model} is an artifact, whose codes and activations are as it was built; leave "
                 "out --quant, --scale, --layer-quant, --act and --exempt, or give the model it was "
                 "built from"
             )
-        calls = _calls_of_artifact(Path(model).expanduser(), target)
+        calls = _calls_of_artifact(place, target)
     else:
         calls = _calls_of_model(model, target, quant or QuantConfig())
     tasks = collect(calls, rows)
@@ -155,6 +158,9 @@ def _calls_of_model(model: str | Path, target: Target, quant: QuantConfig) -> li
     from fairy_compile.frontends.source import open_source
     from fairy_compile.models import network_of, parse_config
 
+    usual = QuantConfig()
+    fields = ((name, getattr(quant, name)) for name in _FIXED)
+    refuse_other_codes(model, {n: v for n, v in fields if v != getattr(usual, n)})
     source = open_source(model)
     settled, _ = source.settle(quant)
     decoder = parse_config(source.config)
@@ -162,6 +168,34 @@ def _calls_of_model(model: str | Path, target: Target, quant: QuantConfig) -> li
     planner = Planner(source, settled, target)
     network_of(decoder)(decoder, planner, target)
     return [(c.kernel, c.spec, c.demands) for c in planner.calls if c.kernel and c.spec]
+
+
+_FIXED = {"quant": "--quant", "scale": "--scale", "stages_for": "--layer-quant"}
+"""Settings of `QuantConfig` that the codes of a checkpoint have, and their options."""
+
+
+def refuse_other_codes(model: str | Path, asked: Mapping[str, Any]) -> None:
+    """Refuse settings of codes that a checkpoint with codes of its own does not have.
+
+    Args:
+        model: what `frontends.open_source` takes.
+        asked: names of `_FIXED` and values that were asked for.
+
+    Raises:
+        FairyError: a value is another one than the checkpoint's.
+    """
+    from fairy_compile.frontends.source import open_source
+
+    if not asked or (as_path("the model", model) / MANIFEST).is_file():
+        return  # `tasks_of` refuses them all of an artifact
+    source = open_source(model)
+    own = source.quant or getattr(source, "trained", None)
+    for name, value in asked.items():
+        if own is not None and value != getattr(own, name):
+            raise FairyError(
+                f"{model} brings its codes, of {own.quant}, scales per {own.scale}, and does not "
+                f"take others; leave {_FIXED[name]} out, or give the model it was made from"
+            )
 
 
 def _calls_of_artifact(directory: Path, target: Target) -> list[Call]:

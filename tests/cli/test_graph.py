@@ -57,6 +57,9 @@ def test_dry_run_as_json(built) -> None:
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
+    capitals = mlp_onnx(tmp_path / "M.ONNX")
+    assert fairy("build", capitals, "-o", tmp_path / "out", "--dry-run").exit_code == 0
+    assert "is an ONNX file" in fairy("convert", capitals, "-o", tmp_path / "out").output
     result = fairy("build", tmp_path / "nothing.onnx", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "there is no file" in result.output

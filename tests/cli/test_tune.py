@@ -6,10 +6,14 @@ import json
 
 import pytest
 
-from fairy_compile.targets import schedules_directory
+from fairy_compile.config import QuantConfig
+from fairy_compile.errors import FairyError
+from fairy_compile.frontends import convert
+from fairy_compile.targets import load_target, schedules_directory
 from fairy_compile.tune.records import read_records
+from fairy_compile.tune.tasks import tasks_of
 
-FEW = ("--trials", "4", "--patience", "1", "--rows", "3", "--threads", "1", "--builders", "1")
+FEW = ("--trials", "24", "--patience", "1", "--rows", "3", "--threads", "1", "--builders", "1")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,34 @@ def test_mistakes_are_told(cli, artifact, arguments, words):
     result = cli("tune", artifact[0], *arguments)
     assert result.exit_code == 2
     assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (("--quant", "w2"), "--quant"),
+        (("--scale", "tensor"), "--scale"),
+        (("--layer-quant", "lm_head=w3"), "--layer-quant"),
+        (("--act", "int16", "--quant", "w1", "--scale", "row"), None),
+    ],
+)
+def test_other_codes_than_a_checkpoint_brings_are_refused(cli, checkpoint, tmp_path, options, flag):
+    packed = tmp_path / "packed"
+    convert(checkpoint, packed, quant=QuantConfig("w1", scale="row", method="phase"))
+    result = cli("tune", packed, "--dry-run", *options)
+    if flag is None:
+        assert result.exit_code == 0
+        assert "T=1 UW row int16" in result.output
+        return
+    assert result.exit_code == 2
+    assert (
+        f"brings its codes, of w1, scales per row, and does not take others; leave {flag} out"
+        in (" ".join(result.output.split()))
+    )
+    asked = {"--quant": {"quant": "w3"}, "--scale": {"scale": "tile64"}}.get(flag)
+    if asked:
+        with pytest.raises(FairyError, match=f"leave {flag} out"):
+            tasks_of(packed, load_target("cpu"), QuantConfig(**asked))
 
 
 def test_a_target_that_does_not_run_here_is_told(cli, checkpoint, tmp_path):

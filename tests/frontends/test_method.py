@@ -73,7 +73,18 @@ def test_master_weights_bring_their_settings(make_model):
     assert (used.quant, used.scale, used.method, used.act) == ("w1", "row", "phase", "float")
     assert (dict(used.stages_for), used.exempt) == ({"lm_head": 2}, ("*odd*",))
     assert "master weights" in note
+    assert "trained for w1, scales per row, which they keep" in note
     assert open_source(directory).settle(QuantConfig(exempt=("a",)))[0].exempt == ("a",)
+
+
+def test_another_method_overrides_what_master_weights_say(make_model):
+    directory = change(make_model(), quantization_config=latents())
+    asked = QuantConfig("w2", scale="tile64", method="alternating", stages_for={"lm_head": 4})
+    used, note = open_source(directory).settle(asked)
+    assert used == asked
+    assert note == "method alternating, as asked for"
+    gptq = open_source(directory).settle(QuantConfig(method="gptq"), calibrated=True)[0]
+    assert (gptq.method, gptq.quant) == ("gptq", "w2")
 
 
 def test_master_weights_without_settings_take_those_asked_for(make_model):

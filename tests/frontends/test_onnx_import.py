@@ -170,3 +170,26 @@ def hidden_states(model):
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     return Hidden()
+
+
+def test_results_have_the_dtype_that_onnx_gives_them(tmp_path: Path) -> None:
+    """TVM's OneHot gives float64 and int64, whatever its values are."""
+    node = helper.make_node
+    values = numpy_helper.from_array(np.array([0, 1], np.float32))
+    nodes = [
+        constant("depth", 8),
+        node("Constant", [], ["values"], "values", value=values),
+        node("OneHot", ["ids", "depth", "values"], ["hot"], "hot"),
+        constant("two", 2),
+        node("Pow", ["x", "two"], ["square"], "square"),  # an exponent of another type
+        node("Add", ["hot", "square"], ["y"], "add"),
+    ]
+    path = make_onnx(
+        tmp_path / "m.onnx",
+        nodes,
+        {"ids": (INT64, ["n"]), "x": (FLOAT, ["n", 8])},
+        {"y": (FLOAT, ["n", 8])},
+        {},
+    )
+    result = import_(path).module["main"].ret_ty
+    assert (str(result.dtype), dims(result)) == ("float32", ["n", 8])

@@ -300,3 +300,13 @@ def test_bad_arguments():
         quantize(np.zeros((4, 4)), QuantConfig(terms=("W",)))
     with pytest.raises(FairyError, match="differ in shape"):
         quantize_complex_layer(np.zeros((4, 4)), np.zeros((4, 6)))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), None, "x"])
+def test_a_lower_clamp_that_is_none_is_refused(value):
+    with pytest.raises(FairyError, match=r"min_scale is .*; allowed: above 0"):
+        quantize(np.ones((2, 2)), min_scale=value)
+
+
+def test_stages_may_be_a_number_of_numpy():
+    assert quantize(np.ones((2, 2)), np.int64(3)).stages == 3

@@ -175,3 +175,19 @@ def test_codes_above_3_are_refused():
             terms=("W",),
             scale="tensor",
         )
+
+
+def test_equal_by_contents():
+    weight = np.arange(48.0).reshape(6, 8)
+    one, other = quantize(weight), quantize(weight)
+    assert one == other
+    assert one != quantize(-weight)
+    assert one != quantize(weight, "w1")
+    assert one != one.with_scale_dtype(np.float16)
+    assert one != "text"
+
+
+def test_codes_below_0_are_refused():
+    codes = np.full((1, 2, 2, 2), -1)
+    with pytest.raises(ModelFileError, match="go down to -1"):
+        PhaseTensor.from_codes(codes, np.ones((1, 2, 2, 1, 1), np.float32), ("U", "W"), "tensor")

@@ -6,6 +6,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -122,3 +123,23 @@ def test_importing_phase_does_not_import_torch_or_tvm():
         "sys.exit(any(name in sys.modules for name in ('torch', 'tvm', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        None,
+        "x",
+        {},
+        [[1, 2], [3]],
+        np.ones((2, 2), np.complex64),
+        torch.ones(2, 2, dtype=torch.complex64),
+        torch.ones(2, 2, device="meta"),
+        torch.eye(2).to_sparse(),
+        np.zeros((2, 2), [("a", "f4")]),
+    ],
+    ids=lambda weight: str(weight)[:30],
+)
+def test_what_holds_no_real_numbers_is_refused(weight):
+    with pytest.raises(FairyError, match=r"the weight is .*allowed: real numbers"):
+        as_float32(weight)

@@ -193,3 +193,24 @@ def test_complex_layer_exports_its_term(make_model, tokens, tmp_path):
     stored = packed.phase("extra", fc.QuantConfig("w1"))
     assert stored.terms == ("W",)
     same_phase(stored, model.extra.phase_tensor())
+
+
+@pytest.mark.parametrize("tokenizer", ["nowhere", 3, b"x"])
+def test_what_is_no_tokenizer_is_refused(make_model, tokens, tmp_path, tokenizer):
+    model = trained(make_model(), tokens, "w1", steps=0)
+    with pytest.raises(fc.FairyError, match=r"holds no tokenizer|tokenizer is .*; allowed"):
+        fc.qat.export(model, tmp_path / "ckpt", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_missing_or_not_finite_are_told(make_model, tokens, tmp_path):
+    model = trained(make_model(), tokens, "w1", steps=0)
+    weights = dict(model.state_dict())
+    del weights["lm_head.weight"]
+    with pytest.raises(fc.FairyError, match=r"state_dict lacks lm_head\.weight"):
+        fc.qat.export(model, tmp_path / "ckpt", state_dict=weights)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    with pytest.raises(fc.FairyError, match=r"model\.norm\.weight holds 1 non-finite"):
+        fc.qat.export(model, tmp_path / "ckpt")
+    assert not list(tmp_path.iterdir())

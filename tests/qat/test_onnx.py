@@ -82,6 +82,19 @@ def test_onnx_file_computes_what_the_module_does_in_any_runtime(tmp_path: Path) 
     assert isinstance(model.up, fc.qat.PhaseLinear)  # the caller's module is as it was
 
 
+def test_what_stayed_dense_in_training_stays_dense_in_a_module_and_its_file(tmp_path: Path) -> None:
+    model = trained(exempt=("up",))
+    x = torch.randn(2, 32)
+    path = fc.qat.export_onnx(model, tmp_path / "net.onnx", x)
+    for source in ((path,), (model, (x,)), (nn.Sequential(model), (x,))):
+        report = fc.build(*source, act="float", output=tmp_path / "out", force=True)
+        assert [layer.stages for layer in report.layers if "up" in layer.name] == [0]
+        assert any("trained for w2" in note for note in report.notes)
+        with fc.load(tmp_path / "out") as built, torch.no_grad():
+            found = next(iter(built.run([x.numpy()]).values()))
+        np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_prepared_module_brings_its_codes(tmp_path: Path) -> None:
     from fairy_compile.frontends.torch_module import import_torch
 
@@ -122,6 +135,19 @@ def test_misuse_is_told(tmp_path: Path) -> None:
         fc.qat.export_onnx(model, tmp_path / "net.bin", x)
     with pytest.raises(fc.FairyError, match="opset is 9"):
         fc.qat.export_onnx(model, out, x, opset=9)
+    with pytest.raises(fc.FairyError, match="opset is '18'"):
+        fc.qat.export_onnx(model, out, x, opset="18")
+    for inputs in (None, 3, (np.ones((2, 32), np.float32),)):
+        with pytest.raises(fc.FairyError, match=r"example_inputs is .*; allowed: a tensor"):
+            fc.qat.export_onnx(model, out, inputs)
+    with pytest.raises(fc.UnsupportedError, match=r"cannot export .*\[2, 5\]"):
+        fc.qat.export_onnx(model, out, torch.randn(2, 5))
+    with pytest.raises(fc.FairyError, match=r"is not in a directory: .*nowhere"):
+        fc.qat.export_onnx(model, tmp_path / "nowhere" / "net.onnx", x)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(fc.FairyError, match="is a directory"):
+        fc.qat.export_onnx(model, tmp_path / "folder.onnx", x, force=True)
+    (tmp_path / "folder.onnx").rmdir()
     out.write_text("mine")
     with pytest.raises(fc.FairyError, match="force"):
         fc.qat.export_onnx(model, out, x)

@@ -209,3 +209,38 @@ def test_stacked_gives_the_same_values_and_gradients(make_model, tokens, quant):
     assert want.keys() == seen.keys()
     for name, gradient in want.items():
         assert torch.equal(gradient, seen[name]), name
+
+
+@pytest.mark.parametrize("model", [None, 3, "model", nn.Linear])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(fc.FairyError, match=r"the model is .*; allowed: a torch.nn.Module"):
+        fc.qat.prepare(model)
+    with pytest.raises(fc.FairyError, match="has no phase layers"):
+        fc.qat.export(model, "out")
+
+
+def test_a_single_layer_is_refused_since_it_has_no_place_of_its_own():
+    layer = nn.Linear(4, 4)
+    with pytest.raises(fc.FairyError, match=r"single Linear.*Sequential"):
+        fc.qat.prepare(layer)
+    assert not list(layer.children())
+
+
+def test_a_layer_that_is_used_twice_is_converted_in_both_places():
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"one": layer, "inner": nn.Sequential(layer, nn.Linear(4, 4))})
+    fc.qat.prepare(model)
+    assert isinstance(model["one"], PhaseLinear)
+    assert model["one"] is model["inner"][0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoders_of_pytorch_compute_with_codes_in_evaluation_too(masked):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    fc.qat.prepare(model)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[False, False, True], [False, False, False]]) if masked else None
+    with_codes = model(x, src_key_padding_mask=mask)  # with gradients, no fused function
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), with_codes)

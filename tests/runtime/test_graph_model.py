@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +116,30 @@ def test_changed_manifests_do_not_load(artifact: Path, tmp_path: Path, change, w
     (copy / "fairy.json").write_text(json.dumps(manifest))
     with pytest.raises(fc.ModelFileError, match=words):
         fc.load(copy)
+
+
+def test_threads_may_share_it_and_copies_are_refused(artifact: Path) -> None:
+    with fc.load(artifact, threads=1) as model:
+        calls = [inputs(rows) for rows in range(1, 9)]
+        want = [model.run(call)["y"] for call in calls]
+        with ThreadPoolExecutor(4) as pool:
+            for found, y in zip(pool.map(model.run, calls * 20), want * 20, strict=True):
+                np.testing.assert_array_equal(found["y"], y)
+        for take in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(fc.FairyError, match="cannot be pickled or copied"):
+                take(model)
+
+
+def test_any_order_of_bytes_is_taken_and_what_is_no_array_is_told(artifact: Path) -> None:
+    import torch
+
+    given = inputs(3)
+    with fc.load(artifact) as model:
+        want = model.run(given)["y"]
+        swapped = {
+            name: array.astype(array.dtype.newbyteorder(">")) for name, array in given.items()
+        }
+        np.testing.assert_array_equal(model.run(swapped)["y"], want)
+        for value in (torch.zeros(3, 16, requires_grad=True), [[1.0], [2.0, 3.0]]):
+            with pytest.raises(fc.FairyError, match=r"input 'x\.in' is no array"):
+                model.run(given | {"x.in": value})

@@ -1,3 +1,7 @@
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -195,3 +199,19 @@ def test_closed_model(tiny, make_engine):
         model.logits([1])
     with pytest.raises(FairyError, match="is closed"):
         model.logits([1])
+
+
+def test_threads_that_share_a_model_get_what_each_would_get_alone(model):
+    prompts = ["def f(", "return", "for i in range", "x"]
+    want = [model.generate(prompt, 40, temperature=0.0) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        for _ in range(3):
+            found = pool.map(lambda prompt: model.generate(prompt, 40, temperature=0.0), prompts)
+            assert list(found) == want
+    assert model.engine.cache.sequences == []
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_loaded_model_cannot_be_copied(model, take):
+    with pytest.raises(FairyError, match=r"cannot be pickled or copied; load .* again"):
+        take(model)

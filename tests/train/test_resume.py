@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 
 import fairy_compile as fc
 from fairy_compile.frontends import open_source
-from fairy_compile.train import train
+from fairy_compile.train import TrainConfig, train
 from fairy_compile.train.metrics import MetricsLog, read_metrics
 from fairy_compile.train.rundir import last_checkpoint
 
@@ -122,7 +124,73 @@ def test_interrupted_finished_and_forced_runs(config, text, tmp_path, monkeypatc
     (tmp_path / "out").rename(tmp_path / "moved")
     with pytest.raises(fc.FairyError, match="seed: 0 there, 1 now"):
         train(config(steps=2, seed=1))
+    other = fc.QuantConfig("w1", scale="row", exempt=("lm_head",))
+    words = (
+        r"\(quant: 'w2' there, 'w1' now, scale: 'tensor' there, 'row' now, "
+        r"exempt: \[\] there, \['lm_head'\] now\)"
+    )
+    with pytest.raises(fc.FairyError, match=words):
+        train(config(steps=2, quant=other))
     assert train(config(steps=2, seed=1), force=True).resumed_from == 0
+
+
+@pytest.fixture(scope="module")
+def finished_run(model, text, tmp_path_factory):
+    """A run directory with two checkpoints, and the settings of its run."""
+    output = tmp_path_factory.mktemp("damage") / "out"
+    settings = TrainConfig(
+        str(model),
+        str(text),
+        str(output),
+        steps=2,
+        block=32,
+        batch=4,
+        save_every=1,
+        log_every=1,
+        cpu=True,
+    )
+    train(settings, keep_run=True)
+    shutil.rmtree(output)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("checkpoint-2/model.safetensors", b"x" * 30, "model.safetensors is 30 bytes"),
+        ("checkpoint-2/optimizer.pt", None, "optimizer.pt is missing"),
+        ("checkpoint-2/rng_state.pth", None, "rng_state.pth is missing"),
+        ("checkpoint-2/model.safetensors", ..., "model.safetensors|header"),
+        ("checkpoint-2/optimizer.pt", ..., "zip|[Ww]eights"),
+        ("checkpoint-2/scheduler.pt", ..., "zip|[Ww]eights"),
+        ("checkpoint-2/rng_state.pth", ..., "zip|[Ww]eights"),
+        ("checkpoint-2/trainer_state.json", ..., "codec|Expecting|column"),
+        ("checkpoint-2/config.json", ..., "codec|Expecting|column"),
+        ("checkpoint-2/complete", b"[1]", "damaged"),
+        ("train.tokens.json", b"\xff", "train.tokens.json is missing or damaged"),
+        ("metrics.csv", b"step,loss\n\xff,1\n", "metrics.csv is damaged"),
+    ],
+)
+def test_damaged_run_directories_are_refused(finished_run, tmp_path, name, content, words):
+    settings = dataclasses.replace(finished_run, output=str(tmp_path / "out"))
+    shutil.copytree(finished_run.run_directory, settings.run_directory)
+    path = settings.run_directory / name
+    if content is None:
+        path.unlink()
+    else:  # ...: as many bytes as were written, but others
+        path.write_bytes(b"\xff" * path.stat().st_size if content is ... else content)
+    way_out = "remove .*checkpoint-2 to go on from checkpoint-1" if "check" in name else "remove"
+    with pytest.raises(fc.FairyError, match=f"(?s)({words}).*{way_out}"):
+        train(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_without_sizes_and_lost_tokens_do_no_harm(finished_run, tmp_path):
+    settings = dataclasses.replace(finished_run, output=str(tmp_path / "out"))
+    shutil.copytree(finished_run.run_directory, settings.run_directory)
+    (settings.run_directory / "checkpoint-2" / "complete").write_bytes(b"")  # earlier versions
+    (settings.run_directory / "train.tokens").write_bytes(b"\0" * 8)
+    assert train(settings).resumed_from == 2
 
 
 def torchrun(*arguments):

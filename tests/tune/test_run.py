@@ -55,6 +55,31 @@ def test_every_task_gets_a_record(tmp_path):
     assert device.count == 0
 
 
+def test_tasks_without_a_trial_get_no_record_and_keep_the_one_they_had(tmp_path):
+    run, journal = start(tmp_path, make_crew(Reader("here")))
+    before = run()
+    journal.close()
+    (tmp_path / "trials.jsonl").unlink()
+    run, journal = start(tmp_path, make_crew(Reader("here")), trials=2)
+    records = run()
+    assert [r.task for r in records] == [t.text for t in TASKS[:2]]
+    assert all(r.default_us[0] > 0 for r in records)
+    held = {r.task: r for r in read_records(tmp_path / "cpu.toml")}
+    assert held[TASKS[2].text] == before[2]
+    journal.close()
+    # With a larger budget it goes on there.
+    run, journal = start(tmp_path, make_crew(Reader("here")), trials=6)
+    assert [r.task for r in run()] == [t.text for t in TASKS]
+    assert [t for t in journal.trials if t.task == TASKS[2].id]
+
+
+def test_time_that_is_over_leaves_the_rest(tmp_path):
+    run, journal = start(tmp_path, make_crew(Reader("here")), minutes=1e-9)
+    assert not run()
+    assert not journal.finished
+    assert not (tmp_path / "cpu.toml").exists()
+
+
 def test_tasks_that_a_liar_finished_are_done_again(tmp_path):
     liar = FakeDevice("phone a", surface=lambda k: 1e-6 / bowl(k), lies_after=45)
     crew = make_crew(liar, FakeDevice("phone b"), remote=True)

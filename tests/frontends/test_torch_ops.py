@@ -1,0 +1,118 @@
+"""Operators of PyTorch mean here what they mean there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import fairy_compile as fc
+
+
+class Each(nn.Module):
+    """A linear layer, and functions of its result and of the indices that come with x."""
+
+    def __init__(self, functions) -> None:
+        super().__init__()
+        self.layer, self.functions = nn.Linear(16, 8), functions
+
+    def forward(self, x: torch.Tensor, i: torch.Tensor) -> list[torch.Tensor]:
+        h = self.layer(x)
+        return [function(h, i) for function in self.functions]
+
+
+def check(tmp_path: Path, functions, rows=(4,), dynamic_shapes=None) -> None:
+    """Build and compare: float32 rounding of sums of 16 products, with up to two operations on it.
+
+    1e-5 is a few hundred times that.
+    """
+    torch.manual_seed(0)
+    module = Each(functions).eval()
+    example = (torch.randn(4, 16), torch.tensor([-1, 0, 2, -4]))
+    fc.build(
+        module,
+        example,
+        dynamic_shapes=dynamic_shapes,
+        act="float",
+        exempt="*",
+        output=tmp_path / "out",
+    )
+    with fc.load(tmp_path / "out") as model:
+        for count in rows:
+            x, i = torch.randn(count, 16), example[1] if count >= 4 else example[1] * 0 - 1
+            with torch.no_grad():
+                want = module(x, i)
+            found = model.run([x.numpy(), i.numpy()]).values()
+            for number, (ours, theirs) in enumerate(zip(found, want, strict=True)):
+                where = f"function {number}, {count} rows"
+                assert (ours.shape, ours.dtype) == (theirs.shape, theirs.numpy().dtype), where
+                np.testing.assert_allclose(
+                    ours, theirs.numpy(), rtol=1e-5, atol=1e-5, err_msg=where
+                )
+
+
+def test_negative_and_joint_indices(tmp_path: Path) -> None:
+    check(
+        tmp_path,
+        [
+            lambda h, i: h[-1],
+            lambda h, i: h.select(1, -3),
+            lambda h, i: h[:, [-1, 0]],
+            lambda h, i: h[i],
+            lambda h, i: h[torch.arange(4), i],
+            lambda h, i: h[i, i],
+            lambda h, i: h[None, :, :, None][:, i, i * 0],  # together, not an outer product
+            lambda h, i: h[:, None, :][i, :, i],
+            lambda h, i: h[:, :, None][i[:2, None], i[None]],
+        ],
+    )
+
+
+def test_negative_indices_of_dimensions_that_change(tmp_path: Path) -> None:
+    functions = [lambda h, i: h[-1], lambda h, i: h[i], lambda h, i: h[:, -1]]
+    check(tmp_path, functions, (2, 4, 9), ({0: torch.export.Dim("n")}, None))
+
+
+def test_factors_that_are_easily_lost(tmp_path: Path) -> None:
+    check(
+        tmp_path,
+        [
+            lambda h, i: torch.add(h, h, alpha=0.5),
+            lambda h, i: torch.sub(h, h * h, alpha=3),
+            lambda h, i: torch.rsub(h, h * h, alpha=3.0),
+            lambda h, i: torch.rsub(h, 2.0, alpha=3.0),
+            lambda h, i: functional.selu(h),
+            lambda h, i: functional.elu(h, 2.0),
+            lambda h, i: functional.celu(h, 2.0),
+        ],
+    )
+
+
+def test_integers_beside_other_numbers(tmp_path: Path) -> None:
+    check(
+        tmp_path,
+        [
+            lambda h, i: i / 3,
+            lambda h, i: (i > 0) / 2,
+            lambda h, i: i * 2.5,
+            lambda h, i: i - 0.5,
+            lambda h, i: 0.5 - i,
+            lambda h, i: i % 1.5,
+            lambda h, i: torch.fmod(i, 1.5),
+            lambda h, i: i > 1.5,
+            lambda h, i: i == 0.5,
+            lambda h, i: i.abs() ** 0.5,
+            lambda h, i: (i.abs() + 1).reciprocal(),
+            lambda h, i: i * 3 + h[:, 0].long(),
+            lambda h, i: (h.half() * torch.tensor(2.5)).float() * 0 + 1,
+        ],
+    )
+
+
+@pytest.mark.parametrize("size", [(5, 3), (8, 16), (3, 20)])
+def test_nearest_neighbours(tmp_path: Path, size) -> None:
+    check(tmp_path, [lambda h, i: functional.interpolate(h[None, None], size=size)])
