@@ -81,12 +81,20 @@ OPTIONAL_FUNCTIONS = {
     "batch_verify": "(1, n, h) act, object, params -> [(1, n, v) float32, object]",
     "extend": CHAT_FUNCTIONS["prefill"],
     "batch_extend": CHAT_FUNCTIONS["batch_prefill"],
+    "gather_probs": "(m, v) float32, (b) int32, (b, v) float32 -> none",
+    "scatter_probs": "(b, v) float32, (b) int32, (m, v) float32 -> none",
     "sampler_verify_draft_tokens": (
         "(n, v) float32, (n) int32, (n, v) float32, (n) int32, (n) int32, (n) float32, (b) int32 "
         "-> none"
     ),
 }
 """Checked where a library has them."""
+
+DRAFT_DEVICES = ("cuda", "metal", "vulkan")
+"""Kinds of devices on which an engine verifies the tokens of a draft model.
+
+On others it samples on the host, which it cannot do for several tokens of one sequence.
+"""
 
 FORBIDDEN_FUNCTIONS = {
     "create_rnn_state": "the engine would take it in place of the KV cache",

@@ -12,11 +12,13 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from fairy_compile.artifact.contract import (
     CHAT_FUNCTIONS,
+    DRAFT_DEVICES,
     EXACT_DECODE,
     GPU_SAMPLER_FUNCTIONS,
     REQUIRED_FUNCTIONS,
 )
 from fairy_compile.compiler.plan import Planner
+from fairy_compile.kernels.speculative_gpu import speculative_functions
 from fairy_compile.models import DecoderConfig, network_of
 from fairy_compile.models import engine_functions as engine
 from fairy_compile.models.decoder import CausalLM
@@ -89,6 +91,8 @@ def define(
     """
     network = network_of(config)(config, planner, target)
     spec = _entry_points(config, _needs_exact(planner, sizes))
+    if target.device not in DRAFT_DEVICES:
+        del spec["batch_verify"]
     if sizes.pages:
         spec.update(page_specs(config))
     module, named = network.export_tvm(spec=spec)
@@ -103,7 +107,10 @@ def define(
     if GPU_SAMPLER_FUNCTIONS.keys() & REQUIRED_FUNCTIONS[target.device].keys():
         add_gpu_sampler(bb, config.vocab_size)
     module = bb.finalize()
-    for name, func in engine.inplace_functions(target).items():
+    functions = engine.inplace_functions(target)
+    if target.device in DRAFT_DEVICES:
+        functions |= speculative_functions()
+    for name, func in functions.items():
         module[name] = func
     return module, params, metadata
 
@@ -137,6 +144,8 @@ def _entry_points(config: DecoderConfig, exact: bool) -> dict[str, Any]:
         },
         "decode": {"x": tokens(1, 1), "cache": cache, "$": packed},
         "batch_decode": batch_decode,
+        # Engines verify no more tokens in one call than there may be sequences.
+        "batch_verify": {"x": tokens(1, "batch_size"), "cache": cache, "$": packed},
         **({EXACT_DECODE: dict(batch_decode)} if exact else {}),
         "softmax_with_temperature": {
             "logits": spec.Tensor(["batch_size", 1, "vocab_size"], "float32"),

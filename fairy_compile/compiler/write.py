@@ -28,7 +28,7 @@ from fairy_compile.artifact import (
     describe_files,
     signatures_of,
 )
-from fairy_compile.artifact.contract import EXACT_DECODE, PAGE_FUNCTIONS
+from fairy_compile.artifact.contract import OPTIONAL_FUNCTIONS, PAGE_FUNCTIONS
 from fairy_compile.artifact.graph_contract import CHAT
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
 from fairy_compile.artifact.schema import dump_json, load_object
@@ -83,8 +83,8 @@ class Work:
 
     def entry_points(self) -> list[str]:
         """Return what engines call in this library, see `library.entry_points`."""
-        own = [name for name in (EXACT_DECODE, *PAGE_FUNCTIONS) if name in self.signatures]
-        return [*entry_points(self.target), *own]
+        optional = dict.fromkeys([*OPTIONAL_FUNCTIONS, *PAGE_FUNCTIONS])
+        return [*entry_points(self.target), *(n for n in optional if n in self.signatures)]
 
     def resume_key(self) -> str:
         """Return what identifies the result: inputs, options, target and versions."""

@@ -265,6 +265,10 @@ class CausalLM(nn.Module):
         with each_row_alone():
             return self.batch_decode(x, cache)
 
+    def batch_verify(self, x: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Run proposed tokens of several sequences, x (1, n, hidden) -> logits (1, n, vocab)."""
+        return self.logits(self.model(x, cache)), cache
+
     def batch_prefill_pages(
         self,
         ids: Tensor,

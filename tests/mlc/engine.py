@@ -72,6 +72,14 @@ class MlcEngine:
             self._engine.step()
         raise AssertionError(f"the engine did not finish: {answers}")
 
+    def drafts(self) -> tuple[list[int], list[int]]:
+        """Return how many tokens a draft model proposed, and how many of them were accepted.
+
+        Numbers are those of the first, second, ... token of a step, which is not the draft's.
+        """
+        counts = self._engine.metrics().metrics["spec_decode"]
+        return counts["draft_count"], counts["accept_count"]
+
 
 def _add(answer: Answer, stream: Any) -> None:
     """Append what one step gave to an answer."""
