@@ -70,6 +70,8 @@ int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   }
 }
 int cudaGetDeviceProperties(char* properties, int device) {
+  // A name of 256 bytes, 32 bytes of numbers, and how much memory there is.
+  *(size_t*)(properties + 288) = (size_t)80 << 30;
   return strcpy(properties, "idle"), 0;
 }
 int cudaGetDevice(int* device) { return *device = 0, 0; }

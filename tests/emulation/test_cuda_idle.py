@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def _missing() -> str | None:
+def missing_runtime() -> str | None:
+    """Return what is missing to run these tests, or None."""
     import tvm
 
     if not find_tool("nvcc") or not shutil.which("gcc"):
@@ -32,7 +33,7 @@ def _missing() -> str | None:
 
 
 pytestmark = [
-    pytest.mark.skipif(_missing() is not None, reason=str(_missing())),
+    pytest.mark.skipif(missing_runtime() is not None, reason=str(missing_runtime())),
     pytest.mark.slow,
 ]
 
@@ -63,21 +64,21 @@ def found(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     # In processes of their own: tests before these may simulate a device in this one.
     sizes = ["--context", "512", "--prefill-chunk", "64", "--max-batch", "4"]
     how = ["--target", "cuda-hopper", "--act", "int16", "--cuda-graphs", *sizes, "-o", str(out)]
-    _run(["fairy_compile.cli", "build", str(source), *how])
-    paths = [str(driver), os.environ.get("LD_LIBRARY_PATH", "")]
-    output = _run(
-        ["tests.emulation.idle_steps", str(out)], LD_LIBRARY_PATH=":".join(filter(None, paths))
-    )
+    run_module("fairy_compile.cli", "build", str(source), *how)
+    output = run_module("tests.emulation.idle_steps", str(out), driver=driver)
     return json.loads(output.splitlines()[-1])
 
 
-def _run(module: list[str], **environment: str) -> str:
-    """Run a module with its arguments and return what it writes to stdout."""
-    command = [sys.executable, "-m", *module]
+def run_module(*command: str, driver: Path | None = None) -> str:
+    """Run a module with its arguments, on the driver if given, and return its stdout."""
+    environment = dict(os.environ)
+    if driver is not None:
+        paths = [str(driver), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = ":".join(filter(None, paths))
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", *command],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
