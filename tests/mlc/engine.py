@@ -20,26 +20,40 @@ class Answer:
 class MlcEngine:
     """MLC's engine in this thread, with an artifact on a device.
 
-    Attributes:
+    Args:
         artifact: the model directory.
+        device: TVM's name of it.
+        linked: the name of a library that this process is linked with, which is taken instead of
+            the artifact's.
+        config: fields of MLC's ``EngineConfig``.
 
-    ``config`` are fields of MLC's ``EngineConfig``. Requests are token ids: MLC's tokenizer adds no
-    tokens of its own, and what is compared is the model.
+    Requests are token ids: MLC's tokenizer adds no tokens of its own, and what is compared is the
+    model.
     """
 
-    def __init__(self, artifact: Path, device: str = "cpu", **config: Any) -> None:
+    def __init__(
+        self, artifact: Path, device: str = "cpu", linked: str | None = None, **config: Any
+    ) -> None:
         import tvm
         from mlc_llm.serve import EngineConfig
         from mlc_llm.serve.sync_engine import SyncMLCEngine
 
+        class Config(EngineConfig):
+            """What the engine is told, whose Python only takes libraries that are files."""
+
+            def asjson(self) -> str:
+                other = {"model_lib": f"system://{linked}"} if linked else {}
+                return json.dumps(json.loads(super().asjson()) | other)
+
         self.artifact = artifact
+        (library,) = artifact.glob("model.*")
         sizes = {"max_num_sequence": 4, "max_total_sequence_length": 1024}
         self._engine = SyncMLCEngine(
             model=str(artifact),
-            model_lib=str(artifact / "model.so"),
+            model_lib=str(library),
             device=tvm.device(device),
             mode="server",
-            engine_config=EngineConfig(**{**sizes, **config}),
+            engine_config=Config(**{**sizes, **config}),
         )
 
     def generate(self, prompts: list[list[int]], **generation: Any) -> list[list[Answer]]:
