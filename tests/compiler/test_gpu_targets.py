@@ -10,7 +10,7 @@ import pytest
 
 import fairy_compile as fc
 from fairy_compile.artifact import verify
-from fairy_compile.artifact.contract import REQUIRED_FUNCTIONS
+from fairy_compile.artifact.contract import DRAFT_DEVICES, REQUIRED_FUNCTIONS
 from fairy_compile.compiler.plan import pick_kernel
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.op import PhaseSpec
@@ -77,6 +77,8 @@ def test_targets_give_a_whole_model_directory(model: Path, tmp_path: Path, name:
     magic = MAGIC[target.library]
     assert (tmp_path / "out" / manifest.library).read_bytes()[: len(magic)] == magic
     assert REQUIRED_FUNCTIONS[target.device].keys() <= set(manifest.functions)
+    drafts = {"batch_verify", "gather_probs", "sampler_verify_draft_tokens", "scatter_probs"}
+    assert drafts & set(manifest.functions) == (drafts if target.device in DRAFT_DEVICES else set())
 
 
 @pytest.fixture(scope="module")
