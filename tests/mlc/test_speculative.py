@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fairy_compile as fc
+from tests.emulation import cuda_graphs
 from tests.mlc.engine import MlcEngine
 from tests.mlc.test_greedy import prompts
 from tests.mlc.test_sampling import complete
@@ -22,6 +23,9 @@ def models(request, build, tmp_path_factory):
     complete(source / "tokenizer.json")
     # A call verifies as many tokens as there may be sequences.
     sizes = {"prefill_chunk": 64, "max_batch": 16}
+    if request.param == "cuda":
+        cuda_graphs.install()
+        sizes["cuda_graphs"] = True
     artifacts = {q: build(request.param, source, quant=q, **sizes) for q in ("w2", "w3")}
 
     def start(draft: str) -> MlcEngine:
