@@ -17,6 +17,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from fairy_compile.compiler.graph_indices import guard
 from fairy_compile.frontends.graph import Graph, Matrix
 from fairy_compile.models.linear import LinearCall, kernel_function, kernel_symbol
 from fairy_compile.models.shapes import product
@@ -271,7 +272,7 @@ def replace_layers(
 
 @mutator
 class _Replacer(PyExprMutator):
-    """Replaces matrix products by kernel calls, and look-ups that trust their indices.
+    """Replaces matrix products by kernel calls, and operators that trust their indices.
 
     Attributes:
         vars: parameters of the calls.
@@ -308,17 +309,8 @@ class _Replacer(PyExprMutator):
         self.set_var_remap(binding.var, builder.emit(y) if inner else builder.emit_output(y))
 
     def visit_call_(self, op: relax.Call) -> Any:
-        """Make look-ups give NaN outside of their table instead of reading there.
-
-        Indices such as token ids come from whoever calls the library.
-        """
-        call = super().visit_call_(op)
-        if getattr(call.op, "name", "") != "relax.take" or str(call.attrs.mode) != "fast":
-            return call
-        axis = call.attrs.axis
-        table, indices = call.args
-        mode = "nan" if "float" in str(op.args[0].ty.dtype) else "clip"
-        return relax.op.take(table, indices, None if axis is None else int(axis), mode)
+        """Keep look-ups and scatters inside of their arrays."""
+        return guard(self.builder_, super().visit_call_(op), self.target.is_gpu)
 
     def _linear(self, x: Any, call: LinearCall, left: bool, dtype: str) -> Any:
         op, emit = relax.op, self.builder_.emit
