@@ -16,7 +16,7 @@ from tvm import relax, te, tirx, topi
 from tvm.relax import BlockBuilder
 
 
-def guard(builder: BlockBuilder, call: relax.Call, target_is_gpu: bool) -> Any:
+def guard_indices(builder: BlockBuilder, call: relax.Call, target_is_gpu: bool) -> Any:
     """Return a call that reads and writes inside of its arrays alone; others as they are."""
     name = getattr(call.op, "name", "").removeprefix("relax.")
     if name == "take":
