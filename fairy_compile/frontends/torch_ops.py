@@ -73,6 +73,17 @@ def _elementwise(node: Any, importer: Any) -> Any:
     return importer.block_builder.emit(op(a, b))
 
 
+def _whole_quotient(node: Any, importer: Any) -> Any:
+    """Return ``a / b`` rounded down or towards 0; TVM's takes numbers for int32."""
+    dtype = _dtype(node)
+    a, b = (_cast(importer, value, dtype) for value in importer.retrieve_args(node)[:2])
+    emit, rounding = importer.block_builder.emit, node.kwargs.get("rounding_mode", "floor")
+    if rounding == "floor":
+        return emit(relax.op.floor_divide(a, b))
+    quotient = emit(relax.op.divide(a, b))
+    return emit(relax.op.trunc(quotient)) if rounding and "float" in dtype else quotient
+
+
 def _power(node: Any, importer: Any) -> Any:
     """Return ``x ** number``; TVM's rounds the number where x are integers."""
     x, exponent = importer.retrieve_args(node)
@@ -243,6 +254,23 @@ def _nearest(node: Any, importer: Any) -> Any:
     )
 
 
+def _grid_sample(node: Any, importer: Any) -> Any:
+    """Sample at a grid (N, H, W, 2); TVM's takes it for one that lies as (N, 2, H, W)."""
+    data, grid, *options = importer.retrieve_args(node)
+    mode, padding, corners = (*options, 0, 0, False)[:3] if options else (0, 0, False)
+    grid = importer.block_builder.emit(relax.op.permute_dims(grid, [0, 3, 1, 2]))
+    return importer.block_builder.emit(
+        relax.op.image.grid_sample(
+            data,
+            grid,
+            method=("bilinear", "nearest", "bicubic")[mode],
+            layout="NCHW",
+            padding_mode=("zeros", "border", "reflection")[padding],
+            align_corners=bool(corners),
+        )
+    )
+
+
 _ELEMENTWISE = {
     "add": (relax.op.add, operator.add),
     "sub": (relax.op.subtract, operator.sub),
@@ -265,6 +293,9 @@ CONVERTERS = {
     "bmm.default": _product,
     "addmm.default": _product_plus,
     **{f"{name}.{kind}": _elementwise for name in _ELEMENTWISE for kind in ("Tensor", "Scalar")},
+    "div.Tensor_mode": _whole_quotient,
+    "div.Scalar_mode": _whole_quotient,
+    "floor_divide.default": _whole_quotient,
     "pow.Tensor_Scalar": _power,
     "reciprocal.default": _reciprocal,
     "elu.default": _elu,
@@ -272,6 +303,7 @@ CONVERTERS = {
     "index.Tensor": _indexed,
     "index_put.default": _put,
     "upsample_nearest2d.vec": _nearest,
+    "grid_sampler_2d.default": _grid_sample,
 }
 """Operator of ATen -> its converter."""
 
