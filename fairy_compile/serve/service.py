@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.runtime.sampler import SamplingParams
@@ -91,7 +89,6 @@ class Service:
             messages = [message.plain() for message in body.messages]
             shown = [tool.plain() for tool in tools] or None
             tokens = self._model.encode_chat(messages, tools=shown)
-            self._check_shown(messages, shown)
         except (FairyError, ValueError) as error:
             raise ApiError(400, str(error), param="messages") from error
         self._check_prompt(tokens, "messages")
@@ -106,21 +103,6 @@ class Service:
             )
             for choice in range(body.n)
         ]
-
-    def _check_shown(self, messages: list[dict[str, Any]], tools: Any) -> None:
-        """Refuse messages of a role that the chat template leaves out without a word."""
-        render = self._model.template.render
-        roles = dict.fromkeys(m["role"] for m in messages if m["content"])
-        for role in [role for role in roles if role not in ("user", "assistant")]:
-            others = [message for message in messages if message["role"] != role]
-            with suppress(FairyError):  # a chat that needs them
-                if render(others, tools=tools) == render(messages, tools=tools):
-                    raise ApiError(
-                        400,
-                        f"the model's chat template shows no messages of the role {role!r:.40}; "
-                        "put what they say into a message of the role 'user'",
-                        param="messages",
-                    )
 
     def tool_readers(self, body: ChatRequest) -> list[ToolReader] | None:
         """Return what reads the calls of each choice of a chat; None if it may call no tools."""
