@@ -77,4 +77,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console without Unicode shows "?" for the rest
             stream.reconfigure(errors="replace")
-    app()
+    app(prog_name="fairy_compile")  # whatever it was started as

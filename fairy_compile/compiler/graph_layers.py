@@ -17,6 +17,9 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from fairy_compile.compiler.graph_division import guard_division, refuse_division
+from fairy_compile.compiler.graph_indices import guard_indices
+from fairy_compile.errors import UnsupportedError
 from fairy_compile.frontends.graph import Graph, Matrix
 from fairy_compile.models.linear import LinearCall, kernel_function, kernel_symbol
 from fairy_compile.models.shapes import product
@@ -60,7 +63,11 @@ class GraphLayers:
 
 
 def find_layers(graph: Graph) -> GraphLayers:
-    """Find the linear layers of a graph; changes nothing."""
+    """Find the linear layers of a graph; changes nothing.
+
+    Raises:
+        UnsupportedError: a weight without elements, or a division of integers by a constant 0.
+    """
     main = graph.module[MAIN]
     inputs = len(graph.inputs)
     weights = dict(zip(list(main.params)[inputs:], graph.weights, strict=True))
@@ -68,7 +75,10 @@ def find_layers(graph: Graph) -> GraphLayers:
     found = GraphLayers()
     known: dict[tuple[str, tuple[_Step, ...], bool], int] = {}
     names: set[str] = set()
+    for weight_name, weight in graph.weights.items():
+        _refuse_empty(graph, weight_name, weight.shape)
     for var, value in _bindings(main):
+        refuse_division(graph.name, value)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             continue
         if value.op.name != "relax.matmul":
@@ -83,6 +93,7 @@ def find_layers(graph: Graph) -> GraphLayers:
             continue
         root, steps = operand
         name, array_shape, dtype, read = _root(root, graph, weights, len(found.sites))
+        _refuse_empty(graph, name, array_shape)
         shape, dtype = _after(array_shape, dtype, steps)
         reason = _refusal(value, shape, dtype, left)
         if reason is not None:
@@ -109,6 +120,15 @@ def find_layers(graph: Graph) -> GraphLayers:
             found.matrices.append(matrix)
         found.sites[var] = (matrix.layer, left)
     return found
+
+
+def _refuse_empty(graph: Graph, weight: str, shape: tuple[int, ...]) -> None:
+    """Raise `UnsupportedError` for a weight without elements, which TVM cannot multiply with."""
+    if 0 in shape:
+        raise UnsupportedError(
+            f"{graph.name}: the weight {weight} has the shape {list(shape)}, so no elements; "
+            "allowed: sizes of at least 1; leave what reads it out of the graph"
+        )
 
 
 class _Dense:
@@ -271,7 +291,7 @@ def replace_layers(
 
 @mutator
 class _Replacer(PyExprMutator):
-    """Replaces matrix products by kernel calls, and look-ups that trust their indices.
+    """Replaces matrix products by kernel calls, and operators that trust their operands.
 
     Attributes:
         vars: parameters of the calls.
@@ -308,17 +328,9 @@ class _Replacer(PyExprMutator):
         self.set_var_remap(binding.var, builder.emit(y) if inner else builder.emit_output(y))
 
     def visit_call_(self, op: relax.Call) -> Any:
-        """Make look-ups give NaN outside of their table instead of reading there.
-
-        Indices such as token ids come from whoever calls the library.
-        """
-        call = super().visit_call_(op)
-        if getattr(call.op, "name", "") != "relax.take" or str(call.attrs.mode) != "fast":
-            return call
-        axis = call.attrs.axis
-        table, indices = call.args
-        mode = "nan" if "float" in str(op.args[0].ty.dtype) else "clip"
-        return relax.op.take(table, indices, None if axis is None else int(axis), mode)
+        """Keep look-ups and scatters inside of their arrays, and divisions from stopping."""
+        call = guard_division(self.builder_, super().visit_call_(op))
+        return guard_indices(self.builder_, call, self.target.is_gpu)
 
     def _linear(self, x: Any, call: LinearCall, left: bool, dtype: str) -> Any:
         op, emit = relax.op, self.builder_.emit

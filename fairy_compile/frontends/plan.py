@@ -13,6 +13,7 @@ from fairy_compile.config import QUANTS, Granularity, QuantConfig, Term
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.baked import recover_baked
 from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor, quantize
+from fairy_compile.phase.quantize import check_range
 
 # Two-dimensional weights that are looked up or multiplied elementwise, not applied as a matrix.
 NOT_LINEAR = ("*embed*.weight", "*wte.weight", "*wpe.weight", "*norm*.weight")
@@ -150,7 +151,11 @@ def recover_layer(weight: np.ndarray, layer: str, quant: QuantConfig) -> PhaseTe
         weight: (2n, 2m) in float32, float16 or bfloat16.
         layer: name, for per-layer T.
         quant: the quantisation asked for.
+
+    Raises:
+        FairyError: values that have no phase form, see `check_range`.
     """
+    check_range(weight, layer)
     planned = quant.stages(layer)
     for stages in dict.fromkeys((planned, min(planned, QUANTS[quant.quant]))):
         baked = recover_baked(weight, stages, quant.scale)

@@ -9,6 +9,7 @@ import math
 import operator
 from typing import Any
 
+import numpy as np
 from tvm import relax
 from tvm.ir import GenericConst
 
@@ -72,6 +73,17 @@ def _elementwise(node: Any, importer: Any) -> Any:
     return importer.block_builder.emit(op(a, b))
 
 
+def _whole_quotient(node: Any, importer: Any) -> Any:
+    """Return ``a / b`` rounded down or towards 0; TVM's takes numbers for int32."""
+    dtype = _dtype(node)
+    a, b = (_cast(importer, value, dtype) for value in importer.retrieve_args(node)[:2])
+    emit, rounding = importer.block_builder.emit, node.kwargs.get("rounding_mode", "floor")
+    if rounding == "floor":
+        return emit(relax.op.floor_divide(a, b))
+    quotient = emit(relax.op.divide(a, b))
+    return emit(relax.op.trunc(quotient)) if rounding and "float" in dtype else quotient
+
+
 def _power(node: Any, importer: Any) -> Any:
     """Return ``x ** number``; TVM's rounds the number where x are integers."""
     x, exponent = importer.retrieve_args(node)
@@ -118,7 +130,7 @@ def _from_front(importer: Any, index: Any, size: Any) -> Any:
         if (values >= 0).all():
             return index
         if isinstance(size, int) or hasattr(size, "value"):
-            return relax.const((values % int(size)).astype(values.dtype), dtype)
+            return relax.const(np.where(values < 0, values + int(size), values), dtype)
     sizes = _cast(importer, emit(relax.op.shape_to_tensor(relax.ShapeExpr([size]))), dtype)
     if not int(index.ty.ndim):
         sizes = emit(relax.op.squeeze(sizes, [0]))
@@ -147,16 +159,79 @@ def _indexed(node: Any, importer: Any) -> Any:
     found = [_from_front(importer, importer.env[indices[a]], sizes[a]) for a in axes]
     if len(axes) == 1:
         return emit(relax.op.take(data, found[0], axes[0]))
-    whole = [axis for axis in range(len(sizes)) if axis not in axes]
-    if axes[-1] >= len(axes):  # some dimensions before or between them are left whole
-        data = emit(relax.op.permute_dims(data, [*axes, *whole]))
-    taken = emit(relax.op.index_tensor(data, found))
+    taken = emit(relax.op.index_tensor(_with_axes_first(importer, data, axes), found))
     rank = max(int(index.ty.ndim) for index in found)
+    return _permuted(importer, taken, _order_of_indexed(axes, rank, len(sizes) - len(axes)))
+
+
+def _permuted(importer: Any, x: Any, order: list[int]) -> Any:
+    if order == sorted(order):
+        return x
+    return importer.block_builder.emit(relax.op.permute_dims(x, order))
+
+
+def _with_axes_first(importer: Any, x: Any, axes: list[int]) -> Any:
+    """Return a tensor with these dimensions before those that are left whole."""
+    whole = [axis for axis in range(int(x.ty.ndim)) if axis not in axes]
+    return _permuted(importer, x, [*axes, *whole])
+
+
+def _order_of_indexed(axes: list[int], rank: int, whole: int) -> list[int]:
+    """Return where dimensions go that lie in the order of indices (``rank``), then whole ones.
+
+    What the indices give stands where they stood, or in front if they stood apart.
+    """
     first = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
-    # What the indices give stands where they stood, or in front if they stood apart.
-    order = [rank + i for i in range(len(whole))]
+    order = [rank + i for i in range(whole)]
     order[first:first] = range(rank)
-    return taken if order == sorted(order) else emit(relax.op.permute_dims(taken, order))
+    return order
+
+
+def _put(node: Any, importer: Any) -> Any:
+    """Return x with ``x[indices] = values``, or ``+=``.
+
+    TVM's reads beyond values that are to be broadcast, takes dimensions that are left whole for
+    others where there are several, and adds to one place from several threads at once.
+    """
+    data, indices, values, accumulate = (*importer.retrieve_args(node), False)[:4]
+    emit, sizes = importer.block_builder.emit, data.ty.shape.values
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    found = [indices[axis] for axis in axes]
+    if any(str(index.ty.dtype) == "bool" for index in found):
+        return _put_masked(importer, data, indices, values, accumulate)
+    found = [_cast(importer, _from_front(importer, indices[a], sizes[a]), "int64") for a in axes]
+    front = _with_axes_first(importer, data, axes)
+    shape = emit(relax.op.index_tensor(front, found)).ty.shape.values  # only its shape is used
+    rank, whole = max(int(index.ty.ndim) for index in found), len(sizes) - len(axes)
+    places = [emit(relax.op.broadcast_to(index, shape[:rank])) for index in found]
+    place = emit(relax.op.concat([emit(relax.op.expand_dims(p, [rank])) for p in places], rank))
+    order = _order_of_indexed(axes, rank, whole)
+    values = emit(relax.op.broadcast_to(values, [shape[axis] for axis in order]))
+    values = _permuted(importer, values, _inverse(order))
+    if not rank:
+        place, values = (emit(relax.op.expand_dims(value, [0])) for value in (place, values))
+    how = "add" if accumulate else "update"
+    written = emit(relax.op.scatter_nd(front, place, values, how))
+    order = [*axes, *(axis for axis in range(len(sizes)) if axis not in axes)]
+    return _permuted(importer, written, _inverse(order))
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _put_masked(importer: Any, data: Any, indices: Any, values: Any, accumulate: bool) -> Any:
+    """Return x with ``x[mask] = value``, for one value."""
+    (mask, *others), rank = indices, int(data.ty.ndim)
+    if others or any(int(size) != 1 for size in values.ty.shape.values):
+        raise NotImplementedError("a mask that several values are put at; use torch.where")
+    emit = importer.block_builder.emit
+    ones = [1] * (rank - int(mask.ty.ndim))
+    mask = emit(relax.op.reshape(mask, [*mask.ty.shape.values, *ones]))
+    value = emit(relax.op.reshape(values, [1] * rank))
+    if accumulate:
+        value = emit(relax.op.add(data, value))
+    return emit(relax.op.where(mask, value, data))
 
 
 def _nearest(node: Any, importer: Any) -> Any:
@@ -175,6 +250,23 @@ def _nearest(node: Any, importer: Any) -> Any:
             method="nearest_neighbor",
             coordinate_transformation_mode="asymmetric",
             rounding_method="floor",
+        )
+    )
+
+
+def _grid_sample(node: Any, importer: Any) -> Any:
+    """Sample at a grid (N, H, W, 2); TVM's takes it for one that lies as (N, 2, H, W)."""
+    data, grid, *options = importer.retrieve_args(node)
+    mode, padding, corners = (*options, 0, 0, False)[:3] if options else (0, 0, False)
+    grid = importer.block_builder.emit(relax.op.permute_dims(grid, [0, 3, 1, 2]))
+    return importer.block_builder.emit(
+        relax.op.image.grid_sample(
+            data,
+            grid,
+            method=("bilinear", "nearest", "bicubic")[mode],
+            layout="NCHW",
+            padding_mode=("zeros", "border", "reflection")[padding],
+            align_corners=bool(corners),
         )
     )
 
@@ -201,12 +293,17 @@ CONVERTERS = {
     "bmm.default": _product,
     "addmm.default": _product_plus,
     **{f"{name}.{kind}": _elementwise for name in _ELEMENTWISE for kind in ("Tensor", "Scalar")},
+    "div.Tensor_mode": _whole_quotient,
+    "div.Scalar_mode": _whole_quotient,
+    "floor_divide.default": _whole_quotient,
     "pow.Tensor_Scalar": _power,
     "reciprocal.default": _reciprocal,
     "elu.default": _elu,
     "select.int": _select,
     "index.Tensor": _indexed,
+    "index_put.default": _put,
     "upsample_nearest2d.vec": _nearest,
+    "grid_sampler_2d.default": _grid_sample,
 }
 """Operator of ATen -> its converter."""
 

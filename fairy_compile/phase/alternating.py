@@ -39,6 +39,8 @@ _LEAST_SAMPLE = 256
 # The fit leans this much, relative to the weights a stage has, towards the scales before: stages
 # that no weight of a group uses keep theirs.
 _RIDGE = 1e-6
+# Squares of sums of up to four stages still are float32 numbers.
+_LARGEST = 2.0**60
 
 Block = tuple[np.ndarray, np.ndarray]
 Item = TypeVar("Item")
@@ -67,6 +69,13 @@ def quantize_alternating(
     """
     if stages == 1:
         return quantize_complex(re, im, stages, scale, min_scale)
+    largest = max(float(np.abs(part).max()) for part in (re, im))
+    if largest > _LARGEST:  # powers of two change no digit
+        factor = np.float32(2.0 ** np.floor(np.log2(largest)))
+        codes, scales = quantize_alternating(
+            re / factor, im / factor, stages, scale, min_scale / float(factor), iterations
+        )
+        return codes, np.maximum(scales * factor, np.float32(min_scale))
     n, m = re.shape
     tile = tile_shape(scale, n, m)
     scales = np.empty((stages, 2, -(-n // tile[0]), -(-m // tile[1])), np.float32)

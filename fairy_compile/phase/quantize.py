@@ -32,6 +32,9 @@ from fairy_compile.phase.widely_linear import as_float32, to_widely_linear
 FAIRY2I_MIN_SCALE = 1e-6
 IFAIRY_MIN_SCALE = 1e-5
 
+LARGEST = float(np.finfo(np.float32).max) / 2
+"""The largest real weight: the widely-linear form adds two of them."""
+
 # Rows are processed in blocks of about this many weights, so that the dozen passes over a block
 # stay in the second-level cache.
 _BLOCK_WEIGHTS = 1 << 16
@@ -153,6 +156,18 @@ def check_finite(weight: np.ndarray, name: str = "weight") -> None:
     )
 
 
+def check_range(weight: np.ndarray, name: str = "weight") -> None:
+    """Raise `FairyError` for finite weights of which the sum of two is beyond float32."""
+    largest = max(abs(float(weight.max(initial=0))), abs(float(weight.min(initial=0))))
+    if LARGEST < largest < np.inf:
+        where = tuple(int(i) for i in np.argwhere(np.abs(weight) > LARGEST)[0])
+        raise FairyError(
+            f"{name} holds {float(weight[where]):.4g} at {where}; allowed: up to {LARGEST:.4g}, "
+            "half of the range of float32, since phase codes stand for sums of two weights; the "
+            "checkpoint is damaged or its training diverged"
+        )
+
+
 def quantize(
     weight: Any,
     quant: str | QuantConfig | int = "w2",
@@ -179,7 +194,7 @@ def quantize(
         `PhaseTensor` with terms ("U", "W") and float32 scales.
 
     Raises:
-        FairyError: odd dimensions, non-finite values or unknown names.
+        FairyError: odd dimensions, non-finite or too large values or unknown names.
     """
     if is_whole(quant):
         quant = f"w{quant}"
@@ -196,6 +211,7 @@ def quantize(
         raise FairyError(f"min_scale is {min_scale!r:.80}; allowed: above 0, finite")
     real = as_float32(weight)
     check_finite(real, name)
+    check_range(real, name)
     pair = to_widely_linear(real)
     if method == "alternating":
         from fairy_compile.phase.alternating import quantize_alternating  # builds on this module

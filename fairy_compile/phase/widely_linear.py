@@ -38,7 +38,8 @@ def as_float32(weight: Any) -> np.ndarray:
     registered = array.dtype.isbuiltin == 2  # bfloat16 of ml_dtypes
     if array.dtype.kind not in "fiub" and not registered:
         raise FairyError(refusal)
-    return np.asarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # callers refuse infinities, by name
+        return np.asarray(array, dtype=np.float32)
 
 
 def to_widely_linear(

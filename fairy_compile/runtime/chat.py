@@ -116,9 +116,12 @@ class ChatSession:
     def _end(self) -> None:
         # Not an argument: an answer that referred to itself would keep the conversation alive.
         generation, self._running = self._running, None
-        # A prefill that failed half-way left tokens that are not in `_cached`.
-        engine = self._model.engine
-        engine.popn(self._sequence, engine.length(self._sequence) - len(self._cached))
+        engine = None
+        with suppress(FairyError):  # the model may be closed, and the cache with it
+            engine = self._model.engine
+        if engine is not None:
+            # A prefill that failed half-way left tokens that are not in `_cached`.
+            engine.popn(self._sequence, engine.length(self._sequence) - len(self._cached))
         if generation.finish_reason == "cancelled" and not generation.text:
             self.messages.pop()  # no turn without an answer
         else:

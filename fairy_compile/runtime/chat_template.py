@@ -102,6 +102,31 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise FairyError(f"the model's chat template refuses this chat: {error}") from error
 
+    def check_shown(self, messages: Sequence[Message], **variables: Any) -> None:
+        """Refuse messages of a role that the template leaves out without a word.
+
+        Args:
+            messages: a conversation that `render` takes.
+            variables: those given to `render`.
+
+        Raises:
+            FairyError: the text is the same without the messages of a role.
+        """
+        whole = None
+        for role in dict.fromkeys(m["role"] for m in messages if m["content"]):
+            if role in ("user", "assistant"):
+                continue
+            whole = self.render(messages, **variables) if whole is None else whole
+            try:
+                rest = self.render([m for m in messages if m["role"] != role], **variables)
+            except FairyError:  # a conversation that needs them
+                continue
+            if rest == whole:
+                raise FairyError(
+                    f"the model's chat template shows no messages of the role {role!r:.40}; put "
+                    "what they say into a message of the role 'user'"
+                )
+
     @cached_property
     def _template(self) -> Any:
         import jinja2

@@ -280,7 +280,7 @@ class Model:
             sampling: fields of `SamplingParams`; those left out are the model's defaults.
 
         Raises:
-            FairyError: see `generate`; also if the template refuses the conversation.
+            FairyError: see `generate` and `encode_chat`.
         """
         params = self.override(**sampling)
         stops = (*self.stop_strings, *as_stops(stop))
@@ -298,8 +298,12 @@ class Model:
         Args:
             messages: the conversation, oldest first.
             variables: further variables of the chat template, e.g. ``tools``.
+
+        Raises:
+            FairyError: the template refuses the conversation, or leaves messages of a role out.
         """
         text = self.template.render(messages, **variables)
+        self.template.check_shown(messages, **variables)
         # A template writes the start token itself.
         return self.tokenizer.encode(text, special=self.template.source is None)
 

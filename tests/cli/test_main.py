@@ -72,6 +72,18 @@ def test_version(cli):
     assert cli("--version").stdout.strip() == f"fairy_compile {__version__}"
 
 
+@pytest.mark.parametrize("module", ["fairy_compile", "fairy_compile.cli"])
+def test_modules_run_as_the_command_does(module):
+    for arguments in (["--version"], ["build", "--help"], ["bulid"]):
+        result = subprocess.run(
+            [sys.executable, "-m", module, *arguments], capture_output=True, text=True
+        )
+        assert result.returncode == (2 if arguments == ["bulid"] else 0)
+        text = result.stdout + result.stderr
+        assert text.startswith(("fairy_compile ", "Usage: fairy_compile "))
+        assert "python" not in text
+
+
 def test_unknown_verb_and_option_end_with_2(cli):
     assert cli("bulid").exit_code == 2
     assert cli("build", "x", "--quont", "w2").exit_code == 2

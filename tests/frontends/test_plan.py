@@ -1,10 +1,11 @@
 """Which layers are linear, and which of those become phase codes."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from fairy_compile.config import QuantConfig
-from fairy_compile.errors import UnsupportedError
+from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.plan import BY_RULE, is_linear, plan_weight, quantize_layer
 from fairy_compile.phase import quantize
 
@@ -63,3 +64,15 @@ def test_baked_weights_are_recovered_and_others_quantised():
     assert how == "recovered from a weight that holds phase values"
     np.testing.assert_array_equal(again.codes, tensor.codes)
     np.testing.assert_allclose(again.scales, tensor.scales, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_too_large_weights_are_named(dtype):
+    weight = np.full((64, 64), 2.0**127, np.float32).astype(dtype)
+    with pytest.raises(
+        FairyError, match=r"q_proj holds 1\.701e\+38 at \(0, 0\); allowed: up to 1\.7"
+    ):
+        quantize_layer(weight, "q_proj", QuantConfig())
+    largest = np.random.default_rng(0).choice([-1.6e38, 1e38], (64, 64)).astype(dtype)
+    assert np.isfinite(quantize_layer(largest, "q_proj", QuantConfig())[0].scales).all()

@@ -113,6 +113,36 @@ def test_integers_beside_other_numbers(tmp_path: Path) -> None:
     )
 
 
+def test_quotients_that_are_rounded(tmp_path: Path) -> None:
+    def div(a, b, mode):
+        return torch.div(a, b, rounding_mode=mode)
+
+    check(
+        tmp_path,
+        [
+            lambda h, i: i // 3,
+            lambda h, i: (i + 2**40) // -3,
+            lambda h, i: i // 2.5,
+            lambda h, i: div(i, -3, "trunc"),
+            lambda h, i: div(i, 3, None),
+            lambda h, i: div(i, i * 2 + 1, "floor"),
+            lambda h, i: div(h, 0.25, "trunc") * 0.25,
+            lambda h, i: (h.half() // 2.5).float() * 0 + 1,
+            lambda h, i: h // 0.0,
+            lambda h, i: torch.remainder(h, 0.0),
+        ],
+    )
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_samples_at_a_grid(tmp_path: Path, mode) -> None:
+    def sample(h, i):
+        grid = torch.stack([h[:, :3], h[:, 3:6]], -1)[None]  # 4 x 3 places
+        return functional.grid_sample(h[None, None], grid, mode=mode, align_corners=False)
+
+    check(tmp_path, [sample])
+
+
 @pytest.mark.parametrize("size", [(5, 3), (8, 16), (3, 20)])
 def test_nearest_neighbours(tmp_path: Path, size) -> None:
     check(tmp_path, [lambda h, i: functional.interpolate(h[None, None], size=size)])

@@ -310,3 +310,28 @@ def test_a_lower_clamp_that_is_none_is_refused(value):
 
 def test_stages_may_be_a_number_of_numpy():
     assert quantize(np.ones((2, 2)), np.int64(3)).stages == 3
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["phase", "alternating"])
+def test_weights_of_which_two_sum_to_infinity_are_named(method):
+    weight = random_weight(8, 8)
+    weight[1, 2] = -1.8e38
+    with pytest.raises(
+        FairyError, match=r"q_proj holds -1\.8e\+38 at \(1, 2\); allowed: up to 1\.7"
+    ):
+        quantize(weight, method=method, name="q_proj")
+    with pytest.raises(FairyError, match="non-finite"):
+        quantize(np.full((2, 2), 1e39))  # beyond float32
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", ["tensor", "row", "tile64"])
+@pytest.mark.parametrize("method", ["phase", "alternating"])
+def test_large_weights_are_quantised_like_small_ones(method, scale):
+    weight = random_weight(64, 128)
+    weight /= np.abs(weight).max()
+    small = quantize(weight, "w3", method=method, scale=scale)
+    large = quantize(weight * np.float32(2.0**126), "w3", method=method, scale=scale)
+    np.testing.assert_array_equal(large.codes, small.codes)
+    np.testing.assert_allclose(large.scales, small.scales * 2.0**126, rtol=1e-5)

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from tests.tvm_threads import whole_pool  # noqa: F401
+
 from .tiny_tokenizers import byte_level_tokenizer
 
 

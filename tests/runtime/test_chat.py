@@ -121,3 +121,12 @@ def test_reset_keeps_the_system_message(model, chat):
     assert greedy(chat, "again").read()
     chat.close()
     assert model.engine.cache.sequences == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_answer_that_outlives_its_model_ends_quietly(model, chat):
+    answer = chat.send("hello", 40, temperature=0)
+    next(iter(answer))
+    model.close()
+    answer.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": answer.text}

@@ -114,3 +114,18 @@ def test_bad_files_are_sentences(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ModelFileError, match="no JSON object"):
         ChatTemplate.from_directory(tmp_path)
+
+
+def test_messages_that_a_template_leaves_out_are_refused():
+    known = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    user = {"role": "user", "content": "hello"}
+    system = {"role": "system", "content": "Be brief."}
+    with pytest.raises(FairyError, match="shows no messages of the role 'system'; put"):
+        ChatTemplate(known, {}).check_shown([system, user])
+    ChatTemplate(known, {}).check_shown([{**system, "content": ""}, user])
+    ChatTemplate(None, {}).check_shown([system, user])
+    every = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    ChatTemplate(every, {}).check_shown([system, user, {**system, "role": "tool"}])

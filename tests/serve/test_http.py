@@ -121,6 +121,18 @@ def test_chat_refuses_what_it_cannot_do(http, field):
     )
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "wizard"])
+def test_messages_that_the_template_leaves_out_are_refused(http, role):
+    """The template of the bundled model shows the roles user and assistant alone."""
+    messages = [{"role": role, "content": "Speak of tea."}, {"role": "user", "content": "Hi"}]
+    body = {"model": NAME, "messages": messages, "max_tokens": 2}
+    error = is_error(http.post("/v1/chat/completions", json=body), 400)
+    assert error["param"] == "messages"
+    assert f"shows no messages of the role '{role}'" in error["message"]
+    messages[0]["content"] = ""
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
 def test_images_are_refused(http):
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     body = {"model": NAME, "messages": [{"role": "user", "content": [image]}]}
