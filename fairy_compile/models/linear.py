@@ -164,7 +164,7 @@ def kernel_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFun
         func = dense_gpu.build_dense(call, target.limits, batch)
     else:
         func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
-    return func.with_attr("op_pattern", 8)
+    return _internal(func)
 
 
 def model_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc:
@@ -177,7 +177,15 @@ def model_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc
         return kernel_function(call, target, batch)
     spec = replace(call.spec, bias=call.bias)
     func = kernel.build_for_model(spec, target, batch, call.knobs.get(batch, {}))
-    return func.with_attr("op_pattern", 8)
+    return _internal(func)
+
+
+def _internal(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Return a function that operator fusion leaves alone, and that its module gives a name.
+
+    Names of its own would be those of other functions, too, which differ only in their knobs.
+    """
+    return func.without_attr("global_symbol").with_attr("op_pattern", 8)
 
 
 def scratch_bytes(func: tirx.PrimFunc, rows: Any) -> Any:

@@ -110,18 +110,20 @@ class ChatTemplate:
             variables: those given to `render`.
 
         Raises:
-            FairyError: the text is the same without the messages of a role.
+            FairyError: the text is the same whatever the messages of a role say.
         """
         whole = None
         for role in dict.fromkeys(m["role"] for m in messages if m["content"]):
             if role in ("user", "assistant"):
                 continue
             whole = self.render(messages, **variables) if whole is None else whole
+            # Not left out: a template's own system message may say what the first one does.
+            others = [_saying_more(m) if m["role"] == role else m for m in messages]
             try:
-                rest = self.render([m for m in messages if m["role"] != role], **variables)
-            except FairyError:  # a conversation that needs them
+                shown = self.render(others, **variables) != whole
+            except FairyError:  # what they say matters
                 continue
-            if rest == whole:
+            if not shown:
                 raise FairyError(
                     f"the model's chat template shows no messages of the role {role!r:.40}; put "
                     "what they say into a message of the role 'user'"
@@ -145,6 +147,13 @@ class ChatTemplate:
             return environment.from_string(self.source)
         except jinja2.TemplateError as error:
             raise ModelFileError(f"the model's chat template does not parse: {error}") from error
+
+
+def _saying_more(message: Message) -> Message:
+    """Return a message whose text is another one; parts of other kinds stay."""
+    content = message["content"]
+    more = [*content, {"type": "text", "text": "more"}] if isinstance(content, list) else None
+    return {**message, "content": more or f"{content} more"}
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:

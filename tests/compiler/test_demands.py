@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fairy_compile as fc
+from fairy_compile.compiler.schedules import Schedules
 from fairy_compile.phase import from_widely_linear
 from fairy_compile.targets import load_target
+from tests.tiny_models import save_model
 
 
 @pytest.mark.skipif(not load_target("cpu").has("avx2"), reason="this CPU has no AVX2")
@@ -35,3 +39,26 @@ def test_scales_no_joint_table_holds_get_split_tables(model: Path, tmp_path: Pat
     assert "tables=split" not in rows["model.layers.0.self_attn.qkv_proj"]
     with fc.load(tmp_path / "out") as loaded:
         assert np.isfinite(loaded.logits([1, 2, 3])).all()
+
+
+@pytest.mark.skipif(not load_target("cpu").has("avx2"), reason="this CPU has no AVX2")
+def test_layers_of_one_shape_have_knobs_of_their_own(monkeypatch, tmp_path: Path) -> None:
+    """As where a record serves those of them whose weights need nothing special."""
+    model = save_model(tmp_path / "model", "llama")
+    choose, seen = Schedules.choose, Counter()
+
+    def choose_differently(self, kernel, spec, batch, *args):
+        choice = choose(self, kernel, spec, batch, *args)
+        distance = kernel.knobs["prefetch"][seen[spec, batch]]
+        seen[spec, batch] += 1
+        return replace(choice, values={**choice.values, "prefetch": distance})
+
+    fc.build(model, act="int8", output=tmp_path / "same", context=64)
+    monkeypatch.setattr(Schedules, "choose", choose_differently)
+    fc.build(model, act="int8", output=tmp_path / "own", context=64)
+    assert max(seen.values()) > 1
+    logits = []
+    for name in ("same", "own"):
+        with fc.load(tmp_path / name) as loaded:
+            logits.append(loaded.logits([1, 2, 3, 4, 5]))
+    np.testing.assert_array_equal(*logits)  # reading ahead changes no number

@@ -129,3 +129,9 @@ def test_messages_that_a_template_leaves_out_are_refused():
     ChatTemplate(None, {}).check_shown([system, user])
     every = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     ChatTemplate(every, {}).check_shown([system, user, {**system, "role": "tool"}])
+    # What one says may be what the template says by itself.
+    default = (
+        "{% if messages[0].role != 'system' %}Be brief.{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    ChatTemplate(default, {}).check_shown([system, user])
