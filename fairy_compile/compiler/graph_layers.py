@@ -21,7 +21,7 @@ from fairy_compile.compiler.graph_division import guard_division, refuse_divisio
 from fairy_compile.compiler.graph_indices import guard_indices
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.frontends.graph import Graph, Matrix
-from fairy_compile.models.linear import LinearCall, kernel_function, kernel_symbol
+from fairy_compile.models.linear import LinearCall, kernel_function, module_function
 from fairy_compile.models.shapes import product
 from fairy_compile.targets import Target
 
@@ -345,7 +345,7 @@ class _Replacer(PyExprMutator):
         if str(x.ty.dtype) != call.act_dtype:
             flat = emit(op.astype(flat, call.act_dtype))
         function = kernel_function(call, self.target, batch)
-        symbol = self.builder_.add_func(function, kernel_symbol(call, batch))
+        symbol = self.builder_.add_func(*module_function(function, call, batch))
         y = emit(
             relax.call_tir(
                 symbol,

@@ -164,7 +164,7 @@ def kernel_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFun
         func = dense_gpu.build_dense(call, target.limits, batch)
     else:
         func = dense.build_dense(sum(call.out_features), call.in_features, call.dtype, batch)
-    return _internal(func)
+    return func.with_attr("op_pattern", 8)
 
 
 def model_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc:
@@ -177,15 +177,19 @@ def model_function(call: LinearCall, target: Any, batch: Batch) -> tirx.PrimFunc
         return kernel_function(call, target, batch)
     spec = replace(call.spec, bias=call.bias)
     func = kernel.build_for_model(spec, target, batch, call.knobs.get(batch, {}))
-    return _internal(func)
+    return func.with_attr("op_pattern", 8)
 
 
-def _internal(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Return a function that operator fusion leaves alone, and that its module gives a name.
+def module_function(
+    func: tirx.PrimFunc, call: LinearCall, batch: Batch
+) -> tuple[tirx.PrimFunc, str]:
+    """Return a function of a call as a module takes it, and the name to ask for.
 
-    Names of its own would be those of other functions, too, which differ only in their knobs.
+    That is the one its kernel gives it, if any. Functions that differ only in knobs the name does
+    not tell have the same, so the function does not keep it: the module numbers such names.
     """
-    return func.without_attr("global_symbol").with_attr("op_pattern", 8)
+    name = func.attrs.get("global_symbol") if func.attrs is not None else None
+    return func.without_attr("global_symbol"), str(name or kernel_symbol(call, batch))
 
 
 def scratch_bytes(func: tirx.PrimFunc, rows: Any) -> Any:
@@ -247,7 +251,7 @@ class PlannedLinear(nn.Module):
         scratch = scratch_bytes(func, rows)
         if scratch is not None:
             outputs.append(Tensor.placeholder((scratch,), "uint8"))
-        symbol = kernel_symbol(self.call, batch)
+        func, symbol = module_function(func, self.call, batch)
         y = op.tensor_ir_op(func, symbol, [flat, *weights], outputs)
         y = y if isinstance(y, Tensor) else y[0]
         y = op.reshape(y, (*lead, out))
