@@ -190,14 +190,14 @@ def test_zoo_of_linear_layers(tmp_path: Path) -> None:
         node("MatMul", ["x", "at2"], ["y1"], "shares"),
         node("Cast", ["half"], ["wide"], "cast", to=FLOAT),
         node("Gemm", ["x2", "wide", "bias"], ["y2"], "gemm", transB=1, alpha=0.5, beta=2.0),
-        node("Constant", [], ["sizes"], "const", value=_tensor(np.array([16, 24]))),
+        node("Constant", [], ["sizes"], "const", value=tensor(np.array([16, 24]))),
         node("Reshape", ["flat", "sizes"], ["b2"], "shape"),
         node("MatMul", ["x", "b2"], ["y3"], "behind_reshape"),
         node("MatMul", ["c", "xt"], ["y4"], "matrix_on_the_left"),
         node("MatMul", ["x", "b"], ["y5"], "plain"),
         node("MatMul", ["x", "cube"], ["y6"], "batched_weight"),
         node("MatMul", ["v", "b"], ["y7"], "vector"),
-        node("Constant", [], ["d"], "const", value=_tensor(b)),
+        node("Constant", [], ["d"], "const", value=tensor(b)),
         node("MatMul", ["x", "d"], ["y8"], "constant_node"),
     ]  # fmt: skip
     ranks = (3, 3, 2, 3, 3, 3, 3, 1, 3)
@@ -242,7 +242,7 @@ def test_zoo_of_linear_layers(tmp_path: Path) -> None:
         close(ours, theirs)
 
 
-def _tensor(array: np.ndarray):
+def tensor(array: np.ndarray):
     from onnx import numpy_helper
 
     return numpy_helper.from_array(array)
@@ -408,47 +408,3 @@ def test_shared_float16_weights_of_a_module_are_stored_once(tmp_path: Path) -> N
     assert ours.dtype == np.float16
     # Two layers, each rounding its result and the sum with its bias to 2^-11 relative.
     close(ours.astype(np.float32), theirs, 4 * 2.0**-11 * 4)
-
-
-@pytest.mark.parametrize("exempt", [(), ("w",)], ids=["phase", "dense"])
-def test_a_matrix_on_the_left_may_be_all_there_is(tmp_path: Path, exempt) -> None:
-    w = weight(8, 16)
-    nodes = [helper.make_node("MatMul", ["w", "x"], ["y"], "left")]
-    inputs, outputs = {"x": (FLOAT, [16, "n"])}, {"y": (FLOAT, [8, "n"])}
-    path = make_onnx(tmp_path / "m.onnx", nodes, inputs, outputs, {"w": w})
-    fc.build(path, act="float", exempt=exempt, output=tmp_path / "out")
-    x = weight(16, 3, seed=1)
-    used = w if exempt else fc.quantize(w, "w2", method="alternating").dequantize()
-    with fc.load(tmp_path / "out") as model:
-        close(model.run(x)["y"], used.astype(np.float64) @ x, 1e-5)
-
-
-def test_a_layer_before_a_branch_compiles(tmp_path: Path) -> None:
-    """Where a graph branches, its bindings are in no dataflow block."""
-    node, w = helper.make_node, weight(16, 8)
-
-    def branch(value: float):
-        name = f"out{value:g}"
-        nodes = [
-            node("Constant", [], [f"k{name}"], value=_tensor(np.float32(value))),
-            node("Mul", ["h", f"k{name}"], [name]),
-        ]
-        return helper.make_graph(
-            nodes, "branch", [], [helper.make_tensor_value_info(name, FLOAT, None)]
-        )
-
-    nodes = [
-        node("MatMul", ["x", "w"], ["h"], "layer"),
-        node("Constant", [], ["zero"], "zero", value=_tensor(np.float32(0))),
-        node("ReduceSum", ["h"], ["sum"], "sum", keepdims=0),
-        node("Greater", ["sum", "zero"], ["positive"], "greater"),
-        node("If", ["positive"], ["y"], "if", then_branch=branch(2.0), else_branch=branch(3.0)),
-    ]
-    inputs, outputs = {"x": (FLOAT, ["n", 16])}, {"y": (FLOAT, ["n", 8])}
-    path = make_onnx(tmp_path / "m.onnx", nodes, inputs, outputs, {"w": w})
-    fc.build(path, act="float", exempt="*", output=tmp_path / "out")
-    x = weight(3, 16, seed=1)
-    with fc.load(tmp_path / "out") as model:
-        for sign in (1, -1):
-            h = (sign * x.astype(np.float64)) @ w
-            close(model.run(sign * x)["y"], h * (2 if h.sum() > 0 else 3), 1e-5)

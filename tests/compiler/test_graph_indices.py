@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import fairy_compile as fc
 from tests.compiler.test_graph import run_onnx
+from tests.frontends.test_torch_ops import Each
 from tests.tiny_graphs import FLOAT, INT64, helper, make_onnx, onnx, weight
 
 X = weight(4, 16)
@@ -119,18 +119,6 @@ def test_integers_outside_are_the_nearest(tmp_path: Path) -> None:
     with fc.load(tmp_path / "out") as model:
         y = model.run({"x": x, "i": np.array([[-1, 2**62]] * 4)})["y"]
     np.testing.assert_array_equal(y, x[:, [15, 15]])
-
-
-class Each(nn.Module):
-    """A linear layer, and functions of its result and of indices."""
-
-    def __init__(self, functions) -> None:
-        super().__init__()
-        self.layer, self.functions = nn.Linear(16, 8), functions
-
-    def forward(self, x: torch.Tensor, i: torch.Tensor) -> list[torch.Tensor]:
-        h = self.layer(x)
-        return [function(h, i) for function in self.functions]
 
 
 def put(h: torch.Tensor, indices, values, accumulate: bool = False) -> torch.Tensor:
