@@ -25,6 +25,7 @@ from fairy_compile.compiler.graph import build_graph
 from fairy_compile.compiler.library import Sizes
 from fairy_compile.compiler.pipeline import Progress, compile_module
 from fairy_compile.compiler.report import BuildReport, describe_call
+from fairy_compile.compiler.unread import check_unread
 from fairy_compile.compiler.write import (
     OTHER_FILES_BYTES,
     Work,
@@ -223,6 +224,7 @@ def build(
     work = Work(name, source, config_quant, compile_for, decoder, sizes, system_lib)
     with clock("define"):
         work.define()
+        notes += check_unread(source, work.params)
     report = _report(work, notes)
     if dry_run:
         report.notes += _schedule_notes(work, report)

@@ -39,6 +39,8 @@ class ComplexSource(HuggingFaceSource):
         UnsupportedError: see `HuggingFaceSource`.
     """
 
+    makes_codes = True
+
     def __init__(self, directory: Path, config: dict[str, Any]):
         super().__init__(directory, config)
         self._complex = _complex_layers(self._store.infos, directory)

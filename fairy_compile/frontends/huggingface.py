@@ -31,6 +31,8 @@ class HuggingFaceSource(ModelDirectory):
         latents: why the weights are taken for master weights of quantisation-aware training, or
             None for ordinary weights; see `fairy_compile.frontends.method`.
         trained: what they were trained for, where the checkpoint tells.
+        makes_codes: True where `phase` knows more of a layer than its weight, which `convert` then
+            asks for it.
 
     Raises:
         ModelFileError: weights are missing, incomplete or damaged.
@@ -40,6 +42,7 @@ class HuggingFaceSource(ModelDirectory):
 
     kind: Literal["huggingface"] = "huggingface"
     quant: QuantConfig | None = None
+    makes_codes: bool = False
 
     def __init__(self, directory: Path, config: dict[str, Any]):
         self.latents = latents_reason(directory, config)

@@ -110,7 +110,7 @@ class Direct:
 
     def make(self, layer: str, weight: np.ndarray) -> tuple[PhaseTensor, Made]:
         """Quantise a weight."""
-        if self._quant.terms == ("W",):  # complex layers, which sources quantise themselves
+        if self._source.makes_codes:
             tensor = self._source.phase(layer, self._quant)
             reason = self._source.plan(layer, self._quant).reason
         else:

@@ -168,6 +168,7 @@ class PackedSource(ModelDirectory):
     """
 
     kind: Literal["packed"] = "packed"
+    makes_codes: bool = True
 
     def __init__(self, directory: Path, config: dict[str, Any]):
         table = config["quantization_config"]

@@ -100,6 +100,7 @@ class RotatedSource:
 
     kind: Literal["huggingface"] = "huggingface"
     quant: QuantConfig | None = None
+    makes_codes: bool = False
 
     def __init__(self, source: ModelSource) -> None:
         family = source.config.get("model_type")

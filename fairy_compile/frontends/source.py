@@ -32,6 +32,7 @@ class ModelSource(Protocol):
         kind: ``"huggingface"`` (dense weights) or ``"packed"`` (phase codes, see `packed`).
         quant: the quantisation a packed checkpoint was made with, else None.
         tied: name -> stored tensor of weights that exist only as another tensor's.
+        makes_codes: whether `phase` knows more of a layer than `quantize_layer` makes of `dense`.
     """
 
     directory: Path
@@ -39,6 +40,7 @@ class ModelSource(Protocol):
     kind: Literal["huggingface", "packed"]
     quant: QuantConfig | None
     tied: dict[str, str]
+    makes_codes: bool
 
     def names(self) -> list[str]:
         """Return all tensor names; a phase-coded layer appears as ``<layer>.weight``."""
@@ -108,7 +110,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
             artifact, or a revision is asked for of a directory.
         ModelFileError: the directory is not a readable model.
     """
-    from fairy_compile.frontends import complex_layers
+    from fairy_compile.frontends import complex_layers, learned_scales
     from fairy_compile.frontends.huggingface import HuggingFaceSource
     from fairy_compile.frontends.packed import PackedSource, is_packed
 
@@ -148,7 +150,10 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
         return PackedSource(directory, config)
     if config.get("model_type") in complex_layers.MODEL_TYPES:
         return complex_layers.ComplexSource(directory, config)
-    return HuggingFaceSource(directory, config)
+    source = HuggingFaceSource(directory, config)
+    if any(name.endswith(learned_scales.SUFFIX) for name in source.names()):
+        return learned_scales.LearnedScaleSource(directory, config)
+    return source
 
 
 def _refuse_artifact(directory: Path) -> None:

@@ -13,6 +13,7 @@ import transformers
 import fairy_compile.qat.ifairy  # noqa: F401  registers the model with transformers
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.files import read_config
+from fairy_compile.frontends.learned_scales import SUFFIX
 from fairy_compile.frontends.method import LATENT_QUANT_METHOD
 from fairy_compile.frontends.packed import is_packed
 from fairy_compile.frontends.source import open_source
@@ -92,6 +93,12 @@ def load_model(directory: Path, *, scratch: bool = False, hint: str = _HINT) -> 
         raise FairyError(
             f"{directory} lacks {len(missing)} weights of its model, among them {missing[0]}; the "
             "checkpoint is damaged, or its config.json is another model's"
+        )
+    if learned := [name for name in info["unexpected_keys"] if name.endswith(SUFFIX)]:
+        raise FairyError(
+            f"{directory} has learned scales ({sorted(learned)[0]}), which PyTorch's model has no "
+            "place for; build or convert the model, and compare with the packed checkpoint that "
+            f"`fairy_compile convert` writes{hint}"
         )
     return model
 

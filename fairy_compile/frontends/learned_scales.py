@@ -1,0 +1,160 @@
+"""Hugging Face directories of Fairy2i models whose scales were learned (W1, one stage).
+
+Beside ``<layer>.weight`` (2n, 2m), real master weights, lies ``<layer>.quant_scale``, of shape
+(4, n/64, m/64): for every complex tile of 64x64 the scales of Re U, Im U, Re W and Im W, in this
+order. Published models have none for the output head, which stays dense.
+
+The codes follow from the master weights alone, by the rule of the kernels such models are trained
+with: an entry is real where |Re| > |Im| and imaginary elsewhere, with the sign of that part, and
+zero counts as positive. Only on the edges |Re| = |Im| does that differ from the rule of
+`phase.quantize`. Weights in bfloat16 were trained in it: U and W are rounded to it before they are
+compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fairy_compile.config import QuantConfig
+from fairy_compile.errors import FairyError, ModelFileError
+from fairy_compile.frontends.huggingface import HuggingFaceSource
+from fairy_compile.frontends.plan import LayerPlan, exempting_pattern
+from fairy_compile.frontends.quant_json import settle_own
+from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor, to_widely_linear
+from fairy_compile.phase.tensor import TILE
+
+SUFFIX = ".quant_scale"
+PARTS = 4
+REASON = "codes of master weights, with learned scales"
+TRAINED = QuantConfig("w1", scale="tile64", method="phase")
+"""What such models are trained for."""
+
+
+class LearnedScaleSource(HuggingFaceSource):
+    """A `ModelSource` over master weights with learned scales; see `frontends.source`.
+
+    Raises:
+        ModelFileError: as `HuggingFaceSource`; scales are of no layer, or of another shape.
+        UnsupportedError: see `HuggingFaceSource`.
+    """
+
+    makes_codes = True
+
+    def __init__(self, directory: Path, config: dict[str, Any]):
+        super().__init__(directory, config)
+        self.latents = self.latents or "their scales were learned"
+        names = [name for name in self._store.infos if name.endswith(SUFFIX)]
+        self._scaled = frozenset(name.removesuffix(SUFFIX) for name in names)
+        for layer in self._scaled:
+            self._check(layer)
+
+    def _check(self, layer: str) -> None:
+        weight, infos = f"{layer}.weight", self._store.infos
+        if weight not in infos or len(infos[weight].shape) != 2:
+            raise ModelFileError(
+                f"{self.directory} has {layer}{SUFFIX} and no matrix {weight}; download it again"
+            )
+        rows, columns = infos[weight].shape
+        want = (PARTS, rows // (2 * TILE), columns // (2 * TILE))
+        found = infos[layer + SUFFIX].shape
+        if rows % (2 * TILE) or columns % (2 * TILE) or found != want:
+            raise ModelFileError(
+                f"{self.directory}: {layer}{SUFFIX} has the shape {found} for a weight of "
+                f"{rows}x{columns}; expected (4, rows / 128, columns / 128), whole numbers: scales "
+                "of Re U, Im U, Re W and Im W for complex tiles of 64x64, of one stage"
+            )
+
+    def names(self) -> list[str]:
+        """Return all tensor names but those of scales."""
+        return [name for name in super().names() if not name.endswith(SUFFIX)]
+
+    def settle(
+        self, asked: QuantConfig, *, calibrated: bool = False, by_budget: bool = False
+    ) -> tuple[QuantConfig, str | None]:
+        """Return what the model was trained for; layers without scales are a choice.
+
+        Raises:
+            FairyError: the request is about choosing other codes.
+        """
+        named = [
+            pattern
+            for pattern in asked.stages_for
+            if any(fnmatch.fnmatchcase(layer, pattern) for layer in self._scaled)
+        ]
+        refused = {
+            "--calibrate": calibrated,
+            "--bits": by_budget,
+            f"--method {asked.method}": asked.method not in ("auto", "phase"),
+            f"--scale {asked.scale}": asked.scale not in ("tensor", "tile64"),
+            f"--layer-quant {named[0] if named else ''}": bool(named),
+        }
+        for flag, given in refused.items():
+            if given:
+                raise FairyError(
+                    f"{self.directory} is a Fairy2i model with learned scales ({SUFFIX[1:]}), "
+                    f"which has the codes and scales it was trained for; leave {flag} out"
+                )
+        note = (
+            f"a Fairy2i model with learned scales: T = 1, a scale per tile64; {len(self._scaled)} "
+            "layers have them, others stay dense (--layer-quant LAYER=w3 gives those codes, too)"
+        )
+        own = dataclasses.replace(TRAINED, stages_for=asked.stages_for)
+        return settle_own(own, asked), note
+
+    def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:
+        """Tell what `phase` would return, or why the layer stays dense."""
+        if layer in self._scaled:
+            if (pattern := exempting_pattern(layer, quant)) is not None:
+                return LayerPlan.dense(f"exempt by pattern {pattern!r}")
+            return LayerPlan(True, 1, ("U", "W"), "tile64", REASON)
+        plan = super().plan(layer, _ordinary(quant))
+        if plan.phase and not quant.names_stages(layer):
+            return LayerPlan.dense("the model has no learned scales for it")
+        return plan
+
+    def phase(self, layer: str, quant: QuantConfig) -> PhaseTensor:
+        """Return a layer's codes with its learned scales; others are quantised as asked."""
+        plan = self.plan(layer, quant)
+        if not plan.phase:
+            raise FairyError(f"{layer} stays dense: {plan.reason}; read it with dense()")
+        if layer not in self._scaled:
+            return super().phase(layer, _ordinary(quant))
+        return with_learned_scales(
+            self.dense(f"{layer}.weight"), self.dense(layer + SUFFIX).astype(np.float32)
+        )
+
+
+def _ordinary(quant: QuantConfig) -> QuantConfig:
+    """Return how a layer becomes codes that was not trained for any."""
+    return dataclasses.replace(quant, method="alternating")
+
+
+def with_learned_scales(weight: np.ndarray, scales: np.ndarray) -> PhaseTensor:
+    """Return master weights as codes of one stage with the scales learned for them.
+
+    A negative scale turns the codes of its axis by half a turn. A scale of zero becomes the least
+    there is, 1e-6, since scales of a `PhaseTensor` are positive.
+
+    Args:
+        weight: (2n, 2m) in float32, float16 or bfloat16.
+        scales: float32 (4, n/64, m/64), of Re U, Im U, Re W and Im W.
+    """
+    pair = to_widely_linear(weight.astype(np.float32))
+    codes = []
+    for (re, im), (s_re, s_im) in zip(pair, (scales[:2], scales[2:]), strict=True):
+        if weight.dtype == ml_dtypes.bfloat16:
+            re, im = (part.astype(ml_dtypes.bfloat16).astype(np.float32) for part in (re, im))
+        imaginary = ~(np.abs(re) > np.abs(im))
+        negative = np.where(imaginary, im, re) < 0
+        flips = [np.repeat(np.repeat(s < 0, TILE, 0), TILE, 1) for s in (s_re, s_im)]
+        negative ^= np.where(imaginary, flips[1], flips[0])
+        codes.append(imaginary.astype(np.uint8) | (negative.astype(np.uint8) << 1))
+    positive = np.maximum(np.abs(scales), np.float32(FAIRY2I_MIN_SCALE))
+    shaped = positive.reshape(1, 2, 2, *scales.shape[1:])
+    return PhaseTensor.from_codes(np.stack(codes)[None], shaped, ("U", "W"), "tile64")
