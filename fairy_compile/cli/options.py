@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 # Optional[] and not "| None": typer reads these annotations at run time.
 
 Model = Annotated[
-    str, typer.Argument(help="Model directory or Hugging Face hub id; for build also an ONNX file.")
+    str,
+    typer.Argument(
+        help="Model directory, Fairy2i .gguf file or Hugging Face hub id; for build also an ONNX "
+        "file."
+    ),
 ]
 Artifact = Annotated[
     Path, typer.Argument(metavar="DIR", help="Directory that `fairy_compile build` wrote.")

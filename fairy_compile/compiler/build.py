@@ -89,9 +89,10 @@ def build(
     """Compile a model into an artifact: a model directory with library and packed weights.
 
     Args:
-        model: Hugging Face directory or hub id, or a packed checkpoint (`convert`, QAT export).
-            A packed checkpoint brings its own quantisation. Or any network whose linear layers are
-            to be converted: an ONNX file (``model.onnx``) or a PyTorch module.
+        model: Hugging Face directory or hub id, a packed checkpoint (`convert`, QAT export) or a
+            Fairy2i model's GGUF file, both of which bring their own quantisation. Or any network
+            whose linear layers are to be converted: an ONNX file (``model.onnx``) or a PyTorch
+            module.
         example_inputs: of a PyTorch module: positional arguments of its forward, as tensors.
         dynamic_shapes: of a PyTorch module: dimensions that change, as `torch.export` takes them.
         target: name of a file in ``targets/``; ``cpu`` is this machine.
@@ -196,8 +197,9 @@ def build(
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
         check_linker(compile_for)
-    name = directory_name(source.directory) if as_path("the model", model).is_dir() else str(model)
-    if source.quant is not None:
+    path = as_path("the model", model)
+    name = directory_name(source.origin) if path.exists() else str(model)
+    if source.kind == "packed":
         notes.append("the checkpoint is packed: its own stages and scales were kept")
     converted = None
     if bits is not None and dry_run:

@@ -45,7 +45,7 @@ def check_unread(source: ModelSource, params: Iterable[Param]) -> list[str]:
             beside.append(name)
         elif np.any(source.dense(name)):
             raise UnsupportedError(
-                f"{source.directory} has the tensor {name!r}, which models of type "
+                f"{source.origin} has the tensor {name!r}, which models of type "
                 f"{source.config.get('model_type')!r} do not have here: built without it, the "
                 "model would give other answers; correct model_type or the switches in "
                 "config.json, or take the tensor out of the files if it has no part in the model"

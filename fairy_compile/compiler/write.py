@@ -88,13 +88,14 @@ class Work:
 
     def resume_key(self) -> str:
         """Return what identifies the result: inputs, options, target and versions."""
+        origin = self.source.origin
         files = {
             p.name: [p.stat().st_size, p.stat().st_mtime_ns]
-            for p in sorted(self.source.directory.iterdir())
+            for p in (sorted(origin.iterdir()) if origin.is_dir() else [origin])
             if p.is_file()
         }
         facts = [
-            str(self.source.directory.resolve()),
+            str(origin.resolve()),
             files,
             self.quant.to_json(),
             self.target.name,

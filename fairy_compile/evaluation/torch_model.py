@@ -30,8 +30,8 @@ def check_extra() -> None:
 class TorchModel:
     """A `LogitSource` over a transformers model.
 
-    Weights of a packed checkpoint are dequantised, so that a model compiled from it computes with
-    the same numbers; other directories are run as they are.
+    Weights of a packed checkpoint or a GGUF file are dequantised, so that a model compiled from it
+    computes with the same numbers; other directories are run as they are.
     """
 
     def __init__(self, source: ModelSource, device: str = "cpu", threads: int | None = None):
@@ -54,7 +54,7 @@ class TorchModel:
             ) from error
         from fairy_compile.train.models import load_model, quiet_transformers
 
-        packed = source.kind == "packed"
+        packed = source.kind != "huggingface"
         with quiet_transformers():
             model = source_model(source) if packed else load_model(source.directory, hint="")
         _round_embed_scale(model, source)
@@ -65,7 +65,7 @@ class TorchModel:
         self._cache = "cache" if "cache" in takes else "past_key_values"
         self.vocab_size = int(model.config.vocab_size)
         self.fed, self.seconds = 0, 0.0
-        self.description = f"{source.directory}: in PyTorch, float32, on {place}" + (
+        self.description = f"{source.origin}: in PyTorch, float32, on {place}" + (
             ", weights dequantised from its phase codes" if packed else ""
         )
 
@@ -138,7 +138,7 @@ def source_model(source: ModelSource) -> Any:
         name: torch.from_numpy(np.asarray(source.dense(name), np.float32))
         for name in source.names()
     }
-    if source.kind == "packed":
+    if source.kind != "huggingface":
         _split_complex(model, weights, source)
     if any(parameter.ndim == 3 for parameter in model.parameters()):
         # Experts lie in one parameter, which transformers makes of a checkpoint's many.
@@ -156,7 +156,7 @@ def source_model(source: ModelSource) -> Any:
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which no layer takes"
         raise FairyError(
-            f"{source.directory} {what}: its weights are not those of its config.json; convert "
+            f"{source.origin} {what}: its weights are not those of its config.json; convert "
             "the model again"
         )
     return model

@@ -147,12 +147,12 @@ class ModelDirectory:
     """What every source read from a directory shares: tokenizer files and hashes.
 
     Attributes:
-        directory: the model directory.
+        directory, origin: the model directory.
         weight_files: index and weight files, in the order they were opened.
     """
 
     def __init__(self, directory: Path, weight_files: list[Path]):
-        self.directory = directory
+        self.directory = self.origin = directory
         self.weight_files = weight_files
         self._sha256: dict[str, str] | None = None
 

@@ -13,8 +13,6 @@ compared.
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,16 @@ import numpy as np
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, ModelFileError
 from fairy_compile.frontends.huggingface import HuggingFaceSource
-from fairy_compile.frontends.plan import LayerPlan, exempting_pattern
-from fairy_compile.frontends.quant_json import settle_own
-from fairy_compile.phase import FAIRY2I_MIN_SCALE, PhaseTensor, to_widely_linear
+from fairy_compile.frontends.own_codes import ordinary, plan_codes, settle_codes
+from fairy_compile.frontends.plan import LayerPlan
+from fairy_compile.phase import PhaseTensor, pack_codes, to_widely_linear
+from fairy_compile.phase.signed_scales import with_signed_scales
 from fairy_compile.phase.tensor import TILE
 
 SUFFIX = ".quant_scale"
 PARTS = 4
 REASON = "codes of master weights, with learned scales"
+WITHOUT = "the model has no learned scales for it"
 TRAINED = QuantConfig("w1", scale="tile64", method="phase")
 """What such models are trained for."""
 
@@ -49,6 +49,7 @@ class LearnedScaleSource(HuggingFaceSource):
     def __init__(self, directory: Path, config: dict[str, Any]):
         super().__init__(directory, config)
         self.latents = self.latents or "their scales were learned"
+        self.trained = TRAINED
         names = [name for name in self._store.infos if name.endswith(SUFFIX)]
         self._scaled = frozenset(name.removesuffix(SUFFIX) for name in names)
         for layer in self._scaled:
@@ -82,41 +83,26 @@ class LearnedScaleSource(HuggingFaceSource):
         Raises:
             FairyError: the request is about choosing other codes.
         """
-        named = [
-            pattern
-            for pattern in asked.stages_for
-            if any(fnmatch.fnmatchcase(layer, pattern) for layer in self._scaled)
-        ]
-        refused = {
-            "--calibrate": calibrated,
-            "--bits": by_budget,
-            f"--method {asked.method}": asked.method not in ("auto", "phase"),
-            f"--scale {asked.scale}": asked.scale not in ("tensor", "tile64"),
-            f"--layer-quant {named[0] if named else ''}": bool(named),
-        }
-        for flag, given in refused.items():
-            if given:
-                raise FairyError(
-                    f"{self.directory} is a Fairy2i model with learned scales ({SUFFIX[1:]}), "
-                    f"which has the codes and scales it was trained for; leave {flag} out"
-                )
+        used = settle_codes(
+            self.directory,
+            f"a Fairy2i model with learned scales ({SUFFIX[1:]})",
+            TRAINED,
+            self._scaled,
+            asked,
+            calibrated=calibrated,
+            by_budget=by_budget,
+        )
         note = (
             f"a Fairy2i model with learned scales: T = 1, a scale per tile64; {len(self._scaled)} "
             "layers have them, others stay dense (--layer-quant LAYER=w3 gives those codes, too)"
         )
-        own = dataclasses.replace(TRAINED, stages_for=asked.stages_for)
-        return settle_own(own, asked), note
+        return used, note
 
     def plan(self, layer: str, quant: QuantConfig) -> LayerPlan:
         """Tell what `phase` would return, or why the layer stays dense."""
-        if layer in self._scaled:
-            if (pattern := exempting_pattern(layer, quant)) is not None:
-                return LayerPlan.dense(f"exempt by pattern {pattern!r}")
-            return LayerPlan(True, 1, ("U", "W"), "tile64", REASON)
-        plan = super().plan(layer, _ordinary(quant))
-        if plan.phase and not quant.names_stages(layer):
-            return LayerPlan.dense("the model has no learned scales for it")
-        return plan
+        own = LayerPlan(True, 1, ("U", "W"), "tile64", REASON)
+        shape = self.shape(f"{layer}.weight")
+        return plan_codes(layer, shape, own if layer in self._scaled else None, WITHOUT, quant)
 
     def phase(self, layer: str, quant: QuantConfig) -> PhaseTensor:
         """Return a layer's codes with its learned scales; others are quantised as asked."""
@@ -124,37 +110,26 @@ class LearnedScaleSource(HuggingFaceSource):
         if not plan.phase:
             raise FairyError(f"{layer} stays dense: {plan.reason}; read it with dense()")
         if layer not in self._scaled:
-            return super().phase(layer, _ordinary(quant))
+            return super().phase(layer, ordinary(quant))
         return with_learned_scales(
             self.dense(f"{layer}.weight"), self.dense(layer + SUFFIX).astype(np.float32)
         )
 
 
-def _ordinary(quant: QuantConfig) -> QuantConfig:
-    """Return how a layer becomes codes that was not trained for any."""
-    return dataclasses.replace(quant, method="alternating")
-
-
 def with_learned_scales(weight: np.ndarray, scales: np.ndarray) -> PhaseTensor:
     """Return master weights as codes of one stage with the scales learned for them.
-
-    A negative scale turns the codes of its axis by half a turn. A scale of zero becomes the least
-    there is, 1e-6, since scales of a `PhaseTensor` are positive.
 
     Args:
         weight: (2n, 2m) in float32, float16 or bfloat16.
         scales: float32 (4, n/64, m/64), of Re U, Im U, Re W and Im W.
     """
-    pair = to_widely_linear(weight.astype(np.float32))
     codes = []
-    for (re, im), (s_re, s_im) in zip(pair, (scales[:2], scales[2:]), strict=True):
+    for re, im in to_widely_linear(weight.astype(np.float32)):
         if weight.dtype == ml_dtypes.bfloat16:
             re, im = (part.astype(ml_dtypes.bfloat16).astype(np.float32) for part in (re, im))
         imaginary = ~(np.abs(re) > np.abs(im))
         negative = np.where(imaginary, im, re) < 0
-        flips = [np.repeat(np.repeat(s < 0, TILE, 0), TILE, 1) for s in (s_re, s_im)]
-        negative ^= np.where(imaginary, flips[1], flips[0])
         codes.append(imaginary.astype(np.uint8) | (negative.astype(np.uint8) << 1))
-    positive = np.maximum(np.abs(scales), np.float32(FAIRY2I_MIN_SCALE))
-    shaped = positive.reshape(1, 2, 2, *scales.shape[1:])
-    return PhaseTensor.from_codes(np.stack(codes)[None], shaped, ("U", "W"), "tile64")
+    return with_signed_scales(
+        pack_codes(np.stack(codes)[None]), scales.reshape(1, 2, 2, *scales.shape[1:])
+    )

@@ -109,10 +109,11 @@ class RotatedSource:
                 f"--rotate is not possible for the family {family!r}; allowed: "
                 f"{', '.join(MODEL_TYPES)}. Convert it without --rotate"
             )
-        if source.kind == "packed":
+        if source.kind != "huggingface":
+            what = "packed checkpoint" if source.kind == "packed" else "GGUF file of phase codes"
             raise FairyError(
-                f"{source.directory} is a packed checkpoint, and --rotate is for real weights; "
-                "leave it out, or convert the model the checkpoint was made from with --rotate"
+                f"{source.origin} is a {what}, and --rotate is for real weights; leave it out, or "
+                "convert the model it was made from with --rotate"
             )
         if reason := getattr(source, "latents", None):
             raise FairyError(
@@ -120,6 +121,7 @@ class RotatedSource:
             )
         self._source = source
         self.directory: Path = source.directory
+        self.origin: Path = source.origin
         self.config: dict[str, Any] = source.config | {"tie_word_embeddings": False}
         self.tied: dict[str, str] = {}
         hidden = source.shape(_EMBEDDING)[1]

@@ -27,17 +27,20 @@ class ModelSource(Protocol):
     Tensors carry their Hugging Face names. A layer is a tensor's name without ``.weight``.
 
     Attributes:
-        directory: where the files lie.
+        directory: where config.json and the tokenizer's files lie.
+        origin: what was opened: the directory, or a file.
         config: the parsed ``config.json``.
-        kind: ``"huggingface"`` (dense weights) or ``"packed"`` (phase codes, see `packed`).
+        kind: ``"huggingface"`` (dense weights), ``"packed"`` (phase codes, see `packed`) or
+            ``"gguf"`` (phase codes, see `gguf`).
         quant: the quantisation a packed checkpoint was made with, else None.
         tied: name -> stored tensor of weights that exist only as another tensor's.
         makes_codes: whether `phase` knows more of a layer than `quantize_layer` makes of `dense`.
     """
 
     directory: Path
+    origin: Path
     config: dict[str, Any]
-    kind: Literal["huggingface", "packed"]
+    kind: Literal["huggingface", "packed", "gguf"]
     quant: QuantConfig | None
     tied: dict[str, str]
     makes_codes: bool
@@ -99,10 +102,11 @@ class ModelSource(Protocol):
 
 
 def open_source(model: str | Path, *, revision: str | None = None) -> ModelSource:
-    """Open a model directory or a model of the Hugging Face hub.
+    """Open a model directory, a GGUF file or a model of the Hugging Face hub.
 
     Args:
-        model: a directory, or a hub id ``org/name``; an existing path always wins.
+        model: a directory, a Fairy2i model's ``.gguf`` file, or a hub id ``org/name``; an existing
+            path always wins.
         revision: branch, tag or commit of a hub model.
 
     Raises:
@@ -111,6 +115,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
         ModelFileError: the directory is not a readable model.
     """
     from fairy_compile.frontends import complex_layers, learned_scales
+    from fairy_compile.frontends.gguf import GgufSource
     from fairy_compile.frontends.huggingface import HuggingFaceSource
     from fairy_compile.frontends.packed import PackedSource, is_packed
 
@@ -122,20 +127,23 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
         )
     if path.is_dir():
         if revision is not None:
-            raise FairyError(
-                f"--revision {revision} goes with a model of the Hugging Face hub, and {path} is a "
-                "directory; leave it out"
-            )
+            raise _refuse_revision(revision, path, "directory")
         directory = path
     elif path.suffix.lower() == ".onnx":
         raise FairyError(
             f"{path} is an ONNX file, which only `fairy_compile build` takes; give a model "
             "directory here"
         )
+    elif path.suffix.lower() == ".gguf":
+        if revision is not None:
+            raise _refuse_revision(revision, path, "file")
+        if not path.is_file():
+            raise FairyError(f"no model {str(model)!r}: there is no file {path.absolute()}")
+        return GgufSource(path)
     elif path.is_file():
         raise FairyError(
             f"{path} is a file; give the model's directory, which holds config.json and "
-            "safetensors files"
+            "safetensors files, or a Fairy2i model's .gguf file"
         )
     elif isinstance(model, str) and _HUB_ID.fullmatch(model):
         directory = _download(model, revision)
@@ -154,6 +162,13 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
     if any(name.endswith(learned_scales.SUFFIX) for name in source.names()):
         return learned_scales.LearnedScaleSource(directory, config)
     return source
+
+
+def _refuse_revision(revision: str, path: Path, what: str) -> FairyError:
+    return FairyError(
+        f"--revision {revision} goes with a model of the Hugging Face hub, and {path} is a {what}; "
+        "leave it out"
+    )
 
 
 def _refuse_artifact(directory: Path) -> None:

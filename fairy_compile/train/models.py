@@ -47,7 +47,13 @@ def model_directory(model: str, *, scratch: bool = False) -> Path:
             "directory with config.json and tokenizer.json"
         )
     else:
-        path = open_source(model).directory
+        source = open_source(model)
+        if source.kind != "huggingface":
+            raise FairyError(
+                f"{source.origin} holds phase codes and no master weights to train; give the "
+                "checkpoint it was made from"
+            )
+        path = source.directory
     return path
 
 
