@@ -122,13 +122,12 @@ def main() -> None:
             (4, both, "tensor"),
             (2, both, "row"),
             (2, both, "tile64"),
+            (1, both, "tile64"),
             (2, ("W",), "tensor"),
         ):
             spec = PhaseSpec((2048,), 2048, stages, terms, scale, "float", "float16", "float16")
             for tokens in (1, 4):
                 for weights in ("bits", "table"):
-                    if weights == "table" and scale == "tile64":
-                        continue  # the same as bits
                     batch = "single" if tokens == 1 else "many"
                     knobs = {"weights": weights, "tokens": tokens}
                     loop = inner_loop(spec, batch, knobs, Path(name))

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -39,11 +40,11 @@ CALLS = [((2048, 2048, 2048), 2048), ((2048,), 2048), ((5504, 5504), 2048), ((20
 
 
 def layer_calls(
-    kernel: X86Codebook, target: Target, mode: str, stages: int, layers: int, batch: int, act: str
+    kernel: X86Codebook, target: Target, mode: str, like: PhaseSpec, layers: int, batch: int
 ) -> tuple[Callable[[], None], int]:
     """Return a function that runs all calls of ``layers`` layers once, and the bytes it reads."""
     rng = np.random.default_rng(0)
-    specs = [PhaseSpec(parts, m, stages, ("U", "W"), "tensor", act) for parts, m in CALLS]
+    specs = [replace(like, parts=parts, m=m) for parts, m in CALLS]
     kinds = [list(kernel.layout.arrays(spec).values()) for spec in specs]
     # One block, as a loaded model has, so that all of it can lie on huge pages.
     memory = iter(allocate_parts([k.nbytes for call in kinds * layers for k in call]))
@@ -93,7 +94,7 @@ def decode(
     plain_read = ReadBandwidth(layers * 50_000_000)
     for kernel in kernels:
         for mode in modes(kernel, spec, 1):
-            run, size = layer_calls(kernel, target, mode, spec.stages, layers, 1, spec.act)
+            run, size = layer_calls(kernel, target, mode, spec, layers, 1)
             run()
             ours, plain = [], []
             for _ in range(rounds):
@@ -121,9 +122,7 @@ def prefill(
 ) -> None:
     """Print ms a layer, tokens per second and TOPS per kernel and table mode."""
     runs = {
-        (kernel.name, mode): layer_calls(
-            kernel, target, mode, spec.stages, layers, batch, spec.act
-        )[0]
+        (kernel.name, mode): layer_calls(kernel, target, mode, spec, layers, batch)[0]
         for kernel in kernels
         for mode in modes(kernel, spec, batch)
     }
@@ -151,17 +150,18 @@ def main(
     threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of x: 1 for decode, more for prefill.")] = 1,
     act: Annotated[str, typer.Option(help="int8 or int16.")] = "int8",
+    scale: Annotated[str, typer.Option(help="tensor, row or tile64.")] = "tensor",
 ) -> None:
     """Time the kernels this machine can run."""
     used = set_threads(threads)
     target = load_target("cpu")
-    spec = PhaseSpec((2048,), 2048, stages, ("U", "W"), "tensor", act)
+    spec = PhaseSpec((2048,), 2048, stages, ("U", "W"), scale, act)
     kernels = [k for k in CODEBOOK_KERNELS if isa in k.name and k.unsupported(spec, target) is None]
     if not kernels:
         sys.exit(f"no kernel named like {isa!r} runs here: {[k.name for k in CODEBOOK_KERNELS]}")
     print(
-        f"{rounds} rounds of {layers} layers, T={stages}, {act}, b={batch}, {used} threads; "
-        f"{'GB/s, ' if batch == 1 else ''}best / median ± deviation"
+        f"{rounds} rounds of {layers} layers, T={stages}, {scale}, {act}, b={batch}, {used} "
+        f"threads; {'GB/s, ' if batch == 1 else ''}best / median ± deviation"
     )
     if batch == 1:
         # The decode kernel of AMX machines is that of AVX512-VBMI.

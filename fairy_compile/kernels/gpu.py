@@ -29,6 +29,7 @@ from fairy_compile.kernels.gpu_prefill import phase_tile_gemm
 from fairy_compile.kernels.gpu_products import ProductsDecode
 from fairy_compile.kernels.gpu_rows import AllRows, ChosenRows, LedRows, OneRow, PackedRows, Stacked
 from fairy_compile.kernels.gpu_tile import GROUP, TileGemm
+from fairy_compile.kernels.gpu_tile_tables import TilesDecode, tiles_shape
 from fairy_compile.kernels.gpu_weights import Weights
 from fairy_compile.op import PhaseSpec
 from fairy_compile.phase import PhaseTensor
@@ -47,6 +48,7 @@ _KINDS: dict[str, type[Decode]] = {
     "halves": HalvesDecode,
     "blocks": BlocksDecode,
     "products": ProductsDecode,
+    "tiles": TilesDecode,
 }
 
 
@@ -58,15 +60,16 @@ class GpuKernel:
             rows are few.
         rows: complex matrix rows of such a team.
         tokens: rows of x that one pass of decoding serves, in batch ``many``.
-        weights: while decoding, ``table`` looks them up in shared memory (with scales that do not
-            change along a row; elsewhere the same as ``bits``), ``bits`` computes them from their
-            bits; ``auto`` is what takes fewer operations on the device, by
-            `benchmarks/gpu_static.py`. ``halves`` and ``blocks`` look up and multiply in float16,
-            see `gpu_halves`: with float16 activations, input features a multiple of 32, for
-            ``blocks`` also with tensor scales and T <= 2 (elsewhere ``blocks`` is the same as
-            ``halves``, and ``halves`` the same as ``table``). ``products`` looks products with x
-            up, see `gpu_products`: of one row of x, with tensor scales, where thread groups have
-            rows of one part and enough shared memory (elsewhere it is the same as ``table``).
+        weights: while decoding, ``table`` looks them up in shared memory (with scales a tile by
+            teams of four threads, whatever ``threads`` is, and where a team's rows would lie in two
+            tiles the same as ``bits``), ``bits`` computes them from their bits; ``auto`` is what
+            takes fewer operations on the device, by `benchmarks/gpu_static.py`. ``halves`` and
+            ``blocks`` look up and multiply in float16, see `gpu_halves`: with float16 activations,
+            input features a multiple of 32, for ``blocks`` also with tensor scales and T <= 2
+            (elsewhere ``blocks`` is the same as ``halves``, and ``halves`` the same as ``table``).
+            ``products`` looks products with x up, see `gpu_products`: of one row of x, with tensor
+            scales, where thread groups have rows of one part and enough shared memory (elsewhere it
+            is the same as ``table``).
         copies: of the table of ``blocks``, fewer where shared memory is short.
         group: threads of a group that decodes.
         ahead: while decoding, load the words of the next turn before this turn's are used.
@@ -301,6 +304,8 @@ class GpuKernel:
             if products is not None:
                 return products
         lookup = self._lookup(spec, shape, knobs["weights"])
+        if lookup == "table" and spec.scale == "tile64":
+            return tiles_shape(spec, shape) or shape
         if lookup != "blocks":
             return replace(shape, weights=lookup)
         room = target.limits.shared_bytes - self.reduce_bytes(shape, target)
@@ -326,7 +331,7 @@ class GpuKernel:
             return "blocks"
         if knob in ("halves", "blocks") and supports(spec):
             return "halves"
-        return "bits" if knob == "bits" or spec.scale == "tile64" else "table"
+        return "bits" if knob == "bits" else "table"
 
     @staticmethod
     def _tile_tokens(spec: PhaseSpec, knob: Any) -> int:

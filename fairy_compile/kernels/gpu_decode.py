@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from fairy_compile.kernels.gpu_builder import ceildiv, launch, local, store, when
 from fairy_compile.kernels.gpu_layout import UNIT, code_place
 from fairy_compile.kernels.gpu_rows import OneRow, Rows, Tile
-from fairy_compile.kernels.gpu_tables import Tables
+from fairy_compile.kernels.gpu_tables import Tables, make_tables
 from fairy_compile.kernels.gpu_weights import Weights
 from fairy_compile.op.spec import PhaseSpec
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Reduce = Callable[[Sequence[Any], Any, Any], Sequence[Any]]
 """reduce(values, thread of the team, team) -> their sums over the team, for its first thread."""
 
-Lookup = Literal["bits", "table", "halves", "blocks", "products"]
+Lookup = Literal["bits", "table", "tiles", "halves", "blocks", "products"]
 """How a launch gets from codes to weights."""
 
 _CHUNK = 4
@@ -41,7 +41,8 @@ class DecodeShape:
         teams: of a thread group.
         rows: complex matrix rows of a team.
         tokens: rows of x of a thread group.
-        weights: ``bits`` decodes every code, ``table`` looks them up, see `gpu_tables`; ``halves``
+        weights: ``bits`` decodes every code, ``table`` looks them up, see `gpu_tables`, and
+            ``tiles`` where scales change along a row, see `gpu_tile_tables`; ``halves``
             and ``blocks`` do so with products in float16, see `gpu_halves`; ``products`` looks
             products up, where rows are those of threads, not of teams, see `gpu_products`.
         ahead: load the words of the next turn before this turn's are used.
@@ -130,15 +131,20 @@ class Decode:
     def prepare(self, block: Expr, team: Expr, thread: Expr, rows: Sequence[Expr]) -> None:
         """Emit what a thread group does before its first turn."""
         shape, last = self.shape, self.spec.n - 1
-        self.tables = None
+        self.tables: Tables | None = None
         if shape.weights == "table":
-            self.tables = Tables(self.weights, shape.group_rows)
+            self.tables = make_tables(self.weights, shape.group_rows)
+            first = block * shape.group_rows
             self.tables.fill(
-                lambda r: T.min(block * shape.group_rows + r, last),
+                lambda r: (self.weights.scale_row(T.min(first + r, last)), T.int32(0)),
                 team * shape.threads + thread,
                 shape.teams * shape.threads,
             )
-        self.first_table = team * shape.rows
+        self._first_table = team * shape.rows
+
+    def table(self, unit: Unit, r: int) -> Expr:
+        """Return the table that a unit of row ``r`` of a team is looked up in."""
+        return self._first_table + r
 
     def finish(self, value: Any, r: int) -> Any:
         """Return an output of row ``r`` of a team, given the sum over its threads."""
@@ -147,29 +153,41 @@ class Decode:
     def _multiply(
         self, rows: Sequence[Expr], tokens: Sequence[Expr], tile: Tile, thread: Expr, sums: Buffer
     ) -> None:
-        shape, weights = self.shape, self.weights
-        planes, together, steps = weights.planes, self._together, self._steps
-        words = local((shape.rows * together * planes,), "uint32") if shape.ahead else self._words
-        scales = local((shape.rows * planes * 2,), "uint32")
-        if not weights.tiled and shape.weights == "bits":
-            for r, row in enumerate(rows):
-                weights.load_scales(scales, r * planes * 2, row, T.int32(0))
-        with T.serial(0, tile.turns(ceildiv(steps, shape.threads))) as turn:
-            step = T.bind(turn * shape.threads + thread)
-            with when(step < steps):
-                if shape.ahead:
-                    for i in range(shape.rows * together * planes):
-                        store(words, i, self._words[i])
-                    self._load_step(rows, T.min(step + shape.threads, steps - 1))
-                else:
-                    self._load_step(rows, step)
-                for v in range(together):
-                    number = T.bind(step * together + v)
-                    if weights.tiled:
-                        for r, row in enumerate(rows):
-                            weights.load_scales(scales, r * planes * 2, row, number)
-                    unit = Unit(number, words, v * planes, together * planes, scales)
-                    self.multiply_unit(unit, tokens, sums)
+        self._registers()
+        if not self.weights.tiled and self.shape.weights == "bits":
+            self._load_scales(rows, T.int32(0))
+        with T.serial(0, tile.turns(ceildiv(self._steps, self.shape.threads))) as turn:
+            self._take_step(rows, tokens, turn * self.shape.threads + thread, sums)
+
+    def _registers(self) -> None:
+        shape, planes = self.shape, self.weights.planes
+        count = shape.rows * self._together * planes
+        self._now = local((count,), "uint32") if shape.ahead else self._words
+        self._scales = local((shape.rows * planes * 2,), "uint32")
+
+    def _load_scales(self, rows: Sequence[Expr], unit: Expr) -> None:
+        for r, row in enumerate(rows):
+            self.weights.load_scales(self._scales, r * self.weights.planes * 2, row, unit)
+
+    def _take_step(
+        self, rows: Sequence[Expr], tokens: Sequence[Expr], number: Expr, sums: Buffer
+    ) -> None:
+        """Load and multiply the units of a step, if the row has so many."""
+        shape, planes, together = self.shape, self.weights.planes, self._together
+        step = T.bind(number)
+        with when(step < self._steps):
+            if shape.ahead:
+                for i in range(shape.rows * together * planes):
+                    store(self._now, i, self._words[i])
+                self._load_step(rows, T.min(step + shape.threads, self._steps - 1))
+            else:
+                self._load_step(rows, step)
+            for v in range(together):
+                unit = T.bind(step * together + v)
+                if self.weights.tiled and shape.weights == "bits":
+                    self._load_scales(rows, unit)
+                own = Unit(unit, self._now, v * planes, together * planes, self._scales)
+                self.multiply_unit(own, tokens, sums)
 
     def _begin(self, rows: Sequence[Expr], thread: Expr) -> None:
         """Cut rows into steps; load the first one's words if they are loaded ahead."""
@@ -221,20 +239,19 @@ class Decode:
                         at = unit.at(r) + k * spec.stages + word
                         by = T.cast(bit + turn * (_CHUNK * 2 * stages), "uint32")
                         store(moved, r * len(weights.slots) + i, T.shift_right(unit.words[at], by))
+                    if self.tables is not None:
+                        self.tables.combine(moved, r * len(weights.slots))
                 for c in range(_CHUNK):
                     for r in range(shape.rows):
-                        bits = [
-                            (moved[r * len(weights.slots) + i], c * 2 * stages)
-                            for i, (_, _, stages) in enumerate(weights.slots)
-                        ]
+                        at = r * len(weights.slots)
                         if self.tables is None:
+                            bits = [
+                                (moved[at + i], c * 2 * stages)
+                                for i, (_, _, stages) in enumerate(weights.slots)
+                            ]
                             weights.block(bits, unit.scales, r * weights.planes * 2, block)
                         else:
-                            found = [
-                                self.tables.look_up(*place, self.first_table + r, slot)
-                                for slot, place in enumerate(bits)
-                            ]
-                            weights.block_of(found, block)
+                            self.tables.block(moved, at, c, self.table(unit, r), block)
                         self._add(values, c, block, r, sums)
 
     def _add(self, values: Buffer, c: int, block: Buffer, r: int, sums: Buffer) -> None:

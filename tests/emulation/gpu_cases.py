@@ -32,6 +32,18 @@ SHAPES = [
     ((66,), 128, 2, ONLY_W, "tile64"),
     ((5,), 7, 3, ONLY_W, "row"),
 ]
+# Scales a tile: several tables at a time and several times, columns that fill no tile and no unit,
+# every T, rows of parts that fill no thread group, and rows that no table serves.
+TILED = [
+    ((64, 192), 2600, 2, BOTH, "tile64"),
+    ((128,), 130, 2, BOTH, "tile64"),
+    ((96,), 200, 1, BOTH, "tile64"),
+    ((64,), 1100, 4, BOTH, "tile64"),
+    ((130,), 1040, 3, BOTH, "tile64"),
+    ((72, 8), 320, 2, ONLY_W, "tile64"),
+    ((256,), 64, 1, ONLY_W, "tile64"),
+    ((33,), 65, 2, BOTH, "tile64"),
+]
 
 
 def host_target(name: str) -> Target:

@@ -15,6 +15,7 @@ from fairy_compile.kernels.metal import METAL_KERNELS
 from tests.emulation import metal_rig
 from tests.emulation.gpu_cases import (
     SHAPES,
+    TILED,
     call,
     compile_functions,
     gpu_spec,
@@ -74,6 +75,30 @@ def test_phase_kernel_matches_reference(rig, tmp_path, order, dtype, batch) -> N
 def test_every_shape_matches_reference(rig, tmp_path, shape, dtype, batch) -> None:
     rig.order = ORDERS[batch % 3]
     assert error(shape, dtype, batch, tmp_path) <= 1
+
+
+@pytest.mark.parametrize("order", [0, 7])
+def test_tables_of_tiles_match_reference(rig, tmp_path, order) -> None:
+    rig.order = order
+    assert error(TILED[0], "float16", 1, tmp_path) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("shape", TILED)
+def test_every_table_of_tiles_matches_reference(rig, tmp_path, shape, batch) -> None:
+    rig.order = ORDERS[batch % 3]
+    assert error(shape, "float32", batch, tmp_path, knobs={"ahead": True}) <= 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_removed_barrier_around_tables_is_caught(rig, tmp_path: Path, number: int) -> None:
+    """Of two chunks of tables: before the next is computed (0), before it is looked into (1)."""
+    rig.edit = lambda source: metal_rig.without_barrier(source, number)
+    caught = False
+    for rig.order in ORDERS:
+        caught = caught or error(TILED[0], "float32", 1, tmp_path) > 1
+    assert caught
 
 
 @pytest.mark.parametrize("size", [1e5, 1e30])
