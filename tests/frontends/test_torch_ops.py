@@ -146,3 +146,28 @@ def test_samples_at_a_grid(tmp_path: Path, mode) -> None:
 @pytest.mark.parametrize("size", [(5, 3), (8, 16), (3, 20)])
 def test_nearest_neighbours(tmp_path: Path, size) -> None:
     check(tmp_path, [lambda h, i: functional.interpolate(h[None, None], size=size)])
+
+
+def test_numbers_without_a_class_of_one_hot_are_refused_when_it_runs(tmp_path: Path) -> None:
+    """PyTorch checks them too; TVM raises AssertionError."""
+    functions = [lambda h, i: functional.one_hot(i * i, 17) + h.sum()]
+    check(tmp_path, functions)
+    x = np.zeros((4, 16), np.float32)
+    with fc.load(tmp_path / "out") as model:
+        with pytest.raises(fc.FairyError, match=r"Class values must be smaller than num_classes; "):
+            model.run([x, np.array([0, 1, 5, 2])])
+        (found,) = model.run([x, np.array([0, 1, 4, 2])]).values()
+    assert (found.argmax(1) == [0, 1, 16, 4]).all()
+
+
+def test_checks_of_a_module_tell_their_message_when_it_runs(tmp_path: Path) -> None:
+    def checked(h: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        torch._assert_async((i < 3).all(), "no {3} or more")
+        return h
+
+    check(tmp_path, [checked])
+    with (
+        fc.load(tmp_path / "out") as model,
+        pytest.raises(fc.FairyError, match=r"these inputs fail: no \{3\} or more; give others"),
+    ):
+        model.run([np.zeros((4, 16), np.float32), np.array([0, 1, 3, 2])])
