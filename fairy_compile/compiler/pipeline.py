@@ -18,6 +18,7 @@ from tvm import relax
 from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.cuda_graphs import bound_decode, open_tuples_late
 from fairy_compile.compiler.device_pipeline import pass_context, tir_pipeline
+from fairy_compile.compiler.empty_constants import AllocateEmptyConstants
 from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.loops import ScheduleLoops
 from fairy_compile.compiler.passes import (
@@ -70,7 +71,7 @@ def phases(
         # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
         legalise = (*legalise, t.RewriteDataflowReshape())
         schedule = (BindElementwise(target.limits.max_threads), CheckBound())
-    before_planning, after_planning = (), ()
+    before_planning, after_planning = (), (AllocateEmptyConstants(),) if graph else ()
     if cuda_graphs is not None:
         before_planning = (bound_decode(cuda_graphs),)
         after_planning = (open_tuples_late(), t.RewriteCUDAGraph())
