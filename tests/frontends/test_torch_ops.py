@@ -148,6 +148,39 @@ def test_nearest_neighbours(tmp_path: Path, size) -> None:
     check(tmp_path, [lambda h, i: functional.interpolate(h[None, None], size=size)])
 
 
+def test_branches_mean_the_same_operators(tmp_path: Path) -> None:
+    """TVM's importer calls no converter of others in them, or calls it wrongly."""
+    extra = nn.Linear(8, 3)
+
+    def branch(h: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return torch.cond(
+            i[0] < 0,
+            lambda h, i, w, b: functional.linear(h, w, b) * 2.5,
+            lambda h, i, w, b: torch.cond(
+                i[1] > 0, lambda h, i: h[i][:, :3] - 1, lambda h, i: h[:, -3:] + i[:, None] // 3,
+                (h, i),
+            ),
+            (h, i, extra.weight, extra.bias),
+        )  # fmt: skip
+
+    class Module(Each):
+        def __init__(self) -> None:
+            super().__init__([branch])
+            self.extra = extra
+
+    torch.manual_seed(0)
+    module = Module().eval()
+    x, i = torch.randn(4, 16), torch.tensor([-1, 0, 2, -4])
+    report = fc.build(module, (x, i), act="float", exempt="*", output=tmp_path / "out")
+    assert any("1 matmul in a branch" in note for note in report.notes)
+    with fc.load(tmp_path / "out") as model:
+        for indices in (i, i + 1, i.abs()):
+            (ours,) = model.run([x.numpy(), indices.numpy()]).values()
+            with torch.no_grad():
+                (theirs,) = module(x, indices)
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_numbers_without_a_class_of_one_hot_are_refused_when_it_runs(tmp_path: Path) -> None:
     """PyTorch checks them too; TVM raises AssertionError."""
     functions = [lambda h, i: functional.one_hot(i * i, 17) + h.sum()]
