@@ -124,6 +124,16 @@ def test_a_full_disk_is_not_a_bug(cli, tmp_path, monkeypatch):
     assert "report" not in result.stderr
 
 
+def test_a_missing_permission_is_not_a_bug(cli, tmp_path, monkeypatch):
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x/model.so")
+    monkeypatch.setattr("fairy_compile.artifact.verify", failing(error))
+    result = cli("verify", tmp_path)
+    assert result.exit_code == guard.EXIT_ERROR
+    assert result.stderr.startswith("error: the system refuses: ")
+    assert "x/model.so" in result.stderr
+    assert "report" not in result.stderr
+
+
 def test_a_wrong_tvm_is_refused_only_where_tvm_is_used(cli, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("fairy_compile.tvm_pair.TVM_PAIR", {"apache-tvm": "0.0.1"})
     for verb in (["build", checkpoint, "-o", tmp_path / "a"], ["run", tmp_path, "-p", "x"]):
