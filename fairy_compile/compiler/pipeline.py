@@ -14,6 +14,7 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm_ffi import register_error
 
 from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.cuda_graphs import bound_decode, open_tuples_late
@@ -30,6 +31,9 @@ from fairy_compile.compiler.passes import (
 from fairy_compile.compiler.quantize_once import QuantizeOnce
 from fairy_compile.compiler.system_lib import prefix_symbols
 from fairy_compile.targets import Target
+
+# Ctrl-C while TVM calls our passes would come out of it as a RuntimeError without a message.
+register_error(KeyboardInterrupt)
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
