@@ -153,6 +153,24 @@ def test_ctrl_c_while_typer_is_imported_is_one_line(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_around_a_verb_shows_no_traceback(moment):
+    """While typer reads the verbs' options, and while libraries are told that all is over."""
+    program = {
+        "before": "cli.app = lambda **_: signal.raise_signal(signal.SIGINT); cli.main()",
+        "after": "atexit.register(lambda: [signal.raise_signal(2) for _ in '12']); cli.main()",
+    }[moment]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import atexit, signal; from fairy_compile import cli; {program}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    if moment == "before":
+        assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_a_closed_stdout_is_not_a_bug(artifact):
     command = [*PROGRAM, "run", artifact[0], "--prompt", "a", "--max-tokens", "1"]
     done = subprocess.run(
