@@ -164,7 +164,7 @@ def _check_replaceable(path: Path, force: bool) -> None:
             f"the output {path} exists and is not empty; add --force to replace it, or choose "
             "another --output"
         )
-    here, home = Path.cwd().resolve(), Path.home().resolve()
+    here, home = Path.cwd().resolve(), Path(os.path.expanduser("~")).resolve()
     if path in (home, *home.parents, here, *here.parents) or not _looks_like_ours(path):
         raise FairyError(
             f"the output {path} holds files that fairy_compile did not write, so --force does not "
