@@ -115,12 +115,28 @@ def staged_directory(
                 f"--output{again}"
             ) from error
         if error.errno in _UNWRITABLE:
+            if not _belongs_to(error.filename, target):
+                raise FairyError(
+                    f"cannot open {error.filename}: {error.strerror}; give files that this user "
+                    "may read"
+                ) from error
             raise _unwritable(error, target) from error
         raise
     finally:
         for parent in created:
             with suppress(OSError):
                 parent.rmdir()  # only succeeds where nothing was written
+
+
+def _belongs_to(file: object, target: Path) -> bool:
+    """Tell whether a file is of those that are written for ``target``; yes where none is named."""
+    if not isinstance(file, str | os.PathLike):
+        return True
+    path, parent = Path(os.path.realpath(file)), target.parent
+    if path == parent or not path.is_relative_to(parent):
+        return path == parent
+    first = path.relative_to(parent).parts[0]
+    return first == target.name or first.startswith(f".{target.name}.")
 
 
 def _unwritable(error: OSError, path: Path) -> FairyError:

@@ -138,6 +138,21 @@ def test_output_on_a_file_system_without_writing(tmp_path, monkeypatch):
     assert entries(tmp_path) == set()
 
 
+def test_what_cannot_be_read_is_not_taken_for_the_output(tmp_path):
+    """Beside the output or anywhere else; tests may run as one who reads all."""
+
+    def use(file: Path) -> None:
+        with staged_directory(tmp_path / "out", force=False):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    for file in (tmp_path / "model" / "config.json", Path("/elsewhere/tokenizer.json")):
+        with pytest.raises(FairyError, match=f"cannot open {file}: Permission denied; give files"):
+            use(file)
+    for file in (tmp_path, tmp_path / "out" / "x", tmp_path / ".out.lock"):
+        with pytest.raises(FairyError, match=f"cannot write {file}: Permission denied; choose"):
+            use(file)
+
+
 def test_output_that_is_a_mounted_file_system(tmp_path, monkeypatch):
     """As a container's volume: found before the work, or by the system when it takes the name."""
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
