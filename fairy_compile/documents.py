@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ DESCRIPTIONS = (".md", ".py")
 """What a dataset's directory says of itself, README.md and its loading script: no data there."""
 
 _PIECE_BYTES = 1 << 22
+_ALLOWED = (
+    "a text, jsonl or parquet file, a directory of them, or a dataset saved with save_to_disk"
+)
 
 Document = Iterator[str]  # pieces that join to the document's text
 
@@ -32,15 +36,27 @@ def data_files(data: str | Path) -> list[Path]:
     """Return the files that hold the documents, in a fixed order.
 
     Raises:
-        FairyError: there is no such path, or the directory holds no file of a known kind.
+        FairyError: there is no such path, it is neither file nor directory or cannot be read, or
+            the directory holds no file of a known kind.
     """
     path = as_path("the data", data)
-    if path.is_file():
+    if data == "":  # as an unset variable of a shell is; the current directory is "."
+        raise FairyError(f"the data is an empty text; give {_ALLOWED}")
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            next(path.iterdir(), None)  # `rglob` takes those it may not read for empty ones
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FairyError(f"there is no data {path.absolute()}; give {_ALLOWED}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if stat.S_ISREG(mode):
         return [path]
-    if not path.is_dir():
+    if not stat.S_ISDIR(mode):
+        pipe = stat.S_ISFIFO(mode)
         raise FairyError(
-            f"there is no data {path.absolute()}; give a text, jsonl or parquet file, a directory "
-            "of them, or a dataset saved with save_to_disk"
+            f"the data {path} is {'a pipe' if pipe else 'a device or socket'}, which is not read; "
+            f"give {_ALLOWED}{': write to a file what comes through the pipe' if pipe else ''}"
         )
     if _is_saved_dataset(path):
         return [path]
@@ -53,6 +69,12 @@ def data_files(data: str | Path) -> list[Path]:
             "saved with save_to_disk"
         )
     return files
+
+
+def _unreadable(path: Path, error: OSError) -> FairyError:
+    return FairyError(
+        f"cannot read the data {path}: {error.strerror or error}; give data that this user may read"
+    )
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -71,8 +93,8 @@ def documents(
         keep_empty: yield the empty rows of tables too.
 
     Raises:
-        FairyError: a file is not UTF-8, a line is not JSON, or there is no such key, column or
-            split.
+        FairyError: a file cannot be read, is not UTF-8, a line is not JSON, or there is no such
+            key, column or split.
     """
     if file.is_dir():
         rows = _saved_dataset(file, field, split)
@@ -105,6 +127,8 @@ def _pieces(file: Path) -> Iterator[str]:
             f"{file} is not UTF-8 text: {error.reason} at byte {error.start} of a piece; convert "
             "it, or leave it out"
         ) from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def _jsonl(file: Path, field: str) -> Iterator[Document]:
@@ -129,6 +153,8 @@ def _jsonl(file: Path, field: str) -> Iterator[Document]:
         raise FairyError(f"{file} is not UTF-8 text: {error.reason}; convert it") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FairyError(f"{file} is not a whole gzip file: {error}; download it again") from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def _open_lines(file: Path) -> Any:
@@ -180,7 +206,12 @@ def _saved_dataset(directory: Path, field: str, split: str) -> Iterator[str | No
             f"reading {directory} needs datasets; install it with "
             "pip install 'fairy_compile[train]'"
         ) from error
-    loaded = datasets.load_from_disk(str(directory))
+    try:
+        loaded = datasets.load_from_disk(str(directory))
+    except Exception as error:  # of many kinds
+        raise FairyError(
+            f"the dataset {directory} cannot be loaded: {error}; save it again with save_to_disk"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise FairyError(

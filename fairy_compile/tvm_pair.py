@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 
 from fairy_compile.errors import FairyError
+from fairy_compile.user_cache import home_directory
 
 # The two wheels must match exactly. apache-tvm's own metadata admits newer apache-tvm-ffi
 # releases, with which serialising a function crashes the process.
@@ -12,7 +14,10 @@ TVM_PAIR = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 
 
 def check_tvm_pair() -> None:
-    """Raise `FairyError` with the pip command that mends it unless the pinned pair is installed."""
+    """Raise `FairyError` with the pip command that mends it unless the pinned pair is installed.
+
+    Also where TVM could not be imported, because it finds no place for a cache of its own.
+    """
     seen = {}
     for package in TVM_PAIR:
         try:
@@ -26,3 +31,5 @@ def check_tvm_pair() -> None:
             f"fairy_compile needs an exact pair of TVM packages and found {found}; "
             f"mend it with: pip install {wanted}"
         )
+    if "XDG_CACHE_HOME" not in os.environ:
+        home_directory()

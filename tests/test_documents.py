@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -120,3 +121,46 @@ def test_missing_and_useless_paths(tmp_path):
     (tmp_path / "a.pdf").write_text("")
     with pytest.raises(FairyError, match="holds no data"):
         data_files(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(FairyError, match=r"pipe\.txt is a pipe, which is not read; give a text"):
+        data_files(tmp_path / "pipe.txt")
+    with pytest.raises(FairyError, match="/dev/null is a device or socket, which is not read"):
+        data_files("/dev/null")
+
+
+def test_an_empty_path_is_not_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("first")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FairyError, match="the data is an empty text; give a text, jsonl"):
+        data_files("")
+    assert read(".") == ["first"]
+
+
+def test_what_the_system_does_not_give_is_told(tmp_path, monkeypatch):
+    """As of files of other users; tests may run as one who reads all."""
+    with pytest.raises(FairyError, match=r"cannot read the data .*: File name too long"):
+        data_files(tmp_path / ("x" * 300))
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.jsonl").write_text('{"text": "second"}')
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    for name in ("a.txt", "b.jsonl"):
+        with pytest.raises(FairyError, match=f"cannot read the data .*{name}: Permission denied"):
+            read(tmp_path / name)
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(FairyError, match=r"cannot read the data .*: Permission denied"):
+        data_files(tmp_path)
+
+
+def test_damaged_datasets_are_told(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(FairyError, match=r"the dataset .* cannot be loaded: .*; save it again"):
+        read(tmp_path)

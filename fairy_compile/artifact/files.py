@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from fairy_compile.errors import ModelFileError
 
 HASH_THREADS = 2
 _CHUNK = 1 << 20
+
+
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """Raise `ModelFileError` where the system refuses to read something of ``directory``."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelFileError(
+            f"cannot read {error.filename or directory}: {error.strerror or error}; give files and "
+            "directories that this user may read"
+        ) from error
 
 
 def directory_name(directory: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.artifact.files import human_bytes
+from fairy_compile.artifact.files import human_bytes, reading
 from fairy_compile.artifact.graph_contract import CHAT
 from fairy_compile.artifact.manifest import MANIFEST, Manifest
 from fairy_compile.artifact.schema import load_object
@@ -87,9 +87,12 @@ def inspect(directory: Path | str) -> Inspection:
         ModelFileError: the directory is neither, or its description is malformed.
     """
     directory = as_path("the artifact", directory)
-    if (directory / MANIFEST).exists():
+    with reading(directory):
+        artifact = (directory / MANIFEST).exists()
+        model = (directory / "config.json").is_file()
+    if artifact:
         return _inspect_artifact(directory)
-    if (directory / "config.json").is_file():
+    if model:
         config = load_object(directory / "config.json")
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == "fairy":

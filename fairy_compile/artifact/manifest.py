@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fairy_compile.artifact.files import FileEntry, resolve_inside
+from fairy_compile.artifact.files import FileEntry, reading, resolve_inside
 from fairy_compile.artifact.graph_contract import CHAT, GRAPH, KINDS
 from fairy_compile.artifact.schema import MapOf, OneOf, dump_json, load_object, require, show
 from fairy_compile.errors import ModelFileError, UnsupportedError
@@ -247,14 +247,17 @@ class Manifest:
         """Read ``fairy.json`` of an artifact.
 
         Raises:
-            ModelFileError: see `from_json`; also if there is no such directory or file.
+            ModelFileError: see `from_json`; also if there is no such directory or file, or it
+                cannot be read.
         """
         directory = as_path("the artifact", directory)
-        if not directory.is_dir():
+        with reading(directory):
+            is_directory, exists = directory.is_dir(), (directory / MANIFEST).exists()
+        if not is_directory:
             raise ModelFileError(
                 f"{directory} is no directory; name one that `fairy_compile build` wrote"
             )
-        if not (directory / MANIFEST).exists():
+        if not exists:
             raise ModelFileError(
                 f"{directory} has no {MANIFEST}; name a directory that `fairy_compile build` wrote"
             )

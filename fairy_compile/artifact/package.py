@@ -23,7 +23,7 @@ from pathlib import Path
 from fairy_compile.artifact.files import path_problem
 from fairy_compile.artifact.manifest import Manifest
 from fairy_compile.artifact.schema import dump_json, show
-from fairy_compile.artifact.staging import PACKAGE, check_output, staged_directory
+from fairy_compile.artifact.staging import PACKAGE, check_apart, check_output, staged_directory
 from fairy_compile.artifact.system_lib import check_system_lib, read_system_lib
 from fairy_compile.artifact.tensor_cache import ITEMSIZE
 from fairy_compile.artifact.verify import VerifyReport, verify
@@ -120,18 +120,20 @@ def package(
         force: replace a package written before.
 
     Raises:
-        FairyError: the artifact is for another machine, cannot be linked, or is damaged.
+        FairyError: the artifact is for another machine, cannot be linked, or is damaged; or
+            ``output`` would replace it.
     """
     directory = as_path("the artifact", directory)
     phone = PLATFORMS.get(platform)
     if phone is None:
         raise FairyError(f"unknown platform {platform!r}; allowed: {', '.join(PLATFORMS)}")
     check_output(output, force=force)
+    check_apart(output, directory)
     archiver = _archiver() if archive else None
     checked = verify(directory)
     manifest = checked.manifest
     _check_linkable(directory, manifest, phone)
-    model_id = model_id or directory.resolve().name
+    model_id = directory.resolve().name if model_id is None else model_id
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,95}", model_id):
         raise FairyError(
             f"--model-id is {model_id!r}; allowed: letters, digits and _ . + - (at most 96, first "

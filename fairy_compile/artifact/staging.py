@@ -26,7 +26,8 @@ PACKAGE = "fairy-package.json"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+# EBUSY: the output is a mount that shares its file system with what is around it.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EBUSY)
 
 
 def check_output(output: Path | str, *, force: bool, needed_bytes: int = 0) -> None:
@@ -47,6 +48,20 @@ def check_output(output: Path | str, *, force: bool, needed_bytes: int = 0) -> N
     path = _real(output)
     _check_replaceable(path, force)
     _check_space(path, needed_bytes)
+
+
+def check_apart(output: Path | str, source: Path | str) -> None:
+    """Check that writing ``output`` does not replace the ``source`` that it is made from.
+
+    Raises:
+        FairyError: it is the source, or holds it.
+    """
+    path, source = _real(output), Path(os.path.realpath(source))
+    if path in (source, *source.parents):
+        raise FairyError(
+            f"the output {path} {'is' if path == source else 'holds'} what it is made from, "
+            f"{source}, and would replace it; choose another --output"
+        )
 
 
 @contextmanager
@@ -100,15 +115,34 @@ def staged_directory(
                 f"--output{again}"
             ) from error
         if error.errno in _UNWRITABLE:
-            raise FairyError(
-                f"cannot write {error.filename or target}: {error.strerror}; choose another "
-                "--output"
-            ) from error
+            if not _belongs_to(error.filename, target):
+                raise FairyError(
+                    f"cannot open {error.filename}: {error.strerror}; give files that this user "
+                    "may read"
+                ) from error
+            raise _unwritable(error, target) from error
         raise
     finally:
         for parent in created:
             with suppress(OSError):
                 parent.rmdir()  # only succeeds where nothing was written
+
+
+def _belongs_to(file: object, target: Path) -> bool:
+    """Tell whether a file is of those that are written for ``target``; yes where none is named."""
+    if not isinstance(file, str | os.PathLike):
+        return True
+    path, parent = Path(os.path.realpath(file)), target.parent
+    if path == parent or not path.is_relative_to(parent):
+        return path == parent
+    first = path.relative_to(parent).parts[0]
+    return first == target.name or first.startswith(f".{target.name}.")
+
+
+def _unwritable(error: OSError, path: Path) -> FairyError:
+    return FairyError(
+        f"cannot write {error.filename or path}: {error.strerror}; choose another --output"
+    )
 
 
 def _real(output: Path | str) -> Path:
@@ -131,6 +165,11 @@ def _check_replaceable(path: Path, force: bool) -> None:
         return
     if not path.is_dir():
         raise FairyError(f"the output {path} is a file; name a directory that does not exist yet")
+    if os.path.ismount(path):  # as a container's volume: no other directory can take its name
+        raise FairyError(
+            f"the output {path} is a mounted file system, which cannot be replaced; name a "
+            f"directory in it, such as {path / 'model'}"
+        )
     try:
         if not any(path.iterdir()):
             return
@@ -141,7 +180,7 @@ def _check_replaceable(path: Path, force: bool) -> None:
             f"the output {path} exists and is not empty; add --force to replace it, or choose "
             "another --output"
         )
-    here, home = Path.cwd().resolve(), Path.home().resolve()
+    here, home = Path.cwd().resolve(), Path(os.path.expanduser("~")).resolve()
     if path in (home, *home.parents, here, *here.parents) or not _looks_like_ours(path):
         raise FairyError(
             f"the output {path} holds files that fairy_compile did not write, so --force does not "
@@ -233,7 +272,12 @@ def _lock(target: Path) -> Iterator[None]:
     """Hold ``.NAME.lock``; the system lets go of it when the process dies."""
     path = target.parent / f".{target.name}.lock"
     while True:
-        stream = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            stream = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            raise _unwritable(error, path) from error
         try:
             if not _try_lock(stream):
                 raise FairyError(

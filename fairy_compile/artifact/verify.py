@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fairy_compile.artifact.contract import check_chat_config, check_library
-from fairy_compile.artifact.files import HASH_THREADS, hash_files, resolve_inside
+from fairy_compile.artifact.files import HASH_THREADS, hash_files, reading, resolve_inside
 from fairy_compile.artifact.graph_contract import CHAT, check_graph
 from fairy_compile.artifact.manifest import MANIFEST, Manifest, ParamEntry
 from fairy_compile.artifact.mlc_config import MLC_CHAT_CONFIG
@@ -100,8 +100,8 @@ def verify(directory: Path | str, *, hashes: bool = True) -> VerifyReport:
         _refuse(check_chat_config(config, manifest.target.device))
     _check_contract(manifest, config)
     if hashes:
-        _check_hashes(manifest, paths)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        _check_hashes(directory, manifest, paths)
+    with reading(directory), ThreadPoolExecutor(HASH_THREADS) as pool:
         for _ in pool.map(lambda p: _check_values(cache.tensors[p.name], p), manifest.params):
             pass
     return VerifyReport(
@@ -242,11 +242,9 @@ def _same_shape(taken: list[Any], shape: tuple[int, ...], config: Mapping[str, A
     return [config.get(dim) if isinstance(dim, str) else dim for dim in taken] == list(shape)
 
 
-def _check_hashes(manifest: Manifest, paths: Mapping[str, Path]) -> None:
-    try:
+def _check_hashes(directory: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
+    with reading(directory):
         digests = hash_files(paths)
-    except OSError as error:
-        raise ModelFileError(f"cannot read {error.filename}: {error.strerror}") from error
     for name, digest in digests.items():
         if digest != manifest.files[name].sha256:
             raise ModelFileError(

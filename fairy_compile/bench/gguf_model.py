@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fairy_compile.artifact.files import human_bytes
 from fairy_compile.bench.gguf_types import BlockType, TensorPlan, tensor_plan
 from fairy_compile.errors import FairyError
 from fairy_compile.models import DecoderConfig
+from fairy_compile.user_cache import cache_directory
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """config.json's ``model_type`` -> name of the architecture in GGUF."""
@@ -48,12 +48,7 @@ class PeerModel:
 
 def default_cache() -> Path:
     """Return the user's cache directory for generated models."""
-    home = Path.home()
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "fairy_compile" / "peers"
-    if sys.platform == "win32":
-        return home / "AppData" / "Local" / "fairy_compile" / "peers"
-    return home / ".cache" / "fairy_compile" / "peers"
+    return cache_directory() / "peers"
 
 
 def peer_model(

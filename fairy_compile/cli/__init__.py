@@ -6,6 +6,7 @@ Verbs import what they need when they run, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -17,7 +18,7 @@ try:
     from fairy_compile.cli.chat import chat
     from fairy_compile.cli.convert import convert
     from fairy_compile.cli.evaluate import eval
-    from fairy_compile.cli.guard import guarded, set_debug
+    from fairy_compile.cli.guard import EXIT_INTERRUPTED, guarded, set_debug
     from fairy_compile.cli.inspect import inspect
     from fairy_compile.cli.package import package
     from fairy_compile.cli.run import run
@@ -77,4 +78,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console without Unicode shows "?" for the rest
             stream.reconfigure(errors="replace")
-    app(prog_name="fairy_compile")  # whatever it was started as
+    try:
+        app(prog_name="fairy_compile")  # whatever it was started as
+    except KeyboardInterrupt:  # before the verb began
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        # What libraries do when the program ends takes a while; Ctrl-C then has nothing to tell.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -88,6 +88,7 @@ def bench(
     for option, value in (("--peer-types", peer_types), ("--peer-cache", peer_cache)):
         if peer is None and value is not None:
             raise FairyError(f"{option} goes with --peer; leave it out, or give --peer llama.cpp")
+    options.check_results(results, name, force)
     settings = Settings(
         n_prompt=parse_lengths("--n-prompt", n_prompt),
         n_gen=parse_lengths("--n-gen", n_gen),

@@ -92,6 +92,7 @@ def eval(
 
     form = "json" if json else output_format
     check_choice("--output-format", form, FORMATS)
+    options.check_results(results, name, force)
     if (data is None) == (tasks is None):
         raise FairyError("eval needs text or tasks: give one of --data PATH and --tasks LIST")
     check_tvm_pair()

@@ -29,8 +29,8 @@ def set_debug(debug: bool) -> None:
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     """Return ``verb`` with its exceptions turned into messages and exit statuses.
 
-    `FairyError` and full disks end with status 2, Ctrl-C with 130, anything else is a bug and ends
-    with 1.
+    `FairyError`, full disks and missing permissions end with status 2, Ctrl-C with 130, anything
+    else is a bug and ends with 1.
     """
 
     @functools.wraps(verb)
@@ -46,6 +46,12 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # the reader of our output went away; typer ends quietly
+            if isinstance(error, PermissionError):
+                _end(
+                    f"error: the system refuses: {_one_line(error)}; give files and directories "
+                    "that this user may read, or write to",
+                    EXIT_ERROR,
+                )
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
                 _end(f"error: the disk is full: {_one_line(error)}; free some space", EXIT_ERROR)
             _end(

@@ -215,6 +215,17 @@ def parse_calibration(
     return None
 
 
+def check_results(results: Path | None, name: str | None, force: bool) -> None:
+    """Refuse options of files of results, which would be ignored where none are written.
+
+    Raises:
+        FairyError: ``--name`` or ``--force`` is given without ``--results``.
+    """
+    for option, given in (("--name", name is not None), ("--force", force)):
+        if given and results is None:
+            raise FairyError(f"{option} goes with --results; leave it out, or give --results DIR")
+
+
 def parse_layer_quant(entries: list[str] | None) -> dict[str, int]:
     """Return pattern -> T of ``--layer-quant`` entries.
 

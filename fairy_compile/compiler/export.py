@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +43,40 @@ def export_library(
         FairyError: no linker for the target is installed, or linking failed.
     """
     path = directory / library_name(target)
+    options: dict[str, Any] = {}
     if target.library == "tar":
-        executable.export_library(str(path), fcompile=_pack)
+        options["fcompile"] = _pack
     elif target.library == "wasm":
         if progress and not wasm.runtime_is_built():
             progress("compile TVM's runtime for browsers, once: minutes", 0, 1)
-        executable.export_library(str(path), fcompile=wasm.link)
-    elif not target.linkers:
-        executable.export_library(str(path))
-    else:
-        command = find_linker(target)
-        executable.export_library(str(path), fcompile=link_with(command, target.library))
+        options["fcompile"] = wasm.link
+    elif target.linkers:
+        options["fcompile"] = link_with(find_linker(target), target.library)
+    with _objects_directory(directory) as objects:
+        executable.export_library(str(path), workspace_dir=objects, **options)
     return path
+
+
+@contextmanager
+def _objects_directory(directory: Path) -> Iterator[str | None]:
+    """Yield a directory in ``directory`` for objects to be linked, which is removed.
+
+    Where TVM puts them by default, with other temporary files, there may be no room left: LLVM then
+    ends the process. ``directory`` was found to have room. None, where its name is no Unicode, as
+    TVM wants it, stands for that default.
+    """
+    objects = directory / ".objects"
+    try:
+        str(objects).encode()
+    except UnicodeEncodeError:
+        yield None
+        return
+    shutil.rmtree(objects, ignore_errors=True)  # of a build that was killed
+    objects.mkdir()
+    try:
+        yield str(objects)
+    finally:
+        shutil.rmtree(objects, ignore_errors=True)
 
 
 def check_linker(target: Target) -> None:

@@ -19,6 +19,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from fairy_compile.compiler.graph_division import guard_division, refuse_division
 from fairy_compile.compiler.graph_indices import guard_indices
+from fairy_compile.compiler.passes import is_op
 from fairy_compile.errors import UnsupportedError
 from fairy_compile.frontends.graph import Graph, Matrix
 from fairy_compile.models.linear import LinearCall, kernel_function, module_function
@@ -119,6 +120,9 @@ def find_layers(graph: Graph) -> GraphLayers:
             )
             found.matrices.append(matrix)
         found.sites[var] = (matrix.layer, left)
+    for _, branch in _branches(graph.module):
+        products = sum(is_op(value, "relax.matmul") for _, value in _bindings(branch))
+        found.counts += Counter({"matmul in a branch": products})  # none is not counted
     return found
 
 
@@ -155,6 +159,13 @@ def _bindings(main: relax.Function) -> Iterator[tuple[Any, Any]]:
         for binding in block.bindings:
             if isinstance(binding, relax.VarBinding):
                 yield binding.var, binding.value
+
+
+def _branches(module: tvm.IRModule) -> Iterator[tuple[tvm.ir.GlobalVar, relax.Function]]:
+    """Yield the functions besides ``main``: branches of PyTorch's `cond`."""
+    for var, function in module.functions_items():
+        if isinstance(function, relax.Function) and var.name_hint != MAIN:
+            yield var, function
 
 
 def _resolve(
@@ -263,6 +274,8 @@ def replace_layers(
     main = graph.module[MAIN]
     replacer = _Replacer(graph.module, layers.sites, calls, target)
     body = replacer.visit_expr(main.body)
+    for var, branch in _branches(graph.module):
+        replacer.builder_.update_func(var, replacer.visit_expr(branch))
     inputs = list(main.params)[: len(graph.inputs)]
     weights = dict(zip(list(main.params)[len(graph.inputs) :], graph.weights, strict=True))
     attrs = {"num_input": len(inputs)}

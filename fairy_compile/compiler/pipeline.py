@@ -14,10 +14,12 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm_ffi import register_error
 
 from fairy_compile.compiler.cuda_binary import machine_code
 from fairy_compile.compiler.cuda_graphs import bound_decode, open_tuples_late
 from fairy_compile.compiler.device_pipeline import pass_context, tir_pipeline
+from fairy_compile.compiler.empty_constants import AllocateEmptyConstants
 from fairy_compile.compiler.fuse_norms import FuseAddNorm
 from fairy_compile.compiler.loops import ScheduleLoops
 from fairy_compile.compiler.passes import (
@@ -29,6 +31,9 @@ from fairy_compile.compiler.passes import (
 from fairy_compile.compiler.quantize_once import QuantizeOnce
 from fairy_compile.compiler.system_lib import prefix_symbols
 from fairy_compile.targets import Target
+
+# Ctrl-C while TVM calls our passes would come out of it as a RuntimeError without a message.
+register_error(KeyboardInterrupt)
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
@@ -70,7 +75,7 @@ def phases(
         # Reshapes become views before fusion makes copies of them: a launch costs more than a copy.
         legalise = (*legalise, t.RewriteDataflowReshape())
         schedule = (BindElementwise(target.limits.max_threads), CheckBound())
-    before_planning, after_planning = (), ()
+    before_planning, after_planning = (), (AllocateEmptyConstants(),) if graph else ()
     if cuda_graphs is not None:
         before_planning = (bound_decode(cuda_graphs),)
         after_planning = (open_tuples_late(), t.RewriteCUDAGraph())

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fairy_compile.artifact.files import reading
 from fairy_compile.errors import ModelFileError, UnsupportedError
 from fairy_compile.frontends.files import parse_json_object
 
@@ -79,7 +80,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             prefix = file.read(8)

@@ -14,7 +14,7 @@ import numpy as np
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, UnsupportedError
 from fairy_compile.frontends.graph import Graph, Weight
-from fairy_compile.frontends.torch_ops import CONVERTERS, wrong_dtype
+from fairy_compile.frontends.torch_ops import relax_module, wrong_dtype
 from fairy_compile.phase import PhaseTensor
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -43,7 +43,6 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
         UnsupportedError: torch.export or TVM's importer cannot follow the module.
     """
     import torch
-    from tvm.relax.frontend.torch import from_exported_program
 
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
@@ -65,13 +64,7 @@ def import_torch(model: Any, example_inputs: Any, dynamic_shapes: Any = None) ->
     except Exception as error:  # torch.export raises many kinds, with pages of advice
         raise UnsupportedError(f"torch.export cannot trace {name}: {_first_line(error)}") from error
     try:
-        module = from_exported_program(
-            program,
-            keep_params_as_input=True,
-            unwrap_unit_return_tuple=True,
-            custom_convert_map=CONVERTERS,
-            run_ep_decomposition=False,
-        )
+        module = relax_module(program)
     except Exception as error:  # whatever the converters of TVM raise
         raise UnsupportedError(
             f"TVM's importer cannot convert {name}: {_last_line(error)}; rewrite that operation, "

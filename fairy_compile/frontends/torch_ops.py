@@ -308,6 +308,31 @@ CONVERTERS = {
 """Operator of ATen -> its converter."""
 
 
+def relax_module(program: Any) -> Any:
+    """Import an exported program; the module's ``main`` takes the inputs, then the parameters.
+
+    Raises:
+        Exception: whatever the converters of TVM raise.
+    """
+    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+    class Importer(ExportedProgramImporter):
+        """TVM's, which forgets the converters of others in the branches of `torch.cond`."""
+
+        def _translate_fx_graph(
+            self, graph_module: Any, nodes: Any, inputs_vars: Any, custom_ops: Any = None
+        ) -> Any:
+            return super()._translate_fx_graph(graph_module, nodes, inputs_vars, set(CONVERTERS))
+
+    return Importer().from_exported_program(
+        program,
+        keep_params_as_input=True,
+        unwrap_unit_return_tuple=True,
+        no_bind_return_tuple=False,
+        custom_convert_map=CONVERTERS,
+    )
+
+
 def wrong_dtype(program: Any, returned: Any) -> str | None:
     """Tell of an output that has another dtype than in PyTorch; None where all are right."""
     types = list(returned.fields) if isinstance(returned, relax.TupleType) else [returned]

@@ -103,7 +103,8 @@ class GraphModel:
             name -> array, in the order of ``outputs``.
 
         Raises:
-            FairyError: an input is missing, unknown, or of another dtype or shape.
+            FairyError: an input is missing, unknown, of another dtype or shape, or fails a check
+                that is part of the graph, as PyTorch's ``one_hot`` brings one.
         """
         import tvm
 
@@ -112,7 +113,13 @@ class GraphModel:
         arrays = self._check(self._by_name(inputs))
         tensors = [tvm.runtime.tensor(array, self._device) for array in arrays]
         with self._lock:
-            result = self._main(*tensors, *self._params)
+            try:
+                result = self._main(*tensors, *self._params)
+            except AssertionError as error:  # what TVM raises for `_assert_async` of PyTorch
+                raise FairyError(
+                    f"the graph {self.directory} checks what it computes, and these inputs fail: "
+                    f"{str(error).rstrip('.')}; give others, or build a model without that check"
+                ) from error
             alone = len(self.outputs) == 1 and hasattr(result, "numpy")
             arrays = [value.numpy() for value in ([result] if alone else result)]
         return {info.name: array for info, array in zip(self.outputs, arrays, strict=True)}

@@ -6,6 +6,7 @@ The functions are those the MLC engine looks up; no others are needed to run a m
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -61,9 +62,29 @@ def _fresh_copy(path: Path) -> Iterator[Path]:
 
     The system's loader remembers libraries by path: after an artifact was replaced, opening its
     path again would give the library that was there before.
+
+    Raises:
+        FairyError: the directory of temporary files has no room, or holds no code that may run.
     """
     with tempfile.TemporaryDirectory(prefix="fairy-", ignore_cleanup_errors=True) as directory:
-        yield Path(shutil.copy(path, directory))
+        try:
+            copy = Path(shutil.copy(path, directory))
+        except OSError as error:
+            raise FairyError(
+                f"cannot copy {path} to {tempfile.gettempdir()}, where it is opened: "
+                f"{error.strerror or error}; free some space, or set TMPDIR to another directory"
+            ) from error
+        if _runs_nothing(directory):
+            raise FairyError(
+                f"{tempfile.gettempdir()}, where libraries are opened, is mounted so that no code "
+                "in it may run (noexec); set TMPDIR to another directory"
+            )
+        yield copy
+
+
+def _runs_nothing(directory: str) -> bool:
+    flag = getattr(os, "ST_NOEXEC", 0)  # of Linux
+    return bool(flag and os.statvfs(directory).f_flag & flag)
 
 
 class LibraryFile:
@@ -80,6 +101,7 @@ class LibraryFile:
 
         Raises:
             ModelFileError: the file cannot be loaded, or does not describe itself.
+            FairyError: see `_fresh_copy`.
         """
         import tvm
         from tvm.runtime.vm import VirtualMachine
@@ -90,6 +112,8 @@ class LibraryFile:
             with _fresh_copy(path) as copy:
                 self._executable = tvm.runtime.load_module(str(copy))
             self._vm = VirtualMachine(self._executable, device)
+        except FairyError:
+            raise
         except Exception as error:  # the loader raises whatever the system's linker said
             reason = str(error).strip().splitlines()
             raise ModelFileError(

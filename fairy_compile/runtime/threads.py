@@ -43,8 +43,10 @@ def default_threads(cpus: Collection[int] | None = None) -> int:
 def set_threads(threads: int | None, cpus: Collection[int] | None = None) -> int:
     """Let TVM use ``threads`` threads on ``cpus`` and return how many it uses.
 
-    The pool belongs to the calling thread and is created once; it can shrink later but not grow.
-    The calling thread works too, so ``cpus`` bind it with the others.
+    The pool belongs to the calling thread and is created once; later it can use fewer threads, or
+    all of them again, but not grow. It is made for `default_threads` at least, so that a model
+    that was loaded for one thread does not decide how many the next one gets. The calling thread
+    works too, so ``cpus`` bind it with the others.
 
     Args:
         threads: None for `default_threads`.
@@ -69,14 +71,18 @@ def set_threads(threads: int | None, cpus: Collection[int] | None = None) -> int
         )
     import tvm
 
-    wanted = threads or default_threads(chosen)
+    # Of what was allowed at first: an earlier call bound this thread, perhaps to fewer CPUs.
+    default = default_threads(worthwhile_cpus(allowed) if allowed is not None else None)
+    wanted = threads or (default_threads(chosen) if chosen else default)
     # TVM reads its environment variable when it makes the pool and again at every parallel launch;
     # without it, it takes half of the CPUs, hyper-threads or not, and then runs launches of a
-    # larger pool on one thread. So the variable stays. NumThreads creates the pool.
-    os.environ["TVM_NUM_THREADS"] = str(wanted)
+    # larger pool on one thread. So the variable stays. NumThreads creates the pool; threads of it
+    # that are not used sleep.
     count = tvm.get_global_func("runtime.NumThreads")
     configure = tvm.get_global_func("runtime.config_threadpool")
+    os.environ["TVM_NUM_THREADS"] = str(max(wanted, default))
     used = count()
+    os.environ["TVM_NUM_THREADS"] = str(wanted)
     if usable is None:
         if used != wanted:
             configure(_BIG_CORES, wanted)

@@ -13,6 +13,7 @@ from fairy_compile.compiler.schedules import schedule_names
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.paths import as_path
+from fairy_compile.results import check_directory
 from fairy_compile.targets import Target, load_target, schedules_directory
 from fairy_compile.tune.crew import local_crew, rpc_crew
 from fairy_compile.tune.measure import STREAM_BYTES
@@ -85,12 +86,14 @@ def tune(
 
     Raises:
         FairyError: there is nothing to tune, the target's code does not run where it is to be
-            measured, or no device is left.
+            measured, ``schedules`` cannot be written, or no device is left.
     """
     settings, compile_for, tasks = _problem(model, target, quant, settings)
     place = _place(output, target)
     schedule = _schedule(schedules, compile_for)
-    read_records(schedule)  # a damaged file is told before the hours of work, not after
+    # A damaged file, or one that cannot be written, is told before the hours of work, not after.
+    check_directory("--schedules", schedule.parent)
+    read_records(schedule)
     with journal_of(place, _identity(settings, target), force) as journal, work_of(place) as work:
         stream = min(STREAM_BYTES, max(1 << 20, _model_bytes(tasks)))
         crew = (

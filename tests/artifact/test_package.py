@@ -76,6 +76,8 @@ def test_refusals_name_what_to_build(built, tmp_path: Path) -> None:
         package(built["ios"], "android", tmp_path / "out")
     with pytest.raises(FairyError, match=r"--model-id is '\.\./x'; allowed"):
         package(built["ios"], "ios", tmp_path / "out", model_id="../x")
+    with pytest.raises(FairyError, match="--model-id is ''; allowed"):
+        package(built["ios"], "ios", tmp_path / "out", model_id="")
     assert not (tmp_path / "out").exists()
     package(built["ios"], "ios", tmp_path / "out")
     with pytest.raises(FairyError, match="add --force"):
@@ -87,6 +89,13 @@ def test_refusals_name_what_to_build(built, tmp_path: Path) -> None:
 def test_unknown_platforms_are_refused(artifact: TinyArtifact, tmp_path: Path) -> None:
     with pytest.raises(FairyError, match="unknown platform 'windows'; allowed: ios, android"):
         package(artifact.directory, "windows", tmp_path / "out")
+
+
+def test_an_artifact_is_not_replaced_by_its_package(artifact, tmp_path: Path) -> None:
+    before = sorted(artifact.directory.iterdir())
+    with pytest.raises(FairyError, match=r"the output .* is what it is made from, .*; choose"):
+        package(artifact.directory, "ios", artifact.directory, force=True)
+    assert sorted(artifact.directory.iterdir()) == before
 
 
 def test_artifacts_for_computers_are_refused(artifact: TinyArtifact, tmp_path: Path) -> None:

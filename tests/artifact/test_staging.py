@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.artifact.staging import check_apart
 from fairy_compile.errors import FairyError
 
 Usage = namedtuple("Usage", "total used free")
@@ -135,6 +136,61 @@ def test_output_on_a_file_system_without_writing(tmp_path, monkeypatch):
     ):
         pass
     assert entries(tmp_path) == set()
+
+
+def test_what_cannot_be_read_is_not_taken_for_the_output(tmp_path):
+    """Beside the output or anywhere else; tests may run as one who reads all."""
+
+    def use(file: Path) -> None:
+        with staged_directory(tmp_path / "out", force=False):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    for file in (tmp_path / "model" / "config.json", Path("/elsewhere/tokenizer.json")):
+        with pytest.raises(FairyError, match=f"cannot open {file}: Permission denied; give files"):
+            use(file)
+    for file in (tmp_path, tmp_path / "out" / "x", tmp_path / ".out.lock"):
+        with pytest.raises(FairyError, match=f"cannot write {file}: Permission denied; choose"):
+            use(file)
+
+
+def test_output_that_is_a_mounted_file_system(tmp_path, monkeypatch):
+    """As a container's volume: found before the work, or by the system when it takes the name."""
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FairyError, match=r"out is a mounted .*; name a directory in it, such as"):
+        check_output(tmp_path / "out", force=True)
+    monkeypatch.undo()
+
+    def refuse(self, _):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    with (
+        pytest.raises(FairyError, match=r"cannot write .*out: Device or resource busy; choose"),
+        staged_directory(tmp_path / "out", force=True),
+    ):
+        pass
+    assert entries(tmp_path) == {"out"}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_output_where_no_file_can_be(tmp_path):
+    with (
+        pytest.raises(FairyError, match=r"cannot write /proc/.*: No such file.*; choose another"),
+        staged_directory("/proc/out", force=False),
+    ):
+        pass
+
+
+def test_output_that_would_replace_what_it_is_made_from(tmp_path):
+    source = tmp_path / "a" / "source"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for output, how in ((source, "is"), (tmp_path / "link", "is"), (tmp_path / "a", "holds")):
+        with pytest.raises(FairyError, match=f"the output .* {how} what it is made from, .*source"):
+            check_apart(output, source)
+    check_apart(source / "inner", source)
+    check_apart(tmp_path / "b", source)
 
 
 def test_output_that_is_the_root():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fairy_compile.artifact import verify
+from fairy_compile.artifact import inspect, verify
 from fairy_compile.artifact.verify import check_loaded_metadata
 from fairy_compile.errors import ModelFileError
 
@@ -363,3 +363,19 @@ def test_loaded_library_that_differs_from_its_record(artifact):
 def test_relative_directory(artifact, monkeypatch):
     monkeypatch.chdir(artifact.directory.parent)
     assert verify(Path("artifact")).tensors == 4
+
+
+def test_what_this_user_may_not_read_is_told(artifact, monkeypatch):
+    """Tests may run as one who reads all."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setitem(verify.__globals__, "_check_values", refuse)
+    refused(artifact, "cannot read there: Permission denied; give files", hashes=False)
+    monkeypatch.setitem(verify.__globals__, "hash_files", refuse)
+    refused(artifact, "cannot read there: Permission denied; give files")
+    monkeypatch.setattr("pathlib.Path.exists", refuse)
+    refused(artifact, "cannot read there: Permission denied; give files")
+    with pytest.raises(ModelFileError, match="cannot read there: Permission denied; give files"):
+        inspect(artifact.directory)

@@ -48,6 +48,8 @@ def test_json_and_csv(cli, artifact):
         (["--peer", "ollama"], "unknown --peer 'ollama'"),
         (["--peer-types", "Q4_K_M"], "--peer-types goes with --peer"),
         (["--peer-cache", "x"], "--peer-cache goes with --peer; leave it out, or give --peer"),
+        (["--name", "a"], "--name goes with --results; leave it out, or give --results DIR"),
+        (["--force"], "--force goes with --results; leave it out, or give --results DIR"),
         (["--results", "x", "--name", "a/b"], "--name is 'a/b'"),
     ],
 )

@@ -61,6 +61,8 @@ def test_json_of_a_sliding_window(cli, artifact, text):
         ),
         (["--tasks", "x", "--stride", "3"], "--stride goes with --data"),
         (["--tasks", "x", "--text-field", "body"], "--text-field goes with --data"),
+        (["--data", "{text}", "--name", "a"], "--name goes with --results; leave it out, or"),
+        (["--data", "{text}", "--force"], "--force goes with --results; leave it out, or"),
         (["--data", "{text}", "--results", "x", "--name", "a/b"], "--name is 'a/b'"),
     ],
 )

@@ -124,6 +124,16 @@ def test_a_full_disk_is_not_a_bug(cli, tmp_path, monkeypatch):
     assert "report" not in result.stderr
 
 
+def test_a_missing_permission_is_not_a_bug(cli, tmp_path, monkeypatch):
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x/model.so")
+    monkeypatch.setattr("fairy_compile.artifact.verify", failing(error))
+    result = cli("verify", tmp_path)
+    assert result.exit_code == guard.EXIT_ERROR
+    assert result.stderr.startswith("error: the system refuses: ")
+    assert "x/model.so" in result.stderr
+    assert "report" not in result.stderr
+
+
 def test_a_wrong_tvm_is_refused_only_where_tvm_is_used(cli, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("fairy_compile.tvm_pair.TVM_PAIR", {"apache-tvm": "0.0.1"})
     for verb in (["build", checkpoint, "-o", tmp_path / "a"], ["run", tmp_path, "-p", "x"]):
@@ -141,6 +151,24 @@ def test_ctrl_c_while_typer_is_imported_is_one_line(tmp_path):
         [*PROGRAM, "targets"], env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_around_a_verb_shows_no_traceback(moment):
+    """While typer reads the verbs' options, and while libraries are told that all is over."""
+    program = {
+        "before": "cli.app = lambda **_: signal.raise_signal(signal.SIGINT); cli.main()",
+        "after": "atexit.register(lambda: [signal.raise_signal(2) for _ in '12']); cli.main()",
+    }[moment]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import atexit, signal; from fairy_compile import cli; {program}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    if moment == "before":
+        assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_a_closed_stdout_is_not_a_bug(artifact):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -69,6 +70,18 @@ def test_a_target_that_does_not_run_here_is_told(cli, checkpoint, tmp_path):
     result = cli("tune", checkpoint, "--target", "arm64-linux", "-o", tmp_path / "run")
     assert result.exit_code == 2
     assert "measure on a device that has one, with --rpc" in result.output
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    cli, artifact, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    for place, words in (("file", "is a file; name a directory"), ("new", "cannot be written")):
+        monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+        result = cli("tune", artifact[0], "--schedules", tmp_path / place, "-o", tmp_path / "run")
+        assert result.exit_code == 2
+        assert words in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_tasks_of_artifact_and_model_agree(cli, artifact, checkpoint):

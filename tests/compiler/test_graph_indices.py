@@ -177,3 +177,54 @@ def test_modules_of_pytorch_keep_inside(tmp_path: Path) -> None:
                 whole = h if len(shape) == 2 else deep(h)
                 ours = got[len(READS) + number]
                 np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5, err_msg=str(number))
+
+
+def test_branches_keep_inside(tmp_path: Path) -> None:
+    def branch(h: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return torch.cond(
+            i[0] < 2**40,
+            lambda h, i: torch.gather(h, 1, i[:, None].expand(4, 8)),
+            lambda h, i: torch.index_select(h, 1, i).repeat(1, 2),
+            (h, i),
+        )
+
+    module = Each([branch]).eval()
+    example = (torch.randn(4, 16), torch.tensor([1, 0, 2, 7]))
+    fc.build(module, example, act="float", exempt="*", output=tmp_path / "out")
+    with fc.load(tmp_path / "out") as model:
+        for index in (8, 2**31, 2**40, 2**62, -(2**62)):
+            (got,) = model.run([example[0].numpy(), np.full(4, index)]).values()
+            assert np.isnan(got).all()
+
+
+def test_branches_of_onnx_keep_inside(tmp_path: Path) -> None:
+    def graph(name: str, operator: str) -> onnx.GraphProto:
+        node = helper.make_node(operator, ["h", "i"], [name], operator, axis=0)
+        return helper.make_graph(
+            [node], name, [], [helper.make_tensor_value_info(name, FLOAT, [4, 16])]
+        )
+
+    nodes = [
+        helper.make_node("ReduceMin", ["i"], ["least"], "least", keepdims=0),
+        helper.make_node("Less", ["least", "zero"], ["negative"], "negative"),
+    ]
+    branch = helper.make_node(
+        "If",
+        ["negative"],
+        ["y"],
+        "if",
+        then_branch=graph("a", "GatherElements"),
+        else_branch=graph("b", "GatherElements"),
+    )
+    path = make_onnx(
+        tmp_path / "model.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["h"], "layer"), *nodes, branch],
+        {"x": (FLOAT, [4, 16]), "i": (INT64, [4, 16])},
+        {"y": (FLOAT, [4, 16])},
+        {"w": weight(16, 16), "zero": np.array(0)},
+    )
+    fc.build(path, act="float", exempt="*", output=tmp_path / "out")
+    with fc.load(tmp_path / "out") as model:
+        for index in HUGE:
+            got = model.run({"x": X, "i": np.full((4, 16), index)})["y"]
+            assert np.isnan(got).all()

@@ -192,6 +192,17 @@ def test_file_that_shrinks_after_opening(path):
         file.read("b")
 
 
+def test_a_file_that_this_user_may_not_read(path, monkeypatch):
+    """Tests may run as one who reads all."""
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(ModelFileError, match=f"cannot read {path}: Permission denied; give files"):
+        SafetensorsFile(path)
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_damaged_bytes_are_read_or_refused(data):

@@ -146,3 +146,61 @@ def test_samples_at_a_grid(tmp_path: Path, mode) -> None:
 @pytest.mark.parametrize("size", [(5, 3), (8, 16), (3, 20)])
 def test_nearest_neighbours(tmp_path: Path, size) -> None:
     check(tmp_path, [lambda h, i: functional.interpolate(h[None, None], size=size)])
+
+
+def test_branches_mean_the_same_operators(tmp_path: Path) -> None:
+    """TVM's importer calls no converter of others in them, or calls it wrongly."""
+    extra = nn.Linear(8, 3)
+
+    def branch(h: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return torch.cond(
+            i[0] < 0,
+            lambda h, i, w, b: functional.linear(h, w, b) * 2.5,
+            lambda h, i, w, b: torch.cond(
+                i[1] > 0, lambda h, i: h[i][:, :3] - 1, lambda h, i: h[:, -3:] + i[:, None] // 3,
+                (h, i),
+            ),
+            (h, i, extra.weight, extra.bias),
+        )  # fmt: skip
+
+    class Module(Each):
+        def __init__(self) -> None:
+            super().__init__([branch])
+            self.extra = extra
+
+    torch.manual_seed(0)
+    module = Module().eval()
+    x, i = torch.randn(4, 16), torch.tensor([-1, 0, 2, -4])
+    report = fc.build(module, (x, i), act="float", exempt="*", output=tmp_path / "out")
+    assert any("1 matmul in a branch" in note for note in report.notes)
+    with fc.load(tmp_path / "out") as model:
+        for indices in (i, i + 1, i.abs()):
+            (ours,) = model.run([x.numpy(), indices.numpy()]).values()
+            with torch.no_grad():
+                (theirs,) = module(x, indices)
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_without_a_class_of_one_hot_are_refused_when_it_runs(tmp_path: Path) -> None:
+    """PyTorch checks them too; TVM raises AssertionError."""
+    functions = [lambda h, i: functional.one_hot(i * i, 17) + h.sum()]
+    check(tmp_path, functions)
+    x = np.zeros((4, 16), np.float32)
+    with fc.load(tmp_path / "out") as model:
+        with pytest.raises(fc.FairyError, match=r"Class values must be smaller than num_classes; "):
+            model.run([x, np.array([0, 1, 5, 2])])
+        (found,) = model.run([x, np.array([0, 1, 4, 2])]).values()
+    assert (found.argmax(1) == [0, 1, 16, 4]).all()
+
+
+def test_checks_of_a_module_tell_their_message_when_it_runs(tmp_path: Path) -> None:
+    def checked(h: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        torch._assert_async((i < 3).all(), "no {3} or more")
+        return h
+
+    check(tmp_path, [checked])
+    with (
+        fc.load(tmp_path / "out") as model,
+        pytest.raises(fc.FairyError, match=r"these inputs fail: no \{3\} or more; give others"),
+    ):
+        model.run([np.zeros((4, 16), np.float32), np.array([0, 1, 3, 2])])

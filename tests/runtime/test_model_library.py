@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fairy_compile.errors import ModelFileError
+from fairy_compile.errors import FairyError, ModelFileError
 from fairy_compile.runtime.library import ModelLibrary
 from fairy_compile.runtime.sampler import Sampler, SamplingParams
 
@@ -81,6 +81,20 @@ def test_a_file_that_is_no_library_is_one_sentence(engine, tmp_path):
     with pytest.raises(ModelFileError, match="cannot load the model library") as raised:
         ModelLibrary(path, engine.device)
     assert "\n" not in str(raised.value)
+
+
+def test_a_place_of_temporary_files_that_does_not_serve_is_told(tiny, engine, monkeypatch):
+    path = tiny[0] / "model.so"
+    monkeypatch.setattr("fairy_compile.runtime.library._runs_nothing", lambda _: True)
+    with pytest.raises(FairyError, match=r"no code in it may run \(noexec\); set TMPDIR"):
+        ModelLibrary(path, engine.device)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copy", refuse)
+    with pytest.raises(FairyError, match=r"cannot copy .*: No space left on device; free some"):
+        ModelLibrary(path, engine.device)
 
 
 def test_a_library_without_the_contract_is_refused(engine, tmp_path):

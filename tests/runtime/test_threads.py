@@ -41,10 +41,28 @@ def test_tvm_finds_the_number_at_every_launch(monkeypatch):
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two CPUs")
-def test_a_pool_shrinks_and_returns_but_does_not_grow():
+def test_a_pool_shrinks_and_returns_but_does_not_grow(monkeypatch):
     assert in_new_thread(lambda: [set_threads(2), set_threads(1), set_threads(2)]) == [2, 1, 2]
+    # Pools are made for the default number at least.
+    monkeypatch.setattr("fairy_compile.runtime.threads.default_threads", lambda cpus=None: 1)
     error = in_new_thread(lambda: [set_threads(1), set_threads(2)])
     assert "threads is 2, but TVM's pool of this thread was made with 1" in str(error)
+
+
+def test_the_default_follows_upon_fewer_threads():
+    found = in_new_thread(lambda: [set_threads(1), set_threads(None)])
+    assert found == [1, default_threads()]
+
+
+@needs_affinity
+def test_the_default_follows_upon_fewer_cpus():
+    """A thread that was bound to a CPU is not taken for one that may use no other."""
+    before = os.sched_getaffinity(0)
+
+    def run():
+        return [set_threads(None, [0]), set_threads(None), os.sched_getaffinity(0)]
+
+    assert in_new_thread(run) == [1, default_threads(), before]
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000, True, "2", 1.0])
