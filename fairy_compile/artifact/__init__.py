@@ -15,7 +15,7 @@ from fairy_compile.artifact.mlc_config import ChatConfig, EngineSizes, chat_conf
 from fairy_compile.artifact.package import PackageReport, package
 from fairy_compile.artifact.params import ParamWriter, WrittenParams, read_params
 from fairy_compile.artifact.signature import Signature, signatures_of
-from fairy_compile.artifact.staging import check_output, staged_directory
+from fairy_compile.artifact.staging import check_apart, check_output, staged_directory
 from fairy_compile.artifact.tokenizer_files import copy_tokenizer_files
 from fairy_compile.artifact.verify import VerifyReport, check_loaded_metadata, verify
 
@@ -36,6 +36,7 @@ __all__ = [
     "VerifyReport",
     "WrittenParams",
     "chat_config",
+    "check_apart",
     "check_chat_config",
     "check_library",
     "check_loaded_metadata",

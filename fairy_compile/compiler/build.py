@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairy_compile.artifact import check_output, staged_directory
+from fairy_compile.artifact import check_apart, check_output, staged_directory
 from fairy_compile.artifact.files import directory_name
 from fairy_compile.artifact.system_lib import (
     check_system_lib_name,
@@ -196,6 +196,7 @@ def build(
         notes += range_notes(decoder, compile_for)
     if output is not None:
         check_output(output, force=force)  # before the minutes of work, not after
+        check_apart(output, source.origin)
         check_linker(compile_for)
     path = as_path("the model", model)
     name = directory_name(source.origin) if path.exists() else str(model)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 
 from fairy_compile.artifact.schema import dump_json, load_object
-from fairy_compile.artifact.staging import check_output, staged_directory
+from fairy_compile.artifact.staging import check_apart, check_output, staged_directory
 from fairy_compile.config import MAX_STAGES, Granularity, QuantConfig, check_choice
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends.budget import check_budget, make_groups
@@ -180,6 +180,7 @@ def convert(
     if rotate:
         source = RotatedSource(source)
     check_output(output, force=force)
+    check_apart(output, source.origin)
     asked = config
     config, note = source.settle(
         asked, calibrated=calibrate is not None, by_budget=bits is not None

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import fairy_compile as fc
 from fairy_compile.artifact import Manifest
+from fairy_compile.errors import FairyError
+from tests.tiny_models import SMALL, save_model
 
 ENTRY_POINTS = (
     "_metadata",
@@ -295,3 +297,17 @@ def test_interrupted_build_goes_on_and_gives_the_same_files(
     with fc.load(out) as resumed, fc.load(tmp_path / "whole") as whole:
         np.testing.assert_array_equal(resumed.logits([5, 6]), whole.logits([5, 6]))
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    source = save_model(tmp_path / "model", "llama", **SMALL)
+    packed = tmp_path / "packed"
+    fc.convert(source, packed)
+    with pytest.raises(FairyError, match=r"packed is what it is made from, .* another --output"):
+        fc.build(packed, output=packed, force=True)
+    # As an export of training has them beside its codes.
+    shutil.copytree(source, packed / "latents")
+    with pytest.raises(FairyError, match=r"packed holds what it is made from, .*latents, and"):
+        fc.convert(packed / "latents", packed, force=True)
+    assert (packed / "config.json").is_file()
+    assert (packed / "latents" / "model.safetensors").is_file()
