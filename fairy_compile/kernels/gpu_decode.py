@@ -225,6 +225,9 @@ class Decode:
         block = local((4,))
         moved = local((shape.rows * len(weights.slots),), "uint32")
         half_unit = UNIT // 2
+        if self.tables is not None:
+            for r in range(shape.rows):
+                self.tables.combine(unit.words, unit.at(r))
         for half_of_unit in range(2):  # each has its own words where codes take 4 bits
             with T.serial(0, half_unit // _CHUNK) as turn:
                 column = T.bind(half_of_unit * half_unit + turn * _CHUNK)
@@ -239,8 +242,6 @@ class Decode:
                         at = unit.at(r) + k * spec.stages + word
                         by = T.cast(bit + turn * (_CHUNK * 2 * stages), "uint32")
                         store(moved, r * len(weights.slots) + i, T.shift_right(unit.words[at], by))
-                    if self.tables is not None:
-                        self.tables.combine(moved, r * len(weights.slots))
                 for c in range(_CHUNK):
                     for r in range(shape.rows):
                         at = r * len(weights.slots)

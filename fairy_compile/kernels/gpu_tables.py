@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ENTRIES = 16
 _PAIR = 2  # floats of an entry: real and imaginary part
+# Codes of even and odd columns in a word.
+_EVEN, _ODD = 0x33333333, 0xCCCCCCCC
 
 
 def table_bytes(slots: int) -> int:
@@ -90,10 +92,18 @@ class Tables:
                 store(self._buffer, at + axis, sums[axis])
 
     def combine(self, words: Buffer, at: int) -> None:
-        """Prepare the words of all slots, from ``at`` on, which hold codes of four columns."""
+        """Prepare the words of a unit, from ``at`` on, for look-ups."""
 
     def block(self, words: Buffer, at: int, column: int, table: Expr, into: Buffer) -> None:
-        """Store the 2x2 block of one of the four columns, see `Weights.block`, to ``into``."""
+        """Store the 2x2 block of a column, see `Weights.block`, to ``into``.
+
+        Args:
+            words: of the slots, from ``at`` on, whose lowest bits are of the first of four columns.
+            at: see ``words``.
+            column: which of the four.
+            table: to look into.
+            into: four registers.
+        """
         found = []
         for slot, (_, _, stages) in enumerate(self.weights.slots):
             bit = column * 2 * stages
@@ -139,17 +149,18 @@ class BlockTables(Tables):
     def combine(self, words: Buffer, at: int) -> None:
         """Put the codes of U and W side by side: even columns in one word, odd ones in the other.
 
-        From u3 u2 u1 u0 and w3 w2 w1 w0, of two bits each, to w2 u2 w0 u0 and w3 u3 w1 u1.
+        From .. u3 u2 u1 u0 and .. w3 w2 w1 w0, of two bits each, to .. w2 u2 w0 u0 and
+        .. w3 u3 w1 u1; what is of four columns stays in the same eight bits.
         """
 
         def masked(word: Expr, mask: int) -> Expr:
             return T.bitwise_and(word, T.uint32(mask))
 
         even = local((1,), "uint32")
-        low = T.shift_left(masked(words[at + 1], 0x33), T.uint32(2))
-        store(even, 0, T.bitwise_or(masked(words[at], 0x33), low))
-        high = masked(T.shift_right(words[at], T.uint32(2)), 0x33)
-        store(words, at + 1, T.bitwise_or(high, masked(words[at + 1], 0xCC)))
+        low = T.shift_left(masked(words[at + 1], _EVEN), T.uint32(2))
+        store(even, 0, T.bitwise_or(masked(words[at], _EVEN), low))
+        high = masked(T.shift_right(words[at], T.uint32(2)), _EVEN)
+        store(words, at + 1, T.bitwise_or(high, masked(words[at + 1], _ODD)))
         store(words, at, even[0])
 
     def block(self, words: Buffer, at: int, column: int, table: Expr, into: Buffer) -> None:

@@ -12,7 +12,7 @@ from tests.emulation import (
     experts_cases,
 )
 from tests.emulation.experts_cases import ROWS_OF, check_dense, check_group, check_route
-from tests.emulation.gpu_cases import SHAPES, compile_functions, gpu_spec, host_target
+from tests.emulation.gpu_cases import SHAPES, TILED, compile_functions, gpu_spec, host_target
 from tests.emulation.rigs import RIGS
 
 slow = pytest.mark.slow
@@ -131,6 +131,16 @@ def test_one_token_meets_its_experts(rig_of, tmp_path, kind, one_row: bool, shap
             kernel, spec, ids, 4, one_row, host_target(kind), tmp_path
         )
         assert error <= 1
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_tables_of_tiles_are_those_of_the_expert(rig_of, tmp_path: Path, kind: str) -> None:
+    rig_of(kind)
+    (kernel,), spec = FAMILIES[f"{kind}.words"], gpu_spec(TILED[0], "float32")
+    target = host_target(kind)
+    error = experts_cases.grouped_error(kernel, spec, ROWS_OF["few"], target, tmp_path)
+    assert error <= 1
+    assert experts_cases.chosen_error(kernel, spec, [3, 0], 4, False, target, tmp_path) <= 1
 
 
 @pytest.mark.parametrize("kind", DEVICES)
