@@ -217,4 +217,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         directory = fetch(shards)
         if any(member(directory, shard) for shard in shards):
             return directory
-    raise ModelFileError(f"the hub model {hub_id!r} has neither {SAFETENSORS} nor {TORCH}")
+    raise ModelFileError(
+        f"the hub model {hub_id!r} has neither {SAFETENSORS} nor {TORCH}; of one in GGUF files, "
+        "download a file and give its path"
+    )
