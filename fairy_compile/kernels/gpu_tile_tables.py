@@ -1,7 +1,7 @@
 """Few rows of x by tables of weights whose scales change along a row: a table for every tile.
 
 A thread group's rows lie in one row of tiles, so that 64 columns have one table for all of them,
-and the tables of the tiles ahead are computed together, some 8 kB of them at a time. A team has
+and the tables of the tiles ahead are computed together, some 4 kB of them at a time. A team has
 four threads, which take the four units of a tile: all threads of a simdgroup then look into one
 table, though they have different rows.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer
 
 THREADS = TILE // UNIT
-_BYTES = 8192
+_BYTES = 4096
 
 
 def tiles_shape(spec: PhaseSpec, shape: DecodeShape) -> DecodeShape | None:
@@ -68,7 +68,7 @@ class TilesDecode(Decode):
     ) -> None:
         shape, last = self.shape, ceildiv(self.spec.m, TILE) - 1
         self._registers()
-        # A step has 1, 2 or 4 units. Where there are several chunks, of 16 tiles or a multiple,
+        # A step has 1, 2 or 4 units. Where there are several chunks, of 8 tiles or a multiple,
         # each is a whole number of turns, so that what is loaded ahead is of the next chunk.
         steps = self._tiles * (TILE // UNIT) // self._together
         with T.serial(0, tile.turns(ceildiv(last + 1, self._tiles))) as chunk:
