@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import fairy_compile as fc
 from fairy_compile.errors import FairyError
 from fairy_compile.evaluation.torch_model import source_model
-from fairy_compile.frontends import open_source
+from fairy_compile.frontends import gguf, open_source
+from fairy_compile.frontends.gguf_file import GgufFile
 from tests.tiny_gguf import F32, Fairy2i
 from tests.tiny_models import relative_error, save_tokenizer
 
@@ -155,6 +157,16 @@ def test_temporary_files_go_with_the_source(tmp_path: Path) -> None:
         ({"fairy2i.rope.freq_base": -1.0}, "freq_base = -1.0; allowed: positive numbers"),
         ({"fairy2i.rope.scaling.type": "other"}, "scaling.type = 'other'"),
         ({"split.count": 2}, "one of 2 parts of a model"),
+        ({"split.count": [1, 2]}, "split.count = array.*; allowed: whole numbers from 0 to"),
+        ({"general.architecture": [1, 2]}, r"has the architecture array\(\[1, 2\]"),
+        ({"fairy2i.context_length": 1 << 31}, "allowed: whole numbers from 1 to 2147483647"),
+        ({"fairy2i.attention.head_count": 3}, "3 heads for .* = 128, 256 real numbers"),
+        ({"fairy2i.attention.head_count": 1 << 20}, "1048576 heads for .*; allowed: heads that"),
+        (
+            {"fairy2i.attention.key_length": 64, "fairy2i.rope.dimension_count": 32},
+            "key_length = 64, fairy2i.rope.dimension_count = 32; allowed: one size of heads",
+        ),
+        ({"fairy2i.vocab.original_size": 257}, "original_size = 257 and 256 rows of token_embd"),
         ({"tokenizer.ggml.model": "gpt2"}, "lacks the texts tokenizer.ggml.tokens"),
     ],
 )
@@ -184,6 +196,7 @@ def _reshape(name: str, *shape: int):
         ({}, _drop("output"), "lacks the layer output"),
         ({}, _drop("blk.1.ffn_norm"), r"lacks the layer blk\.1\.ffn_norm"),
         ({}, _reshape("blk.0.ffn_up.W.s1", 128, 192), r"are no tiles of 64x64"),
+        ({}, _reshape("blk.0.ffn_norm"), r"has shape \(1,\); config.json implies \(256,\)"),
         ({}, _reshape("blk.0.ffn_norm", 128), r"has shape \(128,\); config.json implies \(256,\)"),
         ({"bundle": True}, _drop("blk.0.attn_q.bundle.scales"), r"has blk.0.attn_q.bundle.codes"),
         ({"bundle": True}, _reshape("blk.0.attn_q.bundle.codes", 8, 64, 2, 16), "no tiles"),
@@ -229,6 +242,56 @@ def test_layers_need_the_room_they_take(tmp_path: Path) -> None:
     source = open_source(model.save(tmp_path / "model.gguf"))
     with pytest.raises(FairyError, match=r"bytes for 'blk.0.attn_q.U.s0', which needs 5120"):
         source.dense("model.layers.0.self_attn.q_proj.weight")
+
+
+def test_codes_of_another_block_are_refused(tmp_path: Path) -> None:
+    """Such as 34 bytes for 32 weights, ggml's type 8, of the same shape."""
+    model = Fairy2i(bundle=True)
+    name = "blk.0.attn_q.bundle.codes"
+    _, shape, raw = model.tensors[name]
+    model.tensors[name] = 8, shape, bytes(len(raw) * 34 // 32)
+    source = open_source(model.save(tmp_path / "model.gguf"))
+    with pytest.raises(FairyError, match=r"has 17408 bytes for .*codes.*, which needs 16384"):
+        source.dense("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("bundle", [True, False])
+def test_merged_layers_whose_tiles_have_rows_of_two_are_refused(
+    tmp_path: Path, bundle: bool
+) -> None:
+    model = Fairy2i(bundle=bundle, merged=True, kv=1)
+    path = model.save(tmp_path / "model.gguf")
+    with pytest.raises(FairyError, match=r"holds 128 \+ 32 \+ 32 complex rows .* multiples of 64"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("name", ["output", "output.weight"])
+def test_padding_of_the_vocabulary_is_no_token(tmp_path: Path, name: str) -> None:
+    model = Fairy2i(pad=64)
+    model.tensors[name] = model.tensors.pop("output")
+    source = open_source(model.save(tmp_path / "model.gguf"))
+    assert source.config["vocab_size"] == 256
+    np.testing.assert_array_equal(source.dense("lm_head.weight"), model.dense["lm_head.weight"])
+
+
+def test_the_embedding_is_read_a_part_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Fairy2i(pad=64)
+    source = open_source(model.save(tmp_path / "model.gguf"))
+    largest = []
+    read = GgufFile.read_bytes
+    monkeypatch.setattr(
+        GgufFile,
+        "read_bytes",
+        lambda self, name, shape, **how: (
+            largest.append(math.prod(shape)) or read(self, name, shape, **how)
+        ),
+    )
+    monkeypatch.setattr(gguf, "_CHUNK", 12_345)
+    embedding = source.dense("model.embed_tokens.weight")
+    np.testing.assert_array_equal(embedding, model.dense["model.embed_tokens.weight"])
+    assert max(largest) <= 12_345
 
 
 def test_a_head_that_is_there_twice_is_taken_with_its_codes(tmp_path: Path) -> None:
