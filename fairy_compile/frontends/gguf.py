@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from fairy_compile.artifact.files import hash_files
+from fairy_compile.artifact.files import hash_files, reading
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError, nearest
 from fairy_compile.frontends.files import TOKENIZER_FILES, member
@@ -70,6 +71,17 @@ class _Dense:
     take: np.ndarray | slice
 
 
+def _temporary_directory(owner: object) -> Path:
+    """Return a new directory that goes with its owner, or at the end of the process.
+
+    `tempfile.TemporaryDirectory` does that, too, with a warning for every one that was not closed,
+    and sources have no end of their own.
+    """
+    directory = tempfile.mkdtemp(prefix="fairy-gguf-")
+    weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
+
+
 class GgufSource:
     """A `ModelSource` over a GGUF file; see `fairy_compile.frontends.source`.
 
@@ -105,8 +117,7 @@ class GgufSource:
                 "the one known here, or is damaged"
             )
         self._tokenizer_note = ""
-        self._folder = tempfile.TemporaryDirectory(prefix="fairy-gguf-")
-        self.directory = Path(self._folder.name)
+        self.directory = _temporary_directory(self)
         text = json.dumps(self.config, indent=1)
         (self.directory / "config.json").write_text(text, encoding="utf-8")
         self._bring_tokenizer()
@@ -128,10 +139,12 @@ class GgufSource:
                 )
             return
         self._tokenizer_note = f"; its tokenizer is {found}"
-        check_fit(self._file, found)
-        for name in TOKENIZER_FILES:
-            if (path := member(beside, name)) is not None:
-                shutil.copyfile(path, self.directory / name)
+        with reading(beside):
+            check_fit(self._file, found)
+            paths = (member(beside, name) for name in TOKENIZER_FILES)
+            texts = {path.name: path.read_bytes() for path in paths if path is not None}
+        for name, text in texts.items():
+            (self.directory / name).write_bytes(text)
         if member(self.directory, "tokenizer_config.json") is None:
             write_config(self._file, self.directory)
 

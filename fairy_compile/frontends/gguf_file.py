@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from fairy_compile.artifact.files import reading
 from fairy_compile.errors import ModelFileError, UnsupportedError
 
 MAGIC = b"GGUF"
@@ -87,7 +88,7 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             self._size = file.seek(0, 2)
             file.seek(0)
             self._file = file
@@ -233,7 +234,7 @@ class GgufFile:
         self._check_room(name, skip + size, whole=whole)
         out = np.empty(shape, np.uint8)
         left = memoryview(out.reshape(-1))
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self.tensors[name].offset + skip)
             while left:
                 got = file.readinto(left)

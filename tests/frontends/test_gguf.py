@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +134,23 @@ def test_temporary_files_go_with_the_source(tmp_path: Path) -> None:
     source = open_source(Fairy2i().save(tmp_path / "model.gguf"))
     directory = source.directory
     assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"
-    del source
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del source
     assert not directory.exists()
+
+
+def test_temporary_files_go_where_the_vocabulary_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    changes = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "a"]}
+    path = Fairy2i().save(tmp_path / "model.gguf", **changes)
+    with pytest.raises(FairyError, match="same token twice"):
+        open_source(path)
+    gc.collect()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -329,3 +347,30 @@ def test_missing_files_are_not_looked_for_on_the_hub() -> None:
         open_source("models/x.gguf")
     with pytest.raises(FairyError, match="--revision main goes with"):
         open_source("x.gguf", revision="main")
+
+
+def test_what_is_no_gguf_file_is_told_from_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FairyError, match="is no regular file, or a link to none"):
+        open_source(tmp_path / "link.gguf")
+    path = Fairy2i().save(tmp_path / "model")
+    with pytest.raises(FairyError, match=r"GGUF file, whose name ends in \.gguf"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tokenizer.json"])
+def test_files_that_the_user_may_not_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = Fairy2i().save(tmp_path / "model.gguf")
+    save_tokenizer(tmp_path)
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(FairyError, match=f"cannot read /.*/{name}: Permission denied"):
+        open_source(path)
