@@ -215,6 +215,13 @@ class GgufSource:
             )
         if self._find("output", width) is not None:
             vocab = self._padded  # the rows of a coded head are not those of tokens
+        for key in ("bos", "eos"):
+            number = self.config.get(f"{key}_token_id", 0)
+            if number >= vocab:
+                raise ModelFileError(
+                    f"{self.origin} has tokenizer.ggml.{key}_token_id = {number}; allowed: one of "
+                    f"its {vocab} tokens"
+                )
         self.config["vocab_size"] = vocab
         self._used.add(name)
         shape = (vocab, 2 * width)

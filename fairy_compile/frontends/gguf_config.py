@@ -19,7 +19,8 @@ from fairy_compile.frontends.gguf_file import GgufFile
 ARCHITECTURE = "fairy2i"
 BASES = ("llama", "qwen2", "qwen3")
 """Architectures that such files are of: the ``model_type`` of config.json."""
-LARGEST = (1 << 31) - 1
+LARGEST = (1 << 24) - 1
+"""Of whole numbers, as in a config.json."""
 
 _VARIANTS = {"tile64_v2": 2, "tile64_v2_w1_learned_scale": 1}
 _FORMATS = ("fairy2i_tile64_v2", "ifairy64")
@@ -98,6 +99,12 @@ def read_model(file: GgufFile) -> GgufModel:
 def _config(read: _Reader, base: str, width: int) -> dict[str, Any]:
     heads = read.whole("fairy2i.attention.head_count")
     head_dim = _head_dim(read, width, heads)
+    kv_heads = read.whole("fairy2i.attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ModelFileError(
+            f"{read.path} has fairy2i.attention.head_count = {heads} and head_count_kv = "
+            f"{kv_heads}; the first must be a multiple of the second"
+        )
     return {
         "model_type": base,
         "architectures": [f"{base.capitalize()}ForCausalLM"],
@@ -105,7 +112,7 @@ def _config(read: _Reader, base: str, width: int) -> dict[str, Any]:
         "intermediate_size": 2 * read.whole("fairy2i.feed_forward_length"),
         "num_hidden_layers": read.whole("fairy2i.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": read.whole("fairy2i.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": read.whole("fairy2i.context_length"),
         "rms_norm_eps": read.number("fairy2i.attention.layer_norm_rms_epsilon"),

@@ -174,10 +174,12 @@ def test_temporary_files_go_where_the_vocabulary_is_refused(
         ({"fairy2i.attention.head_count": 0}, "whole numbers from 1"),
         ({"fairy2i.rope.freq_base": -1.0}, "freq_base = -1.0; allowed: positive numbers"),
         ({"fairy2i.rope.scaling.type": "other"}, "scaling.type = 'other'"),
+        ({"tokenizer.ggml.eos_token_id": 256}, "eos_token_id = 256; allowed: one of its 256 tok"),
         ({"split.count": 2}, "one of 2 parts of a model"),
         ({"split.count": [1, 2]}, "split.count = array.*; allowed: whole numbers from 0 to"),
         ({"general.architecture": [1, 2]}, r"has the architecture array\(\[1, 2\]"),
-        ({"fairy2i.context_length": 1 << 31}, "allowed: whole numbers from 1 to 2147483647"),
+        ({"fairy2i.context_length": 1 << 24}, "allowed: whole numbers from 1 to 16777215"),
+        ({"fairy2i.attention.head_count_kv": 3}, "head_count = 4 and head_count_kv = 3; the first"),
         ({"fairy2i.attention.head_count": 3}, "3 heads for .* = 128, 256 real numbers"),
         ({"fairy2i.attention.head_count": 1 << 20}, "1048576 heads for .*; allowed: heads that"),
         (
