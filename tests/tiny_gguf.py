@@ -75,6 +75,7 @@ class Fairy2i:
         coded_head: the output head has codes, too.
         scale_dtype: of bundles' scales.
         pad: tokens that the vocabulary is padded with.
+        kv: key/value heads.
     """
 
     def __init__(
@@ -87,12 +88,13 @@ class Fairy2i:
         coded_head: bool = False,
         scale_dtype: type = np.float16,
         pad: int = 0,
+        kv: int = 2,
         seed: int = 0,
     ) -> None:
         self.base, self.stages, self.bundle, self.merged = base, stages, bundle, merged
         self.scale_dtype, self.pad = scale_dtype, pad
         self.rng = np.random.default_rng(seed)
-        self.width, self.ffn, self.heads, self.kv, self.head_dim = 128, 192, 4, 2, 64
+        self.width, self.ffn, self.heads, self.kv, self.head_dim = 128, 192, 4, kv, 64
         self.vocab, self.blocks = 256, 2
         self.matrices: dict[str, np.ndarray] = {}  # the real weights, under Hugging Face names
         self.dense: dict[str, np.ndarray] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,11 @@ def inspect(directory: Path | str) -> Inspection:
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == "fairy":
             return _inspect_packed(directory)
+    if directory.suffix.lower() == ".gguf" and directory.is_file():
+        raise ModelFileError(
+            f"{directory} is a model, and neither an artifact nor a packed checkpoint; "
+            f"`fairy_compile build {shlex.quote(str(directory))} --dry-run` lists its layers"
+        )
     raise ModelFileError(
         f"{directory} is neither an artifact (no {MANIFEST}) nor a packed checkpoint (no "
         "config.json with quant_method fairy); name what `fairy_compile build` or `convert` wrote"

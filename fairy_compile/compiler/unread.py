@@ -53,7 +53,9 @@ def check_unread(source: ModelSource, params: Iterable[Param]) -> list[str]:
     if not beside:
         return []
     names = ", ".join(beside[:_SHOWN]) + (", ..." if len(beside) > _SHOWN else "")
-    return [f"{len(beside)} tensors of the checkpoint belong to no layer of the model: {names}"]
+    count = "1 tensor" if len(beside) == 1 else f"{len(beside)} tensors"
+    verb = "belongs" if len(beside) == 1 else "belong"
+    return [f"{count} of the checkpoint {verb} to no layer of the model: {names}"]
 
 
 def _read_tensors(source: ModelSource, params: Iterable[Param]) -> set[str]:

@@ -6,7 +6,8 @@ them. The embedding is in bfloat16, in pairs that are written as one float32: th
 lower half, the imaginary one in the upper.
 
 A file has no directory of its own, so config.json and the tokenizer's files are written to a
-temporary one. Where a tokenizer.json lies beside the file, it and its companions are taken instead.
+temporary one. Where a tokenizer.json lies beside the file, it and its companions are taken instead,
+unless its tokens are those of another model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,20 +23,22 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from fairy_compile.artifact.files import hash_files
+from fairy_compile.artifact.files import hash_files, reading
 from fairy_compile.config import QuantConfig
-from fairy_compile.errors import FairyError, ModelFileError, nearest
+from fairy_compile.errors import FairyError, ModelFileError, UnsupportedError, nearest
 from fairy_compile.frontends.files import TOKENIZER_FILES, member
 from fairy_compile.frontends.gguf_codes import CodedLayer, find_layer, read_layer
 from fairy_compile.frontends.gguf_config import read_model
 from fairy_compile.frontends.gguf_file import FLOATS, GgufFile
-from fairy_compile.frontends.gguf_tokenizer import write_tokenizer
+from fairy_compile.frontends.gguf_tokenizer import check_fit, write_config, write_tokenizer
 from fairy_compile.frontends.own_codes import ordinary, plan_codes, settle_codes
 from fairy_compile.frontends.plan import LayerPlan, quantize_layer
 from fairy_compile.phase import PhaseTensor
 from fairy_compile.phase.quantize import check_finite
+from fairy_compile.phase.tensor import TILE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
+_CHUNK = 16 << 20
 REASON, WITHOUT = "codes stored in the file", "stored dense in the file"
 # Names in the file -> in config.json's model, of one decoder layer.
 _NORMS = {
@@ -65,6 +69,17 @@ class _Dense:
     shape: tuple[int, ...]
     dtype: str
     take: np.ndarray | slice
+
+
+def _temporary_directory(owner: object) -> Path:
+    """Return a new directory that goes with its owner, or at the end of the process.
+
+    `tempfile.TemporaryDirectory` does that, too, with a warning for every one that was not closed,
+    and sources have no end of their own.
+    """
+    directory = tempfile.mkdtemp(prefix="fairy-gguf-")
+    weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 class GgufSource:
@@ -101,20 +116,37 @@ class GgufSource:
                 f"{self.config['model_type']} model has; it was made by another converter than "
                 "the one known here, or is damaged"
             )
-        self._folder = tempfile.TemporaryDirectory(prefix="fairy-gguf-")
-        self.directory = Path(self._folder.name)
+        self._tokenizer_note = ""
+        self.directory = _temporary_directory(self)
         text = json.dumps(self.config, indent=1)
         (self.directory / "config.json").write_text(text, encoding="utf-8")
         self._bring_tokenizer()
 
     def _bring_tokenizer(self) -> None:
         beside = self.origin.parent
-        if member(beside, "tokenizer.json") is None:
+        if (found := member(beside, "tokenizer.json")) is None:
+            tokens = self._file.metadata.get("tokenizer.ggml.tokens", [])
+            if isinstance(tokens, list) and len(tokens) > self._padded:
+                raise ModelFileError(
+                    f"{self.origin} has {len(tokens)} tokens in its vocabulary and "
+                    f"{self._padded} rows of its embedding; it is damaged, download it again"
+                )
             write_tokenizer(self._file, self.directory)
+            if not self.tokenizer_files():
+                self._tokenizer_note = (
+                    "; it has no tokenizer, and artifacts without one cannot be loaded: put the "
+                    "model's tokenizer.json beside the file"
+                )
             return
-        for name in TOKENIZER_FILES:
-            if (path := member(beside, name)) is not None:
-                shutil.copyfile(path, self.directory / name)
+        self._tokenizer_note = f"; its tokenizer is {found}"
+        with reading(beside):
+            check_fit(self._file, found)
+            paths = (member(beside, name) for name in TOKENIZER_FILES)
+            texts = {path.name: path.read_bytes() for path in paths if path is not None}
+        for name, text in texts.items():
+            (self.directory / name).write_bytes(text)
+        if member(self.directory, "tokenizer_config.json") is None:
+            write_config(self._file, self.directory)
 
     def _place(self) -> None:
         """Say where every tensor of the model lies in the file, and complete config.json."""
@@ -175,9 +207,21 @@ class GgufSource:
                 f"float32 (tokens, {width}), pairs of bfloat16"
             )
         self._padded = info.shape[0]
-        vocab = min(self._model.vocab or self._padded, self._padded)
-        if any(tensor.startswith("output.") for tensor in self._file.tensors):
+        vocab = self._model.vocab or self._padded
+        if vocab > self._padded:
+            raise ModelFileError(
+                f"{self.origin} has fairy2i.vocab.original_size = {vocab} and {self._padded} rows "
+                f"of {name}; allowed: up to as many as there are rows"
+            )
+        if self._find("output", width) is not None:
             vocab = self._padded  # the rows of a coded head are not those of tokens
+        for key in ("bos", "eos"):
+            number = self.config.get(f"{key}_token_id", 0)
+            if number >= vocab:
+                raise ModelFileError(
+                    f"{self.origin} has tokenizer.ggml.{key}_token_id = {number}; allowed: one of "
+                    f"its {vocab} tokens"
+                )
         self.config["vocab_size"] = vocab
         self._used.add(name)
         shape = (vocab, 2 * width)
@@ -192,7 +236,7 @@ class GgufSource:
         shape = self._file.tensors[stored].shape
         while len(shape) > 1 and shape[0] == 1:
             shape = shape[1:]
-        self._plain(name, ours, shape)
+        self._plain(name, ours, shape or (1,))
 
     def _plain(self, name: str, ours: str, shape: tuple[int, ...], most: int | None = None) -> None:
         """Note a dense tensor, of which the first rows are wanted where it has up to ``most``."""
@@ -238,6 +282,12 @@ class GgufSource:
                 f"{self.origin}: {name} has {whole.whole} complex rows; its metadata ask for "
                 f"{' + '.join(map(str, rows.values()))} of Q, K and V"
             )
+        if any(count % TILE for count in rows.values()):
+            raise UnsupportedError(
+                f"{self.origin}: {name} holds {' + '.join(map(str, rows.values()))} complex rows "
+                f"of Q, K and V, which share tiles of {TILE}x{TILE}; allowed: multiples of {TILE} "
+                "of each. Convert the model with Q, K and V apart"
+            )
         bias = self._name(f"{name}.bias")
         first = 0
         for part, ours in _QKV.items():
@@ -282,15 +332,22 @@ class GgufSource:
             return read_layer(self._file, layer).dequantize()
         stored = self._stored(name)
         if name == EMBEDDING:
-            width = self._model.width
-            raw = self._file.read_bytes(stored.tensor, (stored.shape[0], width, 4))
-            pairs = raw.view(np.uint16).transpose(0, 2, 1)
-            array = np.ascontiguousarray(pairs).view(ml_dtypes.bfloat16).reshape(stored.shape)
+            array = self._read_embedding(stored)
         else:
             flat = self._file.read(stored.tensor)
             array = flat.reshape(-1, *stored.shape[1:])[stored.take]
         check_finite(array, name)
         return array
+
+    def _read_embedding(self, stored: _Dense) -> np.ndarray:
+        count, width = stored.shape[0], self._model.width
+        array = np.empty((count, 2, width), np.uint16)
+        rows = max(1, _CHUNK // (4 * width))  # so that one copy of the table is held, not two
+        for first in range(0, count, rows):
+            shape = (min(rows, count - first), width, 4)
+            raw = self._file.read_bytes(stored.tensor, shape, skip=first * 4 * width)
+            array[first : first + rows] = raw.view(np.uint16).transpose(0, 2, 1)
+        return array.view(ml_dtypes.bfloat16).reshape(stored.shape)
 
     def settle(
         self, asked: QuantConfig, *, calibrated: bool = False, by_budget: bool = False
@@ -312,7 +369,7 @@ class GgufSource:
         note = (
             f"a GGUF file of a Fairy2i model: T = {self._model.stages}, a scale per tile64, in "
             f"{len(self.layers)} layers; others stay dense (--layer-quant LAYER=w3 gives those "
-            "codes, too)"
+            f"codes, too){self._tokenizer_note}"
         )
         return used, note
 

@@ -133,7 +133,7 @@ def _read_bundle(file: GgufFile, layer: CodedLayer) -> tuple[np.ndarray, np.ndar
     t, across = layer.stages, layer.shape[1] // (2 * TILE)
     down = layer.whole // TILE
     own = slice(layer.first // TILE, (layer.first + layer.shape[0] // 2) // TILE)
-    raw = file.read_bytes(codes_name, (down, across, 4, 16, 2, t, 16))[own]
+    raw = file.read_bytes(codes_name, (down, across, 4, 16, 2, t, 16), whole=True)[own]
     codes = _OURS_OF_BYTE[raw].transpose(5, 4, 0, 2, 6, 1, 3)  # T, term, strip, subtile, row, ...
     scales = file.read(scales_name).astype(np.float32).reshape(down, across, 2, t, 2)[own]
     return codes.reshape(t, 2, -1, across * 16), scales.transpose(3, 2, 4, 0, 1)
@@ -146,7 +146,7 @@ def _read_tiles(file: GgufFile, layer: CodedLayer) -> tuple[np.ndarray, np.ndarr
     scales = np.empty((layer.stages, 2, 2, own // TILE, across), np.float32)
     for k, name in enumerate(layer.tensors()):
         term, stage = divmod(k, layer.stages)
-        raw = file.read_bytes(name, (layer.whole, across, BLOCK))[layer.first :][:own]
+        raw = file.read_bytes(name, (layer.whole, across, BLOCK), whole=True)[layer.first :][:own]
         lanes = [(raw[..., :16] >> shift) & 3 for shift in (0, 2, 4, 6)]
         columns = np.stack(lanes, axis=2).reshape(own, across * TILE)
         codes[stage, term] = pack_codes(_OURS[columns])

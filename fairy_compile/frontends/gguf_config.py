@@ -19,6 +19,8 @@ from fairy_compile.frontends.gguf_file import GgufFile
 ARCHITECTURE = "fairy2i"
 BASES = ("llama", "qwen2", "qwen3")
 """Architectures that such files are of: the ``model_type`` of config.json."""
+LARGEST = (1 << 24) - 1
+"""Of whole numbers, as in a config.json."""
 
 _VARIANTS = {"tile64_v2": 2, "tile64_v2_w1_learned_scale": 1}
 _FORMATS = ("fairy2i_tile64_v2", "ifairy64")
@@ -59,13 +61,13 @@ def read_model(file: GgufFile) -> GgufModel:
         UnsupportedError: the file is of another architecture, or of a format not known here.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
+    if not isinstance(architecture, str) or architecture != ARCHITECTURE:
         raise UnsupportedError(
-            f"{file.path} has the architecture {architecture!r}; GGUF files are read of Fairy2i "
-            f"models alone ({ARCHITECTURE!r}): give the Hugging Face directory of the model"
+            f"{file.path} has the architecture {f'{architecture!r:.80}'}; GGUF files are read of "
+            f"Fairy2i models alone ({ARCHITECTURE!r}): give the Hugging Face directory of the model"
         )
     read = _Reader(file)
-    if (parts := file.metadata.get("split.count", 1)) != 1:
+    if (parts := read.whole("split.count", 1, least=0)) > 1:
         raise UnsupportedError(
             f"{file.path} is one of {parts} parts of a model; put them together with llama.cpp's "
             "`llama-gguf-split --merge FIRST WHOLE`"
@@ -96,10 +98,13 @@ def read_model(file: GgufFile) -> GgufModel:
 
 def _config(read: _Reader, base: str, width: int) -> dict[str, Any]:
     heads = read.whole("fairy2i.attention.head_count")
-    default = 2 * width // heads
-    head_dim = read.whole(
-        "fairy2i.attention.key_length", read.whole("fairy2i.rope.dimension_count", default)
-    )
+    head_dim = _head_dim(read, width, heads)
+    kv_heads = read.whole("fairy2i.attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ModelFileError(
+            f"{read.path} has fairy2i.attention.head_count = {heads} and head_count_kv = "
+            f"{kv_heads}; the first must be a multiple of the second"
+        )
     return {
         "model_type": base,
         "architectures": [f"{base.capitalize()}ForCausalLM"],
@@ -107,7 +112,7 @@ def _config(read: _Reader, base: str, width: int) -> dict[str, Any]:
         "intermediate_size": 2 * read.whole("fairy2i.feed_forward_length"),
         "num_hidden_layers": read.whole("fairy2i.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": read.whole("fairy2i.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": read.whole("fairy2i.context_length"),
         "rms_norm_eps": read.number("fairy2i.attention.layer_norm_rms_epsilon"),
@@ -117,6 +122,33 @@ def _config(read: _Reader, base: str, width: int) -> dict[str, Any]:
         **_rope(read),
         **_tokens(read),
     }
+
+
+def _head_dim(read: _Reader, width: int, heads: int) -> int:
+    """Return the real numbers of a head, all of which are rotated."""
+    keys = [
+        key
+        for key in (
+            "fairy2i.attention.key_length",
+            "fairy2i.attention.value_length",
+            "fairy2i.rope.dimension_count",
+        )
+        if key in read.metadata
+    ]
+    found = {key: read.whole(key) for key in keys}
+    if len(set(found.values())) > 1:
+        raise UnsupportedError(
+            f"{read.path} has {', '.join(f'{key} = {size}' for key, size in found.items())}; "
+            "allowed: one size of heads, whose keys and values are as long and rotated as a whole"
+        )
+    if found:
+        return found[keys[0]]
+    if 2 * width % heads:
+        raise ModelFileError(
+            f"{read.path} has {heads} heads for fairy2i.embedding_length = {width}, {2 * width} "
+            "real numbers, and no fairy2i.rope.dimension_count; allowed: heads that divide them"
+        )
+    return 2 * width // heads
 
 
 def _rope(read: _Reader) -> dict[str, Any]:
@@ -158,16 +190,16 @@ class _Reader:
     """Reads metadata, each value checked."""
 
     def __init__(self, file: GgufFile) -> None:
-        self.metadata, self._path = file.metadata, file.path
+        self.metadata, self.path = file.metadata, file.path
 
     def _refuse(self, key: str, allowed: str) -> ModelFileError:
         if key not in self.metadata:
             return ModelFileError(
-                f"{self._path} lacks the metadata entry {key}; files of the first experiments have "
+                f"{self.path} lacks the metadata entry {key}; files of the first experiments have "
                 "none: make it again with the present converter"
             )
         value = f"{self.metadata[key]!r:.80}"
-        return ModelFileError(f"{self._path} has {key} = {value}; allowed: {allowed}")
+        return ModelFileError(f"{self.path} has {key} = {value}; allowed: {allowed}")
 
     def choose(self, key: str, allowed: tuple, default: Any = None) -> Any:
         """Return the value of a key, one of ``allowed``."""
@@ -179,8 +211,8 @@ class _Reader:
     def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
         """Return a whole number."""
         value = self.metadata.get(key, default)
-        if type(value) is not int or not least <= value < 1 << 31:
-            raise self._refuse(key, f"whole numbers from {least}")
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise self._refuse(key, f"whole numbers from {least} to {LARGEST}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

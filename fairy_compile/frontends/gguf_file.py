@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from fairy_compile.artifact.files import reading
 from fairy_compile.errors import ModelFileError, UnsupportedError
 
 MAGIC = b"GGUF"
@@ -27,25 +28,27 @@ VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 MAX_NAME = 1 << 10
 MAX_ENTRIES = 1 << 20
+MAX_TEXTS = 1 << 22
+"""Most texts of an array: several times the largest vocabularies."""
 HEADER_LIMIT = 256 << 20
 """Most bytes of a header; vocabularies of 250,000 tokens with merges take about 10 MB."""
 
 FLOATS = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: np.dtype(ml_dtypes.bfloat16)}
 """Types of tensors of plain numbers: number -> dtype."""
 
-# Metadata types: number -> how `struct` and NumPy call it.
+# Metadata types: number -> what `struct` and NumPy both call it.
 _SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
 }
 _STRING, _ARRAY = 8, 9
 
@@ -59,12 +62,15 @@ class GgufTensor:
         shape: dimensions in NumPy's order, neighbouring elements last.
         offset: position of the data in the file.
         room: bytes up to the next tensor or the end of the file.
+        slack: bytes of these that may lie behind the data: less than the alignment, but for the
+            last tensor, behind which files may go on.
     """
 
     type: int
     shape: tuple[int, ...]
     offset: int
     room: int
+    slack: int
 
 
 class GgufFile:
@@ -82,7 +88,7 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             self._size = file.seek(0, 2)
             file.seek(0)
             self._file = file
@@ -92,13 +98,13 @@ class GgufFile:
                     "its download was answered by something else"
                 )
             self._check_version()
-            tensors, entries = self._number("<u8"), self._number("<u8")
+            tensors, entries = self._number("<Q"), self._number("<Q")
             if max(tensors, entries) > MAX_ENTRIES:
                 raise self._error(f"announces {tensors} tensors and {entries} metadata entries")
             self.metadata: dict[str, Any] = {}
             for _ in range(entries):
                 key = self._name(self.metadata, "metadata entry")
-                self.metadata[key] = self._value(self._number("<u4"), key)
+                self.metadata[key] = self._value(self._number("<I"), key)
             infos = {}
             for _ in range(tensors):
                 name = self._name(infos, "tensor")
@@ -126,9 +132,8 @@ class GgufFile:
             raise self._error("ended while its header was read")
         return found
 
-    def _number(self, dtype: str) -> Any:
-        kind = np.dtype(dtype)
-        return np.frombuffer(self._take(kind.itemsize), kind)[0].item()
+    def _number(self, code: str) -> Any:
+        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
 
     def _check_version(self) -> None:
         (version,) = struct.unpack("<I", raw := self._take(4))
@@ -145,7 +150,7 @@ class GgufFile:
         )
 
     def _text(self, what: str, most: int | None = None) -> str:
-        size = self._number("<u8")
+        size = self._number("<Q")
         if most is not None and size > most:
             raise self._error(f"has a {what} of {size} bytes; allowed: {most}")
         try:
@@ -166,22 +171,22 @@ class GgufFile:
             return self._text(f"value of {key!r}")
         if kind != _ARRAY:
             raise self._error(f"gives {key!r} a value of the unknown type {kind}")
-        kind, count = self._number("<u4"), self._number("<u8")
+        kind, count = self._number("<I"), self._number("<Q")
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self._take(count * dtype.itemsize), dtype)
         if kind != _STRING:
             raise self._error(f"gives {key!r} an array of the type {kind}")
-        if count > (min(self._size, HEADER_LIMIT) - self._file.tell()) // 8:
-            raise self._error(f"gives {key!r} an array of {count} texts, more than it has room for")
+        if count > min(MAX_TEXTS, (min(self._size, HEADER_LIMIT) - self._file.tell()) // 8):
+            raise self._error(f"gives {key!r} an array of {count} texts, more than a header holds")
         return [self._text(f"text in {key!r}") for _ in range(count)]
 
     def _tensor(self, name: str) -> tuple[int, tuple[int, ...], int]:
-        count = self._number("<u4")
+        count = self._number("<I")
         if count > MAX_DIMENSIONS:
             raise self._error(f"gives {name!r} {count} dimensions; allowed: {MAX_DIMENSIONS}")
-        shape = tuple(self._number("<u8") for _ in range(count))[::-1]
-        kind, offset = self._number("<u4"), self._number("<u8")
+        shape = tuple(self._number("<Q") for _ in range(count))[::-1]
+        kind, offset = self._number("<I"), self._number("<Q")
         if math.prod(shape) >= 1 << 48 or any(size >= 1 << 48 for size in shape):
             raise self._error(f"gives {name!r} the shape {shape}")
         return kind, shape, offset
@@ -202,27 +207,35 @@ class GgufFile:
                     f"places {name!r} at {offset}, of {self._size} bytes and aligned to {alignment}"
                 )
             kind, shape, _ = infos[name]
-            placed[name] = GgufTensor(kind, shape, offset, then - offset)
+            slack = alignment - 1 if name != names[-1] else then - offset
+            placed[name] = GgufTensor(kind, shape, offset, then - offset, slack)
         return placed
 
-    def _check_room(self, name: str, size: int) -> None:
-        if size > self.tensors[name].room:
-            raise self._error(
-                f"has {self.tensors[name].room} bytes for {name!r}, which needs {size}"
-            )
+    def _check_room(self, name: str, size: int, *, whole: bool = False) -> None:
+        info = self.tensors[name]
+        if size > info.room or (whole and info.room - size > info.slack):
+            raise self._error(f"has {info.room} bytes for {name!r}, which needs {size}")
 
-    def read_bytes(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return a copy of a tensor's first bytes as uint8 of a shape.
+    def read_bytes(
+        self, name: str, shape: tuple[int, ...], *, skip: int = 0, whole: bool = False
+    ) -> np.ndarray:
+        """Return a copy of a tensor's bytes as uint8 of a shape.
+
+        Args:
+            name: the tensor.
+            shape: how the bytes are arranged.
+            skip: bytes before the first.
+            whole: these are all the bytes a tensor of its type and shape has.
 
         Raises:
-            ModelFileError: the tensor has fewer.
+            ModelFileError: the tensor has fewer, or more where they are all.
         """
         size = math.prod(shape)
-        self._check_room(name, size)
+        self._check_room(name, skip + size, whole=whole)
         out = np.empty(shape, np.uint8)
         left = memoryview(out.reshape(-1))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.tensors[name].offset)
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self.tensors[name].offset + skip)
             while left:
                 got = file.readinto(left)
                 if not got:

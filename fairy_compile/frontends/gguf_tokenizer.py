@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fairy_compile.errors import ModelFileError, UnsupportedError
+from fairy_compile.frontends.files import read_json_object
 from fairy_compile.frontends.gguf_file import GgufFile
 
 # Kinds of tokens, tokenizer.ggml.token_type.
@@ -26,6 +27,9 @@ _DIGITS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}", "deepseek-r1-qwen": r"
 """tokenizer.ggml.pre -> how digits are split."""
 
 _SPACE = "\u2581"
+TOKENIZER_LIMIT = 128 << 20
+LONGEST = 256
+"""Most characters of a token whose merges are looked for: their number grows with its square."""
 
 
 def write_tokenizer(file: GgufFile, directory: Path) -> None:
@@ -36,9 +40,10 @@ def write_tokenizer(file: GgufFile, directory: Path) -> None:
         UnsupportedError: it is of a kind not known here, or tells too little.
     """
     kind = file.metadata.get("tokenizer.ggml.model", "no_vocab")
-    if kind == "no_vocab":
+    if isinstance(kind, str) and kind == "no_vocab":
         return
     vocabulary = _Vocabulary(file)
+    kind = vocabulary.text("model")
     if kind == "gpt2":
         tokenizer = _byte_level(vocabulary)
     elif kind == "llama":
@@ -48,8 +53,61 @@ def write_tokenizer(file: GgufFile, directory: Path) -> None:
     (directory / "tokenizer.json").write_text(
         json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
     )
-    text = json.dumps(vocabulary.config(), ensure_ascii=False, indent=1)
+    write_config(file, directory)
+
+
+def write_config(file: GgufFile, directory: Path) -> None:
+    """Write tokenizer_config.json: the names of special tokens, and the chat template."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    config: dict[str, Any] = {}
+    for name, key in names.items():
+        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(tokens, list) and type(number) is int and 0 <= number < len(tokens):
+            config[f"{name}_token"] = tokens[number]
+    template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(config, ensure_ascii=False, indent=1)
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def check_fit(file: GgufFile, path: Path) -> None:
+    """Check that a tokenizer.json has the tokens of a file's own vocabulary.
+
+    Files of several models may lie in one directory, and the ids of another model's tokenizer mean
+    nothing to this one.
+
+    Raises:
+        ModelFileError: most tokens with the same id are others, or it is no JSON object.
+    """
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return
+    # Converters differ in how they write spaces, and in the names of tokens that are not used.
+    theirs = {number: text.replace(_SPACE, " ") for number, text in _tokens_of(path)}
+    both = [number for number in range(len(tokens)) if number in theirs]
+    other = [number for number in both if tokens[number].replace(_SPACE, " ") != theirs[number]]
+    if 2 * len(other) > len(both):
+        raise ModelFileError(
+            f"{path} is the tokenizer of another model: {len(other)} of {len(both)} tokens are not "
+            f"those of {file.path.name}, such as number {other[0]}, {theirs[other[0]]!r} and "
+            f"{tokens[other[0]]!r}; put the GGUF file into a directory of its own, with the "
+            "tokenizer.json of its model or none"
+        )
+
+
+def _tokens_of(path: Path) -> list[tuple[int, str]]:
+    """Return (id, text) of the tokens in a tokenizer.json."""
+    tokenizer = read_json_object(path, TOKENIZER_LIMIT)
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found = [(n, text) for text, n in vocabulary.items()] if isinstance(vocabulary, dict) else []
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            found.append((token.get("id"), token.get("content")))
+    return [(n, text) for n, text in found if type(n) is int and isinstance(text, str)]
 
 
 class _Vocabulary:
@@ -61,31 +119,47 @@ class _Vocabulary:
     """
 
     def __init__(self, file: GgufFile) -> None:
-        self._path, self._metadata = file.path, file.metadata
+        self.path, self._metadata = file.path, file.metadata
         self.tokens = self.texts("tokens")
         if len(set(self.tokens)) != len(self.tokens):
-            raise ModelFileError(f"{self._path} has the same token twice in its vocabulary")
+            raise ModelFileError(f"{self.path} has the same token twice in its vocabulary")
         types = self._metadata.get("tokenizer.ggml.token_type")
         if types is None:
             types = np.full(len(self.tokens), _NORMAL)
         if not isinstance(types, np.ndarray) or types.shape != (len(self.tokens),):
             raise ModelFileError(
-                f"{self._path} has {len(self.tokens)} tokens and {np.size(types)} types of tokens"
+                f"{self.path} has {len(self.tokens)} tokens and {np.size(types)} types of tokens"
             )
         self.types: list[int] = types.tolist()
 
     def refuse(self, what: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{self._path} has {what}; put the tokenizer.json of the model beside the file"
+            f"{self.path} has {what}; put the tokenizer.json of the model beside the file"
         )
 
     def get(self, key: str) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}")
 
+    def text(self, key: str) -> str | None:
+        """Return a value that is a text, None where there is none."""
+        return self._typed(key, str, "a text")
+
+    def flag(self, key: str) -> bool | None:
+        """Return a value that is true or false, None where there is none."""
+        return self._typed(key, bool, "true or false")
+
+    def _typed(self, key: str, kind: type, allowed: str) -> Any:
+        value = self.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ModelFileError(
+                f"{self.path} has tokenizer.ggml.{key} = {f'{value!r:.80}'}; allowed: {allowed}"
+            )
+        return value
+
     def texts(self, key: str) -> list[str]:
         value = self.get(key)
         if not isinstance(value, list):
-            raise ModelFileError(f"{self._path} lacks the texts tokenizer.ggml.{key}")
+            raise ModelFileError(f"{self.path} lacks the texts tokenizer.ggml.{key}")
         return value
 
     def ids(self, *types: int) -> dict[str, int]:
@@ -118,7 +192,7 @@ class _Vocabulary:
 
     def prefix(self, default: bool) -> dict[str, Any] | None:
         """Return the ``post_processor`` that puts a token before every text, if one does."""
-        bos, adds = self.special("bos"), self.get("add_bos_token")
+        bos, adds = self.special("bos"), self.flag("add_bos_token")
         if bos is None or not (default if adds is None else adds):
             return None
         number = int(self.get("bos_token_id"))
@@ -130,16 +204,6 @@ class _Vocabulary:
             "pair": [piece, text, second],
             "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
         }
-
-    def config(self) -> dict[str, Any]:
-        """Return tokenizer_config.json."""
-        names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-        found = {f"{name}_token": self.special(key) for name, key in names.items()}
-        config: dict[str, Any] = {name: text for name, text in found.items() if text is not None}
-        template = self._metadata.get("tokenizer.chat_template")
-        if isinstance(template, str):
-            config["chat_template"] = template
-        return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _tokenizer(
@@ -164,7 +228,7 @@ def _tokenizer(
 
 
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
-    pre = vocabulary.get("pre")
+    pre = vocabulary.text("pre")
     if pre not in _DIGITS:
         known = ", ".join(map(repr, _DIGITS))
         raise vocabulary.refuse(f"a tokenizer that splits text as {pre!r}; known: {known}")
@@ -178,7 +242,10 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     ids = vocabulary.ids(_NORMAL, _BYTE)
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
-            raise ModelFileError(f"the merge {pair} is not one of two tokens to a third")
+            raise ModelFileError(
+                f"{vocabulary.path}: the merge {f'{pair!r:.80}'} is not one of two tokens to a "
+                "third; the file is damaged, download it again"
+            )
     return _tokenizer(
         vocabulary,
         {"vocab": ids, "merges": merges, "unk_token": None, "fuse_unk": False}
@@ -206,12 +273,16 @@ def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:
     ids = vocabulary.ids(_NORMAL, _UNKNOWN, _CONTROL, _BYTE)
     if not isinstance(scores, np.ndarray) or scores.shape != (len(vocabulary.tokens),):
         raise vocabulary.refuse("a vocabulary of the kind 'llama' without scores")
+    if not np.isfinite(scores).all():
+        raise vocabulary.refuse("scores of tokens that are not finite")
     normal = vocabulary.ids(_NORMAL)
+    if (longest := max(map(len, normal), default=0)) > LONGEST:
+        raise vocabulary.refuse(f"a token of {longest} characters; allowed: up to {LONGEST}")
     long = [scores[number] for token, number in normal.items() if len(token) > 1]
     if long and min(long) == max(long):
         raise vocabulary.refuse("one score for all tokens, which does not tell how text is split")
     unknown = vocabulary.special("unknown")
-    spaced = vocabulary.get("add_space_prefix")
+    spaced = vocabulary.flag("add_space_prefix")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     before = [] if spaced is False else [{"type": "Prepend", "prepend": _SPACE}]
     after = [] if spaced is False else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]

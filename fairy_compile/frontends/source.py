@@ -138,12 +138,16 @@ def open_source(model: str | Path, *, revision: str | None = None) -> ModelSourc
         if revision is not None:
             raise _refuse_revision(revision, path, "file")
         if not path.is_file():
+            if path.exists() or path.is_symlink():
+                raise FairyError(
+                    f"{path} is no regular file, or a link to none; give the GGUF file itself"
+                )
             raise FairyError(f"no model {str(model)!r}: there is no file {path.absolute()}")
         return GgufSource(path)
     elif path.is_file():
         raise FairyError(
             f"{path} is a file; give the model's directory, which holds config.json and "
-            "safetensors files, or a Fairy2i model's .gguf file"
+            "safetensors files, or a Fairy2i model's GGUF file, whose name ends in .gguf"
         )
     elif isinstance(model, str) and _HUB_ID.fullmatch(model):
         directory = _download(model, revision)

@@ -148,7 +148,7 @@ def check_finite(weight: np.ndarray, name: str = "weight") -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(weight.sum(dtype=np.float64)):
             return
-    bad = np.argwhere(~np.isfinite(weight))
+        bad = np.argwhere(~np.isfinite(weight))
     where = tuple(int(i) for i in bad[0])
     raise FairyError(
         f"{name} holds {len(bad)} non-finite values, the first at {where}: "

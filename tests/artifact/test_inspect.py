@@ -65,6 +65,14 @@ def test_packed_checkpoint(tmp_path):
     assert "up_proj" in text_of(found)
 
 
+def test_a_gguf_file_is_a_model(tmp_path):
+    path = tmp_path / "a model.gguf"
+    path.write_bytes(b"GGUF")
+    words = r"is a model.*`fairy_compile build '.*a model\.gguf' --dry-run` lists its layers"
+    with pytest.raises(ModelFileError, match=words):
+        inspect(path)
+
+
 @pytest.mark.parametrize("config", [None, "{}", '{"quantization_config": []}'])
 def test_directory_that_is_neither(tmp_path, config):
     if config:

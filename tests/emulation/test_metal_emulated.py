@@ -24,6 +24,7 @@ from tests.emulation.gpu_cases import (
 )
 from tests.emulation.gpu_targets import use_linux_host
 from tests.greedy import greedy
+from tests.tiled_models import TILED_MODELS, largest_logit_error, save_tiled
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
 missing = metal_rig.missing_tools()
@@ -254,6 +255,18 @@ def test_windows_and_capped_scores_equal_pytorch(rig, built, family: str, act: s
         assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= tolerance
         if act == "float":
             assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TILED_MODELS)
+def test_models_with_scales_a_tile_equal_pytorch(rig, monkeypatch, tmp_path, name: str) -> None:
+    use_linux_host(monkeypatch, tmp_path / "targets", "metal")
+    source, oracle = save_tiled(name, tmp_path)
+    sizes = {"context": 128, "prefill_chunk": 32}
+    fc.build(source, target="metal", act="float", output=tmp_path / "out", **sizes)
+    rig.order = 7
+    with fc.load(tmp_path / "out") as model:
+        assert largest_logit_error(model, oracle) <= TOLERANCE["float"]
 
 
 @pytest.mark.slow

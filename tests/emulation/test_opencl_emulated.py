@@ -25,6 +25,7 @@ from tests.emulation.gpu_cases import (
 )
 from tests.emulation.gpu_targets import use_linux_host
 from tests.greedy import greedy
+from tests.tiled_models import TILED_MODELS, largest_logit_error, save_tiled
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
 missing = opencl_rig.missing_tools()
@@ -123,3 +124,14 @@ def test_whole_model_equals_pytorch(
         assert relative_error(model.logits(TOKENS), oracle.logits(TOKENS)) <= 1e-4
         assert greedy(model, TOKENS[:5], 32) == oracle.greedy(TOKENS[:5], 32)
     assert any(name.startswith("opencl_words_single") for name in rig.launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TILED_MODELS)
+def test_models_with_scales_a_tile_equal_pytorch(rig, monkeypatch, tmp_path, name: str) -> None:
+    use_linux_host(monkeypatch, tmp_path / "targets", "opencl")
+    source, oracle = save_tiled(name, tmp_path)
+    out = tmp_path / "out"
+    fc.build(source, target="opencl", act="float", output=out, context=128, prefill_chunk=32)
+    with fc.load(out) as model:
+        assert largest_logit_error(model, oracle) <= 1e-4

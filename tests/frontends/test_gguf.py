@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ import torch
 import fairy_compile as fc
 from fairy_compile.errors import FairyError
 from fairy_compile.evaluation.torch_model import source_model
-from fairy_compile.frontends import open_source
+from fairy_compile.frontends import gguf, open_source
+from fairy_compile.frontends.gguf_file import GgufFile
 from tests.tiny_gguf import F32, Fairy2i
 from tests.tiny_models import relative_error, save_tokenizer
 
@@ -129,8 +134,23 @@ def test_temporary_files_go_with_the_source(tmp_path: Path) -> None:
     source = open_source(Fairy2i().save(tmp_path / "model.gguf"))
     directory = source.directory
     assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"
-    del source
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del source
     assert not directory.exists()
+
+
+def test_temporary_files_go_where_the_vocabulary_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    changes = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "a"]}
+    path = Fairy2i().save(tmp_path / "model.gguf", **changes)
+    with pytest.raises(FairyError, match="same token twice"):
+        open_source(path)
+    gc.collect()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -154,7 +174,19 @@ def test_temporary_files_go_with_the_source(tmp_path: Path) -> None:
         ({"fairy2i.attention.head_count": 0}, "whole numbers from 1"),
         ({"fairy2i.rope.freq_base": -1.0}, "freq_base = -1.0; allowed: positive numbers"),
         ({"fairy2i.rope.scaling.type": "other"}, "scaling.type = 'other'"),
+        ({"tokenizer.ggml.eos_token_id": 256}, "eos_token_id = 256; allowed: one of its 256 tok"),
         ({"split.count": 2}, "one of 2 parts of a model"),
+        ({"split.count": [1, 2]}, "split.count = array.*; allowed: whole numbers from 0 to"),
+        ({"general.architecture": [1, 2]}, r"has the architecture array\(\[1, 2\]"),
+        ({"fairy2i.context_length": 1 << 24}, "allowed: whole numbers from 1 to 16777215"),
+        ({"fairy2i.attention.head_count_kv": 3}, "head_count = 4 and head_count_kv = 3; the first"),
+        ({"fairy2i.attention.head_count": 3}, "3 heads for .* = 128, 256 real numbers"),
+        ({"fairy2i.attention.head_count": 1 << 20}, "1048576 heads for .*; allowed: heads that"),
+        (
+            {"fairy2i.attention.key_length": 64, "fairy2i.rope.dimension_count": 32},
+            "key_length = 64, fairy2i.rope.dimension_count = 32; allowed: one size of heads",
+        ),
+        ({"fairy2i.vocab.original_size": 257}, "original_size = 257 and 256 rows of token_embd"),
         ({"tokenizer.ggml.model": "gpt2"}, "lacks the texts tokenizer.ggml.tokens"),
     ],
 )
@@ -184,6 +216,7 @@ def _reshape(name: str, *shape: int):
         ({}, _drop("output"), "lacks the layer output"),
         ({}, _drop("blk.1.ffn_norm"), r"lacks the layer blk\.1\.ffn_norm"),
         ({}, _reshape("blk.0.ffn_up.W.s1", 128, 192), r"are no tiles of 64x64"),
+        ({}, _reshape("blk.0.ffn_norm"), r"has shape \(1,\); config.json implies \(256,\)"),
         ({}, _reshape("blk.0.ffn_norm", 128), r"has shape \(128,\); config.json implies \(256,\)"),
         ({"bundle": True}, _drop("blk.0.attn_q.bundle.scales"), r"has blk.0.attn_q.bundle.codes"),
         ({"bundle": True}, _reshape("blk.0.attn_q.bundle.codes", 8, 64, 2, 16), "no tiles"),
@@ -231,6 +264,56 @@ def test_layers_need_the_room_they_take(tmp_path: Path) -> None:
         source.dense("model.layers.0.self_attn.q_proj.weight")
 
 
+def test_codes_of_another_block_are_refused(tmp_path: Path) -> None:
+    """Such as 34 bytes for 32 weights, ggml's type 8, of the same shape."""
+    model = Fairy2i(bundle=True)
+    name = "blk.0.attn_q.bundle.codes"
+    _, shape, raw = model.tensors[name]
+    model.tensors[name] = 8, shape, bytes(len(raw) * 34 // 32)
+    source = open_source(model.save(tmp_path / "model.gguf"))
+    with pytest.raises(FairyError, match=r"has 17408 bytes for .*codes.*, which needs 16384"):
+        source.dense("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("bundle", [True, False])
+def test_merged_layers_whose_tiles_have_rows_of_two_are_refused(
+    tmp_path: Path, bundle: bool
+) -> None:
+    model = Fairy2i(bundle=bundle, merged=True, kv=1)
+    path = model.save(tmp_path / "model.gguf")
+    with pytest.raises(FairyError, match=r"holds 128 \+ 32 \+ 32 complex rows .* multiples of 64"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("name", ["output", "output.weight"])
+def test_padding_of_the_vocabulary_is_no_token(tmp_path: Path, name: str) -> None:
+    model = Fairy2i(pad=64)
+    model.tensors[name] = model.tensors.pop("output")
+    source = open_source(model.save(tmp_path / "model.gguf"))
+    assert source.config["vocab_size"] == 256
+    np.testing.assert_array_equal(source.dense("lm_head.weight"), model.dense["lm_head.weight"])
+
+
+def test_the_embedding_is_read_a_part_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Fairy2i(pad=64)
+    source = open_source(model.save(tmp_path / "model.gguf"))
+    largest = []
+    read = GgufFile.read_bytes
+    monkeypatch.setattr(
+        GgufFile,
+        "read_bytes",
+        lambda self, name, shape, **how: (
+            largest.append(math.prod(shape)) or read(self, name, shape, **how)
+        ),
+    )
+    monkeypatch.setattr(gguf, "_CHUNK", 12_345)
+    embedding = source.dense("model.embed_tokens.weight")
+    np.testing.assert_array_equal(embedding, model.dense["model.embed_tokens.weight"])
+    assert max(largest) <= 12_345
+
+
 def test_a_head_that_is_there_twice_is_taken_with_its_codes(tmp_path: Path) -> None:
     model = Fairy2i(base="qwen2", coded_head=True)
     dense = np.zeros((model.vocab, 2 * model.width), np.float32)
@@ -266,3 +349,30 @@ def test_missing_files_are_not_looked_for_on_the_hub() -> None:
         open_source("models/x.gguf")
     with pytest.raises(FairyError, match="--revision main goes with"):
         open_source("x.gguf", revision="main")
+
+
+def test_what_is_no_gguf_file_is_told_from_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FairyError, match="is no regular file, or a link to none"):
+        open_source(tmp_path / "link.gguf")
+    path = Fairy2i().save(tmp_path / "model")
+    with pytest.raises(FairyError, match=r"GGUF file, whose name ends in \.gguf"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tokenizer.json"])
+def test_files_that_the_user_may_not_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = Fairy2i().save(tmp_path / "model.gguf")
+    save_tokenizer(tmp_path)
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(FairyError, match=f"cannot read /.*/{name}: Permission denied"):
+        open_source(path)

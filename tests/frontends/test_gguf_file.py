@@ -113,6 +113,16 @@ def test_tensors_do_not_reach_into_others(tmp_path: Path) -> None:
         file.read_bytes("t", (100,))
 
 
+def test_arrays_of_countless_texts_are_refused_at_once(tmp_path: Path) -> None:
+    """Empty texts take 8 bytes each, and some 30 million of them minutes to read."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    head += struct.pack("<IIQ", 9, 8, (1 << 22) + 1)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head + b"\0" * (8 * ((1 << 22) + 2)))
+    with pytest.raises(ModelFileError, match="array of 4194305 texts, more than a header holds"):
+        GgufFile(path)
+
+
 def test_files_that_shrink_are_refused(tmp_path: Path) -> None:
     file = GgufFile(_file(tmp_path / "x.gguf"))
     (tmp_path / "x.gguf").write_bytes(b"GGUF")

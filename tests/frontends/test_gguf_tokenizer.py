@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fairy_compile.artifact.tokenizer_files import TokenizerFiles
+from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError
 from fairy_compile.frontends import open_source
 from fairy_compile.frontends.gguf_file import GgufFile
@@ -206,6 +207,21 @@ def test_merges_of_higher_scores_come_first() -> None:
         ),
         ({"token_type": [1, 1]}, "4 tokens and 2 types"),
         ({"tokens": ["a", "a", "ab", "abc"]}, "the same token twice"),
+        ({"model": [1, 2]}, r"tokenizer.ggml.model = array.*; allowed: a text"),
+        ({"model": "gpt2", "pre": ["qwen2"]}, r"pre = \['qwen2'\]; allowed: a text"),
+        (
+            {"scores": [-1.0, -2.0, -3.0, -4.0], "bos_token_id": 0, "add_bos_token": [0, 1]},
+            "add_bos_token = array.*; allowed: true or false",
+        ),
+        (
+            {"scores": [-1.0, -2.0, -3.0, -4.0], "add_space_prefix": "no"},
+            "add_space_prefix = 'no'; allowed: true or false",
+        ),
+        ({"scores": [-1.0, -2.0, -3.0, float("nan")]}, "scores of tokens that are not finite"),
+        (
+            {"tokens": ["a", "b", "ab", "a" * 100_000], "scores": [-1.0, -2.0, -3.0, -4.0]},
+            "a token of 100000 characters; allowed: up to 256",
+        ),
     ],
 )
 def test_vocabularies_that_tell_too_little_are_refused(
@@ -225,3 +241,41 @@ def test_a_tokenizer_beside_the_file_wins(tmp_path: Path, qwen2) -> None:
     found = {path.name: path.read_text() for path in source.tokenizer_files()}
     assert found["tokenizer.json"] == (tmp_path / "tokenizer.json").read_text()
     assert set(found) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_tokenizer_alone_is_completed_with_the_files_own_template(tmp_path: Path, qwen2) -> None:
+    (tmp_path / "tokenizer.json").write_text((qwen2[2] / "tokenizer.json").read_text())
+    own = {"tokenizer.chat_template": "{{ messages }}"}
+    source = open_source(Fairy2i().save(tmp_path / "m.gguf", **own))
+    assert TokenizerFiles.read(source.directory).config["chat_template"] == "{{ messages }}"
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, qwen2, llama) -> None:
+    tokens = {"tokenizer.ggml.tokens": _tokens(llama[0])[:256], "tokenizer.ggml.model": "llama"}
+    path = Fairy2i().save(tmp_path / "m.gguf", **tokens)
+    for directory, fits in ((llama[2], True), (qwen2[2], False)):
+        (tmp_path / "tokenizer.json").write_text((directory / "tokenizer.json").read_text())
+        if fits:
+            open_source(path)
+            continue
+        with pytest.raises(FairyError, match=r"tokenizer of another model: \d+ of \d+ tokens"):
+            open_source(path)
+
+
+def test_a_vocabulary_has_rows_in_the_embedding(tmp_path: Path) -> None:
+    tokens = {"tokenizer.ggml.tokens": [f"t{i}" for i in range(257)]}
+    path = Fairy2i().save(tmp_path / "m.gguf", **tokens, **{"tokenizer.ggml.model": "gpt2"})
+    with pytest.raises(FairyError, match="257 tokens in its vocabulary and 256 rows"):
+        open_source(path)
+
+
+def test_the_note_says_where_the_tokenizer_is_from(tmp_path: Path, qwen2) -> None:
+    path = Fairy2i().save(tmp_path / "m.gguf")
+    source = open_source(path)
+    _, note = source.settle(QuantConfig())
+    assert note is not None
+    assert "it has no tokenizer, and artifacts without one cannot be loaded" in note
+    (tmp_path / "tokenizer.json").write_text((qwen2[2] / "tokenizer.json").read_text())
+    _, note = open_source(path).settle(QuantConfig())
+    assert note is not None
+    assert note.endswith(f"its tokenizer is {tmp_path / 'tokenizer.json'}")

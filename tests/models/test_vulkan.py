@@ -11,6 +11,7 @@ import fairy_compile as fc
 from tests.emulation.spirv_val import missing_validator, validate
 from tests.emulation.vulkan_device import missing_driver
 from tests.emulation.vulkan_module import kernels_in
+from tests.tiled_models import TILED_MODELS, largest_logit_error, save_tiled
 from tests.tiny_ifairy import Published, save_ifairy
 from tests.tiny_models import SIZES, Oracle, relative_error, save_model
 
@@ -106,6 +107,19 @@ def test_generates_the_same_tokens(build):
             seen.append(int(np.argmax(logits)))
             logits = engine.decode([sequence], [seen[-1]])[0]
     assert seen == expected[-8:]
+
+
+@slow
+@pytest.mark.parametrize("name", TILED_MODELS)
+def test_models_with_scales_a_tile_equal_pytorch(tmp_path, name):
+    source, oracle = save_tiled(name, tmp_path)
+    sizes = {"context": 128, "prefill_chunk": 32}
+    fc.build(source, target="vulkan", act="float", output=tmp_path / "out", **sizes)
+    for kernel in kernels_in((tmp_path / "out" / "model.so").read_bytes()).values():
+        validate(kernel.code)
+    with fc.load(tmp_path / "out") as model:
+        assert str(model.engine.device).startswith("vulkan")
+        assert largest_logit_error(model, oracle) <= FLOAT32_TOLERANCE
 
 
 @slow

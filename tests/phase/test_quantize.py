@@ -2,7 +2,9 @@
 
 import math
 import sys
+import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from fairy_compile.phase import (
     quantize_complex_layer,
     to_widely_linear,
 )
+from fairy_compile.phase.quantize import check_finite
 
 PHASES = np.array([1, 1j, -1, -1j])
 
@@ -280,6 +283,16 @@ def test_non_finite_weights_are_named(bad):
     weight[3, 5] = bad
     with pytest.raises(FairyError, match=r"model\.q.*1 non-finite.*\(3, 5\)"):
         quantize(weight, name="model.q")
+
+
+def test_a_nan_in_bfloat16_is_named_without_a_warning():
+    """One that signals, as damaged files have them."""
+    weight = np.zeros((2, 2), np.uint16)
+    weight[1, 0] = 0x7F81
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(FairyError, match=r"1 non-finite.*\(1, 0\)"):
+            check_finite(weight.view(ml_dtypes.bfloat16))
 
 
 def test_infinities_that_cancel_are_found():
