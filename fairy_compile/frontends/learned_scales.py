@@ -54,6 +54,7 @@ class LearnedScaleSource(HuggingFaceSource):
         self._scaled = frozenset(name.removesuffix(SUFFIX) for name in names)
         for layer in self._scaled:
             self._check(layer)
+        self._check_complete()
 
     def _check(self, layer: str) -> None:
         weight, infos = f"{layer}.weight", self._store.infos
@@ -70,6 +71,17 @@ class LearnedScaleSource(HuggingFaceSource):
                 f"{rows}x{columns}; expected (4, rows / 128, columns / 128), whole numbers: scales "
                 "of Re U, Im U, Re W and Im W for complex tiles of 64x64, of one stage"
             )
+
+    def _check_complete(self) -> None:
+        """Refuse scales that only some of the decoder layers have for one of their parts."""
+        parts = {layer.rpartition(".")[2] for layer in self._scaled}
+        for name in self._store.infos:
+            layer = name.removesuffix(".weight")
+            if layer != name and layer.rpartition(".")[2] in parts and layer not in self._scaled:
+                raise ModelFileError(
+                    f"{self.directory} has scales for other layers' {layer.rpartition('.')[2]} and "
+                    f"no {layer}{SUFFIX}; download it again"
+                )
 
     def names(self) -> list[str]:
         """Return all tensor names but those of scales."""

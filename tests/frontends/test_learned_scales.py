@@ -121,6 +121,7 @@ def test_rotation_is_refused(model: Path) -> None:
         (lambda t: t.update({LAYER + SUFFIX: t[LAYER + SUFFIX][:2]}), "expected .4, rows / 128"),
         (lambda t: t.update({LAYER + SUFFIX: t[LAYER + SUFFIX][..., :1]}), "columns / 128"),
         (lambda t: t.update({"x" + SUFFIX: t[LAYER + SUFFIX].clone()}), "no matrix x.weight"),
+        (lambda t: t.pop(LAYER + SUFFIX), f"other layers' down_proj and no {LAYER}"),
         (lambda t: t[LAYER + SUFFIX].fill_(float("nan")), "non-finite"),
     ],
 )
