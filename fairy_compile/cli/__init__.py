@@ -85,4 +85,5 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     finally:
         # What libraries do when the program ends takes a while; Ctrl-C then has nothing to tell.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

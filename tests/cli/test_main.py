@@ -160,8 +160,10 @@ def test_ctrl_c_around_a_verb_shows_no_traceback(moment):
         "before": "cli.app = lambda **_: signal.raise_signal(signal.SIGINT); cli.main()",
         "after": "atexit.register(lambda: [signal.raise_signal(2) for _ in '12']); cli.main()",
     }[moment]
+    # A shell's background jobs, as these tests may be, ignore Ctrl-C, and so do their children.
+    heeded = "import atexit, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     done = subprocess.run(
-        [sys.executable, "-c", f"import atexit, signal; from fairy_compile import cli; {program}"],
+        [sys.executable, "-c", f"{heeded}; from fairy_compile import cli; {program}"],
         capture_output=True,
         text=True,
         check=False,
