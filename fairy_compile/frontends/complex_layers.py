@@ -20,6 +20,7 @@ import numpy as np
 from fairy_compile.config import QuantConfig
 from fairy_compile.errors import FairyError, ModelFileError
 from fairy_compile.frontends.huggingface import HuggingFaceSource
+from fairy_compile.frontends.own_codes import refuse_other_codes
 from fairy_compile.frontends.plan import BY_RULE, LayerPlan, exempting_pattern
 from fairy_compile.frontends.quant_json import settle_own
 from fairy_compile.phase import PhaseTensor, quantize_complex_layer
@@ -97,19 +98,16 @@ class ComplexSource(HuggingFaceSource):
             FairyError: the request is about choosing other codes.
         """
         own = self.trained or PUBLISHED
-        refused = {
-            "--calibrate": calibrated,
-            "--bits": by_budget,
-            f"--method {asked.method}": asked.method not in ("auto", "phase"),
-            f"--scale {asked.scale}": asked.scale not in ("tensor", own.scale),
-            "--layer-quant": bool(asked.stages_for) and asked.stages_for != own.stages_for,
-        }
-        for flag, given in refused.items():
-            if given:
-                raise FairyError(
-                    f"{self.directory} is a natively complex model, which has the codes it was "
-                    f"trained for; leave {flag} out"
-                )
+        named = {} if asked.stages_for == own.stages_for else asked.stages_for
+        refuse_other_codes(
+            self.directory,
+            "a natively complex model",
+            own,
+            asked,
+            next(iter(named), None),
+            calibrated=calibrated,
+            by_budget=by_budget,
+        )
         note = (
             f"a natively complex model: term W, T = {own.quant[1:]}, scales per {own.scale}, by "
             "the published rule"

@@ -17,6 +17,40 @@ from fairy_compile.frontends.plan import LayerPlan, exempting_pattern, plan_weig
 from fairy_compile.frontends.quant_json import settle_own
 
 
+def refuse_other_codes(
+    place: Path,
+    what: str,
+    own: QuantConfig,
+    asked: QuantConfig,
+    layer_quant: str | None,
+    *,
+    calibrated: bool,
+    by_budget: bool,
+) -> None:
+    """Refuse requests about choosing other codes than a checkpoint's own.
+
+    Args:
+        place, what, own, asked, calibrated, by_budget: see `settle_codes`.
+        layer_quant: a pattern of ``--layer-quant`` that cannot be followed, or None.
+
+    Raises:
+        FairyError: there is such a request.
+    """
+    refused = {
+        "--calibrate": calibrated,
+        "--bits": by_budget,
+        f"--method {asked.method}": asked.method not in ("auto", "phase"),
+        f"--scale {asked.scale}": asked.scale not in ("tensor", own.scale),
+        f"--layer-quant {layer_quant}": layer_quant is not None,
+    }
+    for flag, given in refused.items():
+        if given:
+            raise FairyError(
+                f"{place} is {what}, which has the codes and scales it was trained for; leave "
+                f"{flag} out"
+            )
+
+
 def settle_codes(
     place: Path,
     what: str,
@@ -46,19 +80,15 @@ def settle_codes(
         for pattern in asked.stages_for
         if any(fnmatch.fnmatchcase(layer, pattern) for layer in coded)
     ]
-    refused = {
-        "--calibrate": calibrated,
-        "--bits": by_budget,
-        f"--method {asked.method}": asked.method not in ("auto", "phase"),
-        f"--scale {asked.scale}": asked.scale not in ("tensor", own.scale),
-        f"--layer-quant {named[0] if named else ''}": bool(named),
-    }
-    for flag, given in refused.items():
-        if given:
-            raise FairyError(
-                f"{place} is {what}, which has the codes and scales it was trained for; leave "
-                f"{flag} out"
-            )
+    refuse_other_codes(
+        place,
+        what,
+        own,
+        asked,
+        next(iter(named), None),
+        calibrated=calibrated,
+        by_budget=by_budget,
+    )
     return settle_own(dataclasses.replace(own, stages_for=asked.stages_for), asked)
 
 
